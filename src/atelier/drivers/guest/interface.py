@@ -1,0 +1,95 @@
+"""Interface of the guest drivers: what the host asks of a running guest, by way of the guest channel."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from atelier.model.guest import (
+    FileEntry,
+    GuestIdentity,
+    GuestMetrics,
+    ProcessEvent,
+    ProcessSpec,
+    ProcessSummary,
+    TerminalSize,
+)
+from atelier.model.machine import GuestEndpoint
+
+
+class GuestDriver(Protocol):
+    """Talks to guests by sandbox id. Paths are bytes: a guest's file names need not be UTF-8; a relative path is
+    taken from the home folder of ``user``.
+
+    Raises GuestUnreachableError (transient) when the channel does not answer, GuestProtocolError when the guest
+    breaks the protocol, NotFoundError (``path_not_found``, ``process_not_found``), InvalidRequestError and
+    AccessDeniedError as the guest says, GuestError for the rest. Every length and count that a guest sends is bounded.
+    """
+
+    async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
+        """Have the gateway (or the VMM itself) offer this sandbox's channel. ``token`` opens each epoch."""
+        ...
+
+    async def ensure_channel_absent(self, sandbox_id: str) -> None: ...
+
+    async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
+        """Return when the guest agent answers; raise TimeoutExceededError after ``timeout_seconds``."""
+        ...
+
+    async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
+        """Set who the guest is: hostname, machine-id, clock, entropy, token, default environment."""
+        ...
+
+    async def metrics(self, sandbox_id: str) -> GuestMetrics: ...
+
+    def start_process(self, sandbox_id: str, spec: ProcessSpec) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
+        """Start a process; the iterator yields ProcessStarted, then outputs, then ProcessEnded.
+
+        Leaving the context detaches; it does not end the process.
+        """
+        ...
+
+    def connect_process(self, sandbox_id: str, pid: int) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
+        """Attach to a process that runs: the newest kept output first, then what follows."""
+        ...
+
+    async def list_processes(self, sandbox_id: str) -> list[ProcessSummary]: ...
+
+    async def send_input(self, sandbox_id: str, pid: int, data: bytes, *, terminal: bool = False) -> None: ...
+
+    async def close_input(self, sandbox_id: str, pid: int) -> None: ...
+
+    async def send_signal(self, sandbox_id: str, pid: int, signal_number: int) -> None: ...
+
+    async def resize_terminal(self, sandbox_id: str, pid: int, size: TerminalSize) -> None: ...
+
+    async def stat(self, sandbox_id: str, path: bytes, user: str = "") -> FileEntry: ...
+
+    async def list_directory(self, sandbox_id: str, path: bytes, user: str = "", depth: int = 1) -> list[FileEntry]: ...
+
+    async def make_directory(self, sandbox_id: str, path: bytes, user: str = "") -> FileEntry: ...
+
+    async def move(self, sandbox_id: str, source: bytes, destination: bytes, user: str = "") -> FileEntry: ...
+
+    async def remove(self, sandbox_id: str, path: bytes, user: str = "") -> None: ...
+
+    def read_file(
+        self, sandbox_id: str, path: bytes, user: str = "", *, offset: int = 0, length: int | None = None
+    ) -> AbstractAsyncContextManager[tuple[int, AsyncIterator[bytes]]]:
+        """Yields (total size of the file in bytes, chunks of the range)."""
+        ...
+
+    async def write_file(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> FileEntry:
+        """Write the whole file under a temporary name, then rename: readers see the old or the new one."""
+        ...
+
+    def read_archive(
+        self, sandbox_id: str, path: bytes, user: str = ""
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """The folder's content as an uncompressed tar stream, names relative to the folder."""
+        ...
+
+    async def write_archive(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> None:
+        """Unpack a tar stream into the folder, which is made if absent."""
+        ...

@@ -1,0 +1,61 @@
+"""Interface of the VMM drivers: one virtual machine per sandbox, as a process that outlives the manager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from atelier.model.machine import GuestEndpoint, MachineSpec, ProcessIdentity
+
+
+class VmmDriver(Protocol):
+    """Starts and ends VMM processes. All methods may be called twice with the same words.
+
+    Raises VmmError when the VMM refuses or dies, MissingProgramError when it is not installed.
+    """
+
+    @property
+    def name(self) -> str:
+        """``qemu-tcg``, ``qemu-kvm``, ``firecracker``, ``fake``."""
+        ...
+
+    async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
+        """Make the VMM's folder, closed to all others and owned by the uid that the VMM will run as."""
+        ...
+
+    async def ensure_run_directory_absent(self, run_directory: Path) -> None:
+        """Remove the folder with its sockets and console."""
+        ...
+
+    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
+        """Start the machine, or return the identity of the process that already runs it.
+
+        Returns once the guest's processor runs and the guest channel's socket can be connected to; the guest may be
+        far from ready.
+        """
+        ...
+
+    async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
+        """The live process of this sandbox's VMM, proved to be ours by executable and arguments, else None."""
+        ...
+
+    async def ensure_stopped(self, sandbox_id: str, run_directory: Path, identity: ProcessIdentity | None) -> None:
+        """Kill the VMM and return when it is proved dead. ``identity`` is what ``ensure_started`` returned, if known;
+        a process that only happens to bear the same pid is never touched."""
+        ...
+
+    async def wait_ended(self, identity: ProcessIdentity) -> None:
+        """Return when the process is gone, without polling faster than once in 0.2 s."""
+        ...
+
+    def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
+        """Where the host side of this machine's guest channel begins."""
+        ...
+
+    async def console_tail(self, run_directory: Path, limit_bytes: int) -> bytes:
+        """The newest bytes that the guest wrote to its serial console; empty if there are none."""
+        ...
+
+    async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
+        """Bound the kept console: where it is longer than ``limit_bytes`` drop the older part."""
+        ...

@@ -1,0 +1,10 @@
+"""What host and guest say to each other: messages, framing, versions. Standard library only.
+
+Imported by the guest agent inside the VM and by gateway and guest driver on the host.
+"""
+
+PROTOCOL_VERSION = 1
+"""Version of the guest protocol. The host speaks this one and the one before it."""
+
+GUEST_AGENT_PORT = 49983
+"""The guest port whose streams the agent takes itself; every other port is one of the guest's own servers."""

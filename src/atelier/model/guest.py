@@ -1,0 +1,117 @@
+"""What is said to a guest and what it answers, as values. The wire form lies in ``guest_protocol``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+
+@dataclass(frozen=True, slots=True)
+class GuestIdentity:
+    """Who the guest is. ``entropy`` is fresh random bytes (>= 32) that reseed the guest kernel;
+    ``host_time_ns`` is the host's wall clock (ns since the epoch), taken just before it is sent."""
+
+    hostname: str
+    machine_id: str
+    token: str
+    entropy: bytes
+    host_time_ns: int
+    environment: dict[str, str] = field(default_factory=lambda: {})
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalSize:
+    columns: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSpec:
+    """A process to start. ``arguments[0]`` is the program. ``user`` empty: the image's default user (``user``).
+    ``timeout_seconds`` ends the whole process group; None: no limit. ``stdin``: whether a pipe is kept open for input,
+    else the process reads end-of-file at once. With ``terminal`` stdin, stdout and stderr are one PTY."""
+
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=lambda: {})
+    working_directory: str = ""
+    user: str = ""
+    stdin: bool = False
+    terminal: TerminalSize | None = None
+    timeout_seconds: float | None = None
+    tag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStarted:
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessOutput:
+    """``stream`` is ``stdout``, ``stderr`` or ``pty``."""
+
+    stream: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """``exit_code`` is 128+N after signal N. ``status`` is a sentence (``exit status 1``, ``signal: killed``);
+    ``error`` says why it ended if not by itself (``timeout``)."""
+
+    exit_code: int
+    status: str
+    error: str = ""
+
+
+ProcessEvent = ProcessStarted | ProcessOutput | ProcessEnded
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSummary:
+    pid: int
+    tag: str
+    arguments: tuple[str, ...]
+    working_directory: str
+    terminal: bool
+
+
+class EntryType(StrEnum):
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One name in the guest's file system. ``mode`` holds the permission bits (0o7777 mask).
+
+    ``raw_path`` is the exact path in bytes; ``name`` and ``path`` are for people: bytes that are no UTF-8 stand
+    there as U+FFFD.
+    """
+
+    name: str
+    path: str
+    raw_path: bytes
+    type: EntryType
+    size_bytes: int
+    mode: int
+    owner: str
+    group: str
+    modified_at: datetime
+    symlink_target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMetrics:
+    """``cpu_used_percent`` is of all vCPUs together, 0 to 100; sizes in bytes."""
+
+    cpu_count: int
+    cpu_used_percent: float
+    memory_total_bytes: int
+    memory_used_bytes: int
+    disk_total_bytes: int
+    disk_used_bytes: int
+    uptime_seconds: float

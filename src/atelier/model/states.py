@@ -1,0 +1,51 @@
+"""The states of a sandbox, and the one table of transitions between them.
+
+``db`` stores the state; ``lifecycle/transitions.py`` holds the one function that applies a transition.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from atelier.model.errors import ConflictError
+
+
+class SandboxState(StrEnum):
+    CREATING = "creating"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    STARTING = "starting"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESUMING = "resuming"
+    DESTROYING = "destroying"
+    FAILED = "failed"
+
+
+_S = SandboxState
+
+TRANSITIONS: dict[SandboxState, frozenset[SandboxState]] = {
+    _S.CREATING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),
+    _S.RUNNING: frozenset({_S.STOPPING, _S.PAUSING, _S.FAILED, _S.DESTROYING}),
+    _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED, _S.DESTROYING}),
+    _S.STOPPED: frozenset({_S.STARTING, _S.DESTROYING}),
+    _S.STARTING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),
+    _S.PAUSING: frozenset({_S.PAUSED, _S.RUNNING, _S.FAILED, _S.DESTROYING}),
+    _S.PAUSED: frozenset({_S.RESUMING, _S.DESTROYING}),
+    _S.RESUMING: frozenset({_S.RUNNING, _S.PAUSED, _S.FAILED, _S.DESTROYING}),
+    _S.FAILED: frozenset({_S.STARTING, _S.DESTROYING}),
+    _S.DESTROYING: frozenset(),
+}
+"""Allowed next states. A destroyed sandbox has no row, so ``destroying`` has no successor."""
+
+
+def check_transition(sandbox_id: str, current: SandboxState, target: SandboxState) -> None:
+    """Raise ConflictError unless ``current -> target`` is in the table."""
+    if target not in TRANSITIONS[current]:
+        allowed = ", ".join(sorted(TRANSITIONS[current])) or "nothing"
+        raise ConflictError(
+            f"sandbox {sandbox_id} is {current} and cannot become {target}",
+            code="invalid_state",
+            hint=f"from {current} it may become: {allowed}",
+        )
