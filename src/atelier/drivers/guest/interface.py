@@ -43,7 +43,9 @@ class GuestDriver(Protocol):
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics: ...
 
-    def start_process(self, sandbox_id: str, spec: ProcessSpec) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
+    def start_process(
+        self, sandbox_id: str, spec: ProcessSpec
+    ) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
         """Start a process; the iterator yields ProcessStarted, then outputs, then ProcessEnded.
 
         Leaving the context detaches; it does not end the process.
