@@ -17,7 +17,7 @@ class GuestIdentity:
     token: str
     entropy: bytes
     host_time_ns: int
-    environment: dict[str, str] = field(default_factory=lambda: {})
+    environment: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class ProcessSpec:
     else the process reads end-of-file at once. With ``terminal`` stdin, stdout and stderr are one PTY."""
 
     arguments: tuple[str, ...]
-    environment: dict[str, str] = field(default_factory=lambda: {})
+    environment: dict[str, str] = field(default_factory=dict[str, str])
     working_directory: str = ""
     user: str = ""
     stdin: bool = False

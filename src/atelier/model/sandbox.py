@@ -26,8 +26,8 @@ class SandboxSpec:
     vcpu_count: int = DEFAULT_VCPU_COUNT
     memory_mib: int = DEFAULT_MEMORY_MIB
     disk_mib: int = DEFAULT_DISK_MIB
-    environment: dict[str, str] = field(default_factory=lambda: {})
-    labels: dict[str, str] = field(default_factory=lambda: {})
+    environment: dict[str, str] = field(default_factory=dict[str, str])
+    labels: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
