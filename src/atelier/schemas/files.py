@@ -1,0 +1,37 @@
+"""Files in a sandbox. Paths in queries are percent-encoded bytes, so that any file name can be said."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from atelier.model.guest import EntryType
+
+
+class FileEntry(BaseModel):
+    """``path_base64`` holds the exact bytes of a path that is no UTF-8, else it is absent; ``mode`` is a number
+    (permission bits)."""
+
+    name: str
+    path: str
+    path_base64: str | None = None
+    type: EntryType
+    size_bytes: int
+    mode: int
+    owner: str
+    group: str
+    modified_at: datetime
+    symlink_target: str | None = None
+
+
+class FileList(BaseModel):
+    items: list[FileEntry]
+
+
+class MoveRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    destination: str
+    user: str = ""

@@ -1,0 +1,76 @@
+"""Sandboxes: what is asked for and what is answered."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from atelier.model.sandbox import (
+    DEFAULT_DISK_MIB,
+    DEFAULT_IMAGE,
+    DEFAULT_MEMORY_MIB,
+    DEFAULT_VCPU_COUNT,
+    MAX_DISK_MIB,
+    MAX_MEMORY_MIB,
+    MAX_VCPU_COUNT,
+    MIN_DISK_MIB,
+    MIN_MEMORY_MIB,
+    MIN_VCPU_COUNT,
+)
+from atelier.model.states import SandboxState
+from atelier.schemas.errors import ErrorBody
+
+EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+LabelValue = Annotated[str, StringConstraints(max_length=255)]
+
+
+class CreateSandboxRequest(BaseModel):
+    """``name``: a DNS label of at most 40 characters, unique; generated if absent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = None
+    image: Annotated[str, StringConstraints(min_length=1, max_length=100)] = DEFAULT_IMAGE
+    vcpu_count: int = Field(DEFAULT_VCPU_COUNT, ge=MIN_VCPU_COUNT, le=MAX_VCPU_COUNT)
+    memory_mib: int = Field(DEFAULT_MEMORY_MIB, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
+    disk_mib: int = Field(DEFAULT_DISK_MIB, ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
+    environment: dict[EnvironmentName, str] = Field(default_factory=dict[str, str], max_length=200)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
+
+
+class Sandbox(BaseModel):
+    """A sandbox as the API shows it. ``failure`` and ``console_tail`` are set in state ``failed`` only."""
+
+    id: str
+    name: str
+    state: SandboxState
+    image: str
+    image_id: str
+    vcpu_count: int
+    memory_mib: int
+    disk_mib: int
+    labels: dict[str, str]
+    created_at: datetime
+    updated_at: datetime
+    failure: ErrorBody | None = None
+    console_tail: str | None = None
+
+
+class SandboxPage(BaseModel):
+    """``next_cursor`` is absent on the last page."""
+
+    items: list[Sandbox]
+    next_cursor: str | None = None
+
+
+class SandboxMetrics(BaseModel):
+    cpu_count: int
+    cpu_used_percent: float
+    memory_total_bytes: int
+    memory_used_bytes: int
+    disk_total_bytes: int
+    disk_used_bytes: int
+    uptime_seconds: float
