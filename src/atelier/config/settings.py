@@ -1,0 +1,152 @@
+"""The settings of an installation: environment variables, overridden by a program's own options.
+
+``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
+``ATELIER_ACCELERATOR``, ``ATELIER_RECIPES_DIR``, ``ATELIER_LOG_LEVEL``. Nothing defaults into a source checkout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from atelier.model.errors import InvalidRequestError
+
+DEFAULT_LISTEN = "127.0.0.1:7420"
+_RUN_HASH_DIGITS = 8
+
+
+class ServerMode(StrEnum):
+    """Which drivers ``manager.wiring`` chooses. ``production`` (Firecracker, LVM) is not built yet and so not listed."""
+
+    LOCAL = "local"
+    MOCK = "mock"
+
+
+class Accelerator(StrEnum):
+    """``auto``: KVM when a probe shows that it really boots a guest, else software emulation."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches the manager."""
+        unspecified = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+        host = unspecified.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
+        return f"http://{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    mode: ServerMode
+    data_dir: Path
+    cache_dir: Path
+    run_dir: Path
+    listen: ListenAddress
+    accelerator: Accelerator
+    recipes_dir: Path
+    log_level: str
+
+
+def load_settings(
+    *, mode: str = "", data_dir: str = "", listen: str = "", environment: Mapping[str, str] | None = None
+) -> Settings:
+    """Settings from the environment; an option that is not empty wins over its variable.
+
+    Raises InvalidRequestError (``invalid_setting``) that names the variable and what it may hold.
+    """
+    variables = os.environ if environment is None else environment
+    home = Path(variables.get("HOME") or Path.home())
+    data = _folder(data_dir or variables.get("ATELIER_DATA_DIR", ""), variables, "XDG_DATA_HOME", home / ".local/share")
+    cache = _folder(variables.get("ATELIER_CACHE_DIR", ""), variables, "XDG_CACHE_HOME", home / ".cache")
+    return Settings(
+        mode=_choice(ServerMode, mode or variables.get("ATELIER_SERVER_MODE", ServerMode.LOCAL), "ATELIER_SERVER_MODE"),
+        data_dir=data,
+        cache_dir=cache,
+        run_dir=run_directory(data, variables),
+        listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
+        accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
+        recipes_dir=_recipes_directory(variables),
+        log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
+    )
+
+
+def run_directory(data_dir: Path, variables: Mapping[str, str]) -> Path:
+    """``ATELIER_RUN_DIR``, else ``/run/atelier`` (root), ``$XDG_RUNTIME_DIR/atelier`` or ``/tmp/atelier-<uid>``; below
+    it a folder named by 8 hex digits of the data folder's hash, so that two installations never meet."""
+    if given := variables.get("ATELIER_RUN_DIR", ""):
+        parent = Path(given)
+    elif os.geteuid() == 0:
+        parent = Path("/run/atelier")
+    elif runtime := variables.get("XDG_RUNTIME_DIR", ""):
+        parent = Path(runtime) / "atelier"
+    else:
+        parent = Path(f"/tmp/atelier-{os.geteuid()}")  # noqa: S108  made with mode 0700 and its owner checked
+    digest = hashlib.sha256(bytes(data_dir.resolve())).hexdigest()
+    return parent.absolute() / digest[:_RUN_HASH_DIGITS]
+
+
+def parse_listen(text: str) -> ListenAddress:
+    """``HOST:PORT`` with an address, ``localhost`` or ``[v6]``; port 0 lets the kernel choose."""
+    host, separator, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        ipaddress.ip_address(host)
+        number = int(port)
+    except ValueError:
+        number = -1
+    if not separator or not 0 <= number <= 65535:
+        raise InvalidRequestError(
+            f"ATELIER_LISTEN (or --listen) is {text!r}",
+            code="invalid_setting",
+            hint="write ADDRESS:PORT, as 127.0.0.1:7420 or [::1]:7420",
+        )
+    return ListenAddress(host, number)
+
+
+def _folder(given: str, variables: Mapping[str, str], xdg_variable: str, default: Path) -> Path:
+    if given:
+        return Path(given).absolute()
+    xdg = variables.get(xdg_variable, "")
+    # Source: XDG base directory specification: a relative path is to be ignored.
+    return (Path(xdg) if xdg.startswith("/") else default) / "atelier"
+
+
+def _recipes_directory(variables: Mapping[str, str]) -> Path:
+    """Image recipes: ``ATELIER_RECIPES_DIR``, the checkout's ``images/``, or where the wheel installed them."""
+    if given := variables.get("ATELIER_RECIPES_DIR", ""):
+        return Path(given).absolute()
+    checkout = Path(__file__).resolve().parents[3] / "images"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "atelier" / "images"
+
+
+_E = TypeVar("_E", bound=StrEnum)
+
+
+def _choice(kind: type[_E], value: str, variable: str) -> _E:
+    try:
+        return kind(value)
+    except ValueError:
+        allowed = ", ".join(sorted(kind))
+        raise InvalidRequestError(
+            f"{variable} is {value!r}", code="invalid_setting", hint=f"it may be: {allowed}"
+        ) from None
