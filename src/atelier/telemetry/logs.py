@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ _saga_id: ContextVar[str] = ContextVar("saga_id", default="")
 
 
 @contextmanager
-def log_context(*, sandbox_id: str = "", saga_id: str = "") -> Iterator[None]:
+def log_context(*, sandbox_id: str = "", saga_id: str = "") -> Generator[None]:
     """Lines written inside carry these ids; tasks started inside inherit them."""
     sandbox_token = _sandbox_id.set(sandbox_id or _sandbox_id.get())
     saga_token = _saga_id.set(saga_id or _saga_id.get())
