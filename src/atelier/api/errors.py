@@ -1,0 +1,99 @@
+"""The one table from error code to HTTP status, and the one form in which errors are answered."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from atelier.model import errors
+from atelier.schemas.errors import ErrorBody
+
+logger = logging.getLogger(__name__)
+
+_STATUS_BY_CLASS: tuple[tuple[type[errors.AtelierError], int], ...] = (
+    # The first class that fits counts, so children stand before their parents.
+    (errors.InvalidRequestError, 422),
+    (errors.AuthenticationError, 401),
+    (errors.AccessDeniedError, 403),
+    (errors.NotFoundError, 404),
+    (errors.ConflictError, 409),
+    (errors.PreconditionError, 409),
+    (errors.CapacityError, 503),
+    (errors.DiskFullError, 507),
+    (errors.MissingProgramError, 503),
+    (errors.GuestProtocolError, 502),
+    (errors.GuestError, 502),
+    (errors.GuestUnreachableError, 503),
+    (errors.TimeoutExceededError, 504),
+    (errors.TransientError, 503),
+    (errors.AtelierError, 500),
+)
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 416: "range_not_satisfiable"}
+
+
+def status_of(error: errors.AtelierError) -> int:
+    return next(status for kind, status in _STATUS_BY_CLASS if isinstance(error, kind))
+
+
+def body_of(error: errors.AtelierError) -> ErrorBody:
+    return ErrorBody(code=error.code, message=error.message, hint=error.hint)
+
+
+def respond(status: int, body: ErrorBody) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Make ``app`` answer every error in the one form."""
+
+    async def on_atelier_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, errors.AtelierError)
+        return respond(status_of(error), body_of(error))
+
+    async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return respond(422, _describe(error))
+
+    async def on_http_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        code = _HTTP_CODES.get(error.status_code, "http_error")
+        hint = "see the list of routes at /docs" if error.status_code in (404, 405) else ""
+        return respond(error.status_code, ErrorBody(code=code, message=str(error.detail), hint=hint))
+
+    async def on_disconnect(_: Request, __: Exception) -> JSONResponse:
+        # Nobody reads this answer; the handler was unwound, which is what matters.
+        return respond(400, ErrorBody(code="client_disconnected", message="the client went away"))
+
+    async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return respond(
+            500,
+            ErrorBody(
+                code="internal",
+                message="the manager met an error of its own",
+                hint="the manager's log has the details; please report them",
+            ),
+        )
+
+    app.add_exception_handler(errors.AtelierError, on_atelier_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientDisconnect, on_disconnect)
+    app.add_exception_handler(Exception, on_unexpected)
+
+
+def _describe(error: RequestValidationError) -> ErrorBody:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+    return ErrorBody(
+        code="invalid_request",
+        message=f"{place}: {first['msg']}",
+        hint="the expected form is at /docs",
+    )
