@@ -1,0 +1,83 @@
+"""Values of the model as bodies of the API."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+
+from atelier.model import guest, image, sandbox
+from atelier.schemas.errors import ErrorBody
+from atelier.schemas.files import FileEntry
+from atelier.schemas.images import Image
+from atelier.schemas.processes import EndedEvent, OutputEvent, Process, StartedEvent
+from atelier.schemas.sandboxes import Sandbox
+
+
+def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
+    failure = None
+    if row.failure_code:
+        failure = ErrorBody(code=row.failure_code, message=row.failure_message, hint=row.failure_hint)
+    return Sandbox(
+        id=row.id,
+        name=row.name,
+        state=row.state,
+        image=row.spec.image,
+        image_id=row.spec.image_id,
+        vcpu_count=row.spec.vcpu_count,
+        memory_mib=row.spec.memory_mib,
+        disk_mib=row.spec.disk_mib,
+        labels=row.spec.labels,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        failure=failure,
+        console_tail=row.console_tail or None,
+    )
+
+
+def render_image(built: image.Image) -> Image:
+    return Image(
+        id=built.id,
+        name=built.name,
+        size_mib=built.size_mib,
+        stored_bytes=built.stored_bytes,
+        built_at=built.built_at,
+    )
+
+
+def render_entry(entry: guest.FileEntry) -> FileEntry:
+    exact = entry.path.encode(errors="replace") == entry.raw_path
+    return FileEntry(
+        name=entry.name,
+        path=entry.path,
+        path_base64=None if exact else base64.b64encode(entry.raw_path).decode(),
+        type=entry.type,
+        size_bytes=entry.size_bytes,
+        mode=entry.mode,
+        owner=entry.owner,
+        group=entry.group,
+        modified_at=entry.modified_at,
+        symlink_target=entry.symlink_target or None,
+    )
+
+
+def render_process(process: guest.ProcessSummary) -> Process:
+    return Process(
+        pid=process.pid,
+        command=list(process.arguments),
+        working_directory=process.working_directory,
+        tag=process.tag,
+        terminal=process.terminal,
+    )
+
+
+async def render_events(
+    events: AsyncIterator[guest.ProcessEvent],
+) -> AsyncIterator[StartedEvent | OutputEvent | EndedEvent]:
+    async for event in events:
+        match event:
+            case guest.ProcessStarted():
+                yield StartedEvent(pid=event.pid)
+            case guest.ProcessOutput():
+                yield OutputEvent(stream=event.stream, data=base64.b64encode(event.data).decode())
+            case guest.ProcessEnded():
+                yield EndedEvent(exit_code=event.exit_code, status=event.status, error=event.error)
