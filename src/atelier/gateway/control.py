@@ -1,0 +1,231 @@
+"""What the manager says to the gateway: newline-delimited JSON on a unix socket that only this user can open.
+
+Served by ``__main__``; owns all attached channels. Requests ``{"operation": "attach", "sandbox_id", "socket_path",
+"token"}``, ``{"operation": "detach", "sandbox_id"}``, ``{"operation": "list"}``, ``{"operation": "ping"}``; answers
+``{"ok": true, ...}`` or ``{"ok": false, "code", "message"}``, in order. attach and detach are idempotent; an attach
+with another socket or token replaces the channel. It must never wait for a guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+from atelier.gateway.attachments import Attachment, AttachmentFiles, parse_attachment
+from atelier.gateway.channel import GuestChannel
+from atelier.gateway.clients import ClientDoor
+from atelier.guest_protocol import PROTOCOL_VERSION
+from atelier.host.files import disk_full_as_error
+from atelier.model.errors import AtelierError, InvalidRequestError
+from atelier.model.ids import is_sandbox_id
+from atelier.model.layout import RunLayout, check_socket_path
+
+log = logging.getLogger(__name__)
+
+REQUEST_MAX_BYTES: Final = 64 * 1024
+
+Answer = dict[str, object]
+
+
+@dataclass(slots=True)
+class _Attached:
+    attachment: Attachment
+    channel: GuestChannel
+    door: ClientDoor
+    task: asyncio.Task[None]
+
+
+class ChannelSet:
+    """All attached channels of this gateway, and the operations on them."""
+
+    def __init__(self, layout: RunLayout, *, epoch_wait_seconds: float) -> None:
+        self._layout = layout
+        self._files = AttachmentFiles(layout.channels)
+        self._epoch_wait_seconds = epoch_wait_seconds
+        self._attached: dict[str, _Attached] = {}
+        self._lock = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Attach again what an earlier gateway had attached; sweep away sockets that nobody serves."""
+        for attachment in self._files.load():
+            try:
+                await self._attach(attachment)
+            except (AtelierError, OSError) as error:
+                log.error("cannot attach %s again: %s", attachment.sandbox_id, error)
+        for socket_file in self._layout.channels.glob("*.sock"):
+            if socket_file.stem not in self._attached:
+                socket_file.unlink(missing_ok=True)
+
+    async def close(self) -> None:
+        """Cut everything; the attachments stay on disk for the next gateway."""
+        async with self._lock:
+            for sandbox_id in list(self._attached):
+                await self._drop(sandbox_id)
+
+    async def answer(self, request: dict[str, object]) -> Answer:
+        """Perform one request. Raises AtelierError, OSError."""
+        operations: dict[object, Callable[[dict[str, object]], Coroutine[Any, Any, Answer]]] = {
+            "attach": self._on_attach,
+            "detach": self._on_detach,
+            "list": self._on_list,
+            "ping": self._on_ping,
+        }
+        name = request.get("operation")
+        operation = operations.get(name) if isinstance(name, str) else None
+        if operation is None:
+            raise InvalidRequestError("unknown operation: the gateway knows attach, detach, list and ping")
+        return await operation(request)
+
+    async def _on_attach(self, request: dict[str, object]) -> Answer:
+        attachment = parse_attachment(request)
+        async with self._lock:
+            present = self._attached.get(attachment.sandbox_id)
+            if present is None or present.attachment != attachment:
+                self._files.save(attachment)
+                await self._drop(attachment.sandbox_id)
+                try:
+                    await self._attach(attachment)
+                except BaseException:
+                    self._files.remove(attachment.sandbox_id)
+                    raise
+        return {"ok": True, "channel_socket": str(self._layout.channel_socket(attachment.sandbox_id))}
+
+    async def _on_detach(self, request: dict[str, object]) -> Answer:
+        sandbox_id = request.get("sandbox_id")
+        if not isinstance(sandbox_id, str) or not is_sandbox_id(sandbox_id):
+            raise InvalidRequestError("sandbox_id is missing, or is no sandbox id")
+        async with self._lock:
+            self._files.remove(sandbox_id)
+            await self._drop(sandbox_id)
+        return {"ok": True}
+
+    async def _on_list(self, request: dict[str, object]) -> Answer:
+        del request
+        return {"ok": True, "channels": [_describe(attached) for attached in self._attached.values()]}
+
+    async def _on_ping(self, request: dict[str, object]) -> Answer:
+        del request
+        return {"ok": True, "pid": os.getpid(), "protocol_version": PROTOCOL_VERSION}
+
+    async def _attach(self, attachment: Attachment) -> None:
+        channel = GuestChannel(attachment.sandbox_id, Path(attachment.socket_path), attachment.token)
+        path = self._layout.channel_socket(attachment.sandbox_id)
+        door = ClientDoor(channel, path, epoch_wait_seconds=self._epoch_wait_seconds)
+        with disk_full_as_error(f"opening {path}"):
+            door.open()
+        task = asyncio.create_task(channel.run(), name=f"channel-{attachment.sandbox_id}")
+        task.add_done_callback(_log_end)
+        self._attached[attachment.sandbox_id] = _Attached(attachment, channel, door, task)
+
+    async def _drop(self, sandbox_id: str) -> None:
+        attached = self._attached.pop(sandbox_id, None)
+        if attached is None:
+            return
+        await attached.door.close()
+        attached.task.cancel()
+        await asyncio.gather(attached.task, return_exceptions=True)
+
+
+def _log_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("%s ended by a mistake in the gateway", task.get_name(), exc_info=task.exception())
+
+
+def _describe(attached: _Attached) -> Answer:
+    channel = attached.channel
+    return {
+        "sandbox_id": channel.sandbox_id,
+        "socket_path": str(channel.vmm_socket),
+        "state": channel.state,
+        "last_error": channel.last_error,
+        "epochs": channel.epochs,
+        "streams": channel.stream_count,
+        "clients": attached.door.client_count,
+        "received_bytes": channel.received_bytes,
+        "sent_bytes": channel.sent_bytes,
+        "frames_received": channel.frames_received,
+        "violations": channel.violations,
+    }
+
+
+class ControlServer:
+    """The socket at ``path``. Requests of one client are served one after the other."""
+
+    def __init__(self, channels: ChannelSet, path: Path) -> None:
+        self._channels = channels
+        self._path = path
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Raises HostError for a path that is too long, OSError."""
+        check_socket_path(self._path)
+        fresh = self._path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, path=str(fresh), limit=REQUEST_MAX_BYTES)
+        # Under its own name only once it listens and is closed to others: a client that sees it can use it.
+        fresh.chmod(0o600)
+        fresh.rename(self._path)
+
+    async def close(self) -> None:
+        if self._server is None:
+            return
+        self._path.unlink(missing_ok=True)
+        self._server.close()
+        for client in list(self._clients):
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        self._clients.add(task)
+        try:
+            while True:
+                try:
+                    line = await reader.readuntil(b"\n")
+                except asyncio.IncompleteReadError:
+                    return
+                except asyncio.LimitOverrunError:
+                    writer.write(_encode(_failure("invalid_request", "the request is longer than 64 KiB")))
+                    await writer.drain()
+                    return
+                writer.write(_encode(await self._answer(line)))
+                await writer.drain()
+        except ConnectionError:
+            return
+        finally:
+            self._clients.discard(task)
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    async def _answer(self, line: bytes) -> Answer:
+        try:
+            request = json.loads(line)
+        except (ValueError, RecursionError):
+            return _failure("invalid_request", "the request is no JSON")
+        if not isinstance(request, dict):
+            return _failure("invalid_request", "the request is no JSON object")
+        try:
+            return await self._channels.answer(cast(dict[str, object], request))
+        except AtelierError as error:
+            return _failure(error.code, str(error))
+        except OSError as error:
+            return _failure("host_error", f"the gateway could not do it: {error}")
+        except Exception:
+            log.exception("a control request failed")
+            return _failure("internal", "a mistake in the gateway; its log says more")
+
+
+def _failure(code: str, message: str) -> Answer:
+    return {"ok": False, "code": code, "message": message}
+
+
+def _encode(answer: Answer) -> bytes:
+    return json.dumps(answer).encode() + b"\n"

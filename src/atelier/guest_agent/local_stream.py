@@ -1,0 +1,193 @@
+"""A stream of the guest channel as an asyncio transport, so that a server in the agent's own process gets an ordinary
+``StreamReader`` and ``StreamWriter`` with real back-pressure, without a socket between.
+
+Made by ``channel`` for the ports that the agent serves itself. Never copies more than one window ahead of its reader.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from atelier.guest_protocol.frames import CLOSED_DONE, CLOSED_RESET
+from atelier.guest_protocol.multiplexer import Stream
+
+StreamServer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+_READER_LIMIT_BYTES: Final = 256 * 1024
+_WRITE_HIGH_BYTES: Final = 256 * 1024
+
+
+class LocalTransport(asyncio.Transport):
+    """Both the StreamEnd of one stream and the transport of one asyncio protocol."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Stream, protocol: asyncio.Protocol) -> None:
+        super().__init__({"peername": ("guest-channel", stream.identifier), "sockname": ("guest-channel", stream.port)})
+        self._loop = loop
+        self._stream = stream
+        self._protocol = protocol
+        self._paused = False
+        self._held_bytes = 0
+        self._pending: deque[memoryview] = deque()
+        self._pending_bytes = 0
+        self._high_bytes = _WRITE_HIGH_BYTES
+        self._low_bytes = _WRITE_HIGH_BYTES // 4
+        self._protocol_paused = False
+        self._end_asked = False
+        self._closing = False
+        self._lost = False
+        protocol.connection_made(self)
+
+    # The stream's side.
+
+    def opened(self) -> None:
+        raise RuntimeError("the guest opens no streams")
+
+    def received(self, payload: memoryview) -> None:
+        count = len(payload)
+        if self._closing:
+            self._stream.consumed(count)
+            return
+        self._protocol.data_received(payload)  # type: ignore[arg-type]
+        if self._paused:
+            self._held_bytes += count
+        else:
+            self._stream.consumed(count)
+
+    def received_end(self) -> None:
+        if not self._closing and not self._protocol.eof_received():
+            self.close()
+
+    def closed(self, reason: int) -> None:
+        self._lose(None if reason == CLOSED_DONE else ConnectionResetError("the stream was reset"))
+
+    def may_send(self) -> None:
+        while self._pending:
+            room = self._stream.sendable_bytes()
+            if room == 0:
+                break
+            first = self._pending[0]
+            if len(first) <= room:
+                self._stream.send(first)
+                self._pending.popleft()
+                self._pending_bytes -= len(first)
+            else:
+                self._stream.send(first[:room])
+                self._pending[0] = first[room:]
+                self._pending_bytes -= room
+        if self._protocol_paused and self._pending_bytes <= self._low_bytes:
+            self._protocol_paused = False
+            self._protocol.resume_writing()
+        if not self._pending:
+            if self._closing:
+                self._stream.close(CLOSED_DONE)
+                self._lose(None)
+            elif self._end_asked:
+                self._stream.send_end()
+
+    def _lose(self, error: Exception | None) -> None:
+        self._closing = True
+        self._pending.clear()
+        self._pending_bytes = 0
+        if not self._lost:
+            self._lost = True
+            self._loop.call_soon(self._protocol.connection_lost, error)
+
+    # The protocol's side: asyncio.Transport.
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._closing or self._end_asked or not data:
+            return
+        stream = self._stream
+        if not self._pending:
+            room = stream.sendable_bytes()
+            if len(data) <= room:
+                stream.send(data if not isinstance(data, bytearray) else memoryview(data))
+                return
+        # What waits must be ours: the caller may reuse its memory.
+        kept = memoryview(data if isinstance(data, bytes) else bytes(data))
+        self._pending.append(kept)
+        self._pending_bytes += len(kept)
+        self.may_send()
+        if self._pending_bytes > self._high_bytes and not self._protocol_paused:
+            self._protocol_paused = True
+            self._protocol.pause_writing()
+
+    def writelines(self, list_of_data: Any) -> None:
+        for data in list_of_data:
+            self.write(data)
+
+    def write_eof(self) -> None:
+        if not self._end_asked and not self._closing:
+            self._end_asked = True
+            self.may_send()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self._closing:
+            self._closing = True
+            self.may_send()
+
+    def abort(self) -> None:
+        if not self._lost:
+            self._stream.close(CLOSED_RESET)
+            self._lose(None)
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def pause_reading(self) -> None:
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        self._paused = False
+        held, self._held_bytes = self._held_bytes, 0
+        if held:
+            self._stream.consumed(held)
+
+    def is_reading(self) -> bool:
+        return not self._paused and not self._closing
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self._high_bytes = _WRITE_HIGH_BYTES if high is None else high
+        self._low_bytes = self._high_bytes // 4 if low is None else low
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return self._low_bytes, self._high_bytes
+
+    def get_write_buffer_size(self) -> int:
+        return self._pending_bytes
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        if not isinstance(protocol, asyncio.Protocol):
+            raise TypeError("a streaming protocol is needed")
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+
+def serve_locally(loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer) -> None:
+    """Hand ``stream`` to ``server`` in a task of its own; what it raises is written to stderr and ends its stream."""
+
+    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await server(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except Exception:
+            traceback.print_exc(file=sys.stderr)
+            writer.transport.abort()
+        finally:
+            writer.close()
+
+    reader = asyncio.StreamReader(limit=_READER_LIMIT_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, run, loop=loop)
+    stream.accept()
+    stream.end = LocalTransport(loop, stream, protocol)

@@ -1,0 +1,466 @@
+"""One end of one guest channel: many streams over one port, each with its own flow control. Pure, no I/O, no clock.
+
+The gateway (which opens streams) and the guest agent (which accepts them) each hold one ``Multiplexer`` per port, put
+received bytes into ``receive_buffer``, call ``process()``, and write what ``next_chunk()`` gives. Below it lies
+``frames``; above it whatever implements ``StreamEnd``. It must never trust the peer: every rule of the protocol is
+checked, what breaks one raises ProtocolViolation, and what is kept for a peer is bounded (streams by ``max_streams``,
+bytes by the windows). A violation ends the epoch; the owner of the port decides what comes then.
+
+Flow control: each side may send INITIAL_WINDOW_BYTES per stream unasked; the receiver returns credit with WINDOW as
+its own reader takes the bytes, and once, for a stream that is really read, widens the window. A stream ends when
+both sides have sent CLOSE; until then its number stays known, so a frame for an unknown number is a violation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from atelier.guest_protocol.frames import (
+    CLOSE,
+    CLOSE_REASON_NAMES,
+    CLOSED_BUSY,
+    CLOSED_DONE,
+    CLOSED_RESET,
+    DATA,
+    EOF,
+    FRAME_HEADER,
+    GREETING_EPOCH,
+    HEADER_BYTES,
+    MAGIC,
+    MAX_FRAME_BYTES,
+    MAX_PAYLOAD_BYTES,
+    OPEN,
+    OPENED,
+    TRAILER,
+    TRAILER_BYTES,
+    WINDOW,
+    Greeting,
+    LostSync,
+    ProtocolViolation,
+    ReceiveBuffer,
+    epoch_of,
+    trailer_of,
+)
+
+INITIAL_WINDOW_BYTES: Final = 256 * 1024
+FULL_WINDOW_BYTES: Final = 1024 * 1024
+MIN_CREDIT_BYTES: Final = 16 * 1024
+"""A WINDOW frame gives at least this much, so that a flood of them is a violation."""
+WIDENED_BUDGET_BYTES: Final = 32 * 1024 * 1024
+"""How much all streams of one channel together may be widened beyond their initial windows."""
+
+_OUTPUT_HIGH_BYTES: Final = 2 * MAX_FRAME_BYTES
+_OUTPUT_LOW_BYTES: Final = MAX_FRAME_BYTES
+_GATHER_BYTES: Final = 32 * 1024
+
+
+class StreamEnd(Protocol):
+    """What sits on a stream on this side. Called by the multiplexer; must not block, must not raise."""
+
+    def opened(self) -> None:
+        """The peer accepted the stream (only where it was opened from here)."""
+        ...
+
+    def received(self, payload: memoryview) -> None:
+        """Bytes, valid during this call only. ``Stream.consumed`` is due once they have been passed on."""
+        ...
+
+    def received_end(self) -> None:
+        """Nothing more will come; sending still works."""
+        ...
+
+    def closed(self, reason: int) -> None:
+        """The last call: the peer closed the stream (CLOSED_DONE: what came before is to be passed on still)
+        or the epoch is over (CLOSED_RESET)."""
+        ...
+
+    def may_send(self) -> None:
+        """``sendable_bytes`` has answered 0 before and is worth asking again."""
+        ...
+
+
+class Stream:
+    """One stream, as its StreamEnd sees it. All methods do nothing once it is closed."""
+
+    __slots__ = (
+        "_multiplexer",
+        "_receive_credit",
+        "_send_credit",
+        "_unreturned",
+        "_waiting",
+        "_wide",
+        "close_sent",
+        "end",
+        "end_received",
+        "end_sent",
+        "identifier",
+        "opened",
+        "peer_may_speak",
+        "port",
+    )
+
+    def __init__(self, multiplexer: Multiplexer, identifier: int, port: int, *, opened_by_peer: bool) -> None:
+        self._multiplexer = multiplexer
+        self.identifier = identifier
+        self.port = port
+        self.end: StreamEnd | None = None
+        self.opened = False
+        self.peer_may_speak = opened_by_peer
+        """The side that opens a stream may send at once, the other one after its OPENED."""
+        self.end_sent = False
+        self.end_received = False
+        self.close_sent = False
+        self._send_credit = INITIAL_WINDOW_BYTES
+        self._receive_credit = INITIAL_WINDOW_BYTES
+        self._unreturned = 0
+        self._wide = False
+        self._waiting = False
+
+    def sendable_bytes(self) -> int:
+        """How much ``send`` takes now, at most one frame's payload. After 0, ``may_send`` will be called."""
+        if self.end_sent or self.close_sent:
+            return 0
+        if self._multiplexer.output_bytes >= _OUTPUT_HIGH_BYTES:
+            self._multiplexer.wait_for_room(self)
+            return 0
+        return min(self._send_credit, MAX_PAYLOAD_BYTES)
+
+    def send(self, payload: bytes | memoryview) -> None:
+        """Send 1 to ``sendable_bytes()`` bytes."""
+        length = len(payload)
+        if self.end_sent or self.close_sent:
+            return
+        if not 0 < length <= min(self._send_credit, MAX_PAYLOAD_BYTES):
+            raise ValueError("more than the stream may send now")
+        self._send_credit -= length
+        self._multiplexer.put_data(self.identifier, payload, length)
+
+    def send_end(self) -> None:
+        """No more bytes from here. If the peer has said so too, this closes the stream."""
+        if self.end_sent or self.close_sent:
+            return
+        self.end_sent = True
+        if self.end_received:
+            self._send_close(CLOSED_DONE)
+        else:
+            self._multiplexer.put(EOF, self.identifier)
+
+    def close(self, reason: int = CLOSED_DONE) -> None:
+        """Neither send nor read any more. No call to ``end`` follows."""
+        self.end = None
+        self._send_close(reason)
+
+    def accept(self) -> None:
+        """Answer an OPEN of the peer's with yes."""
+        if not self.opened and not self.close_sent:
+            self.opened = True
+            self._multiplexer.put(OPENED, self.identifier)
+
+    def consumed(self, count: int) -> None:
+        """``count`` received bytes have been passed on: give their credit back, a quarter window at a time."""
+        if self.end_received or self.close_sent:
+            return
+        self._unreturned += count
+        if self._unreturned < (FULL_WINDOW_BYTES if self._wide else INITIAL_WINDOW_BYTES) // 4:
+            return
+        credit = self._unreturned
+        self._unreturned = 0
+        if not self._wide and self._multiplexer.take_widening():
+            # Only a stream that is read gets here: one whose reader stalls keeps the small window.
+            self._wide = True
+            credit += FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
+        self._receive_credit += credit
+        self._multiplexer.put(WINDOW, self.identifier, credit)
+
+    def _send_close(self, reason: int) -> None:
+        if not self.close_sent:
+            self.close_sent = True
+            self.end_sent = True
+            self._multiplexer.put(CLOSE, self.identifier, 0, reason)
+
+    # What follows is called by the multiplexer alone.
+
+    def take_data(self, payload: memoryview, length: int) -> None:
+        if not self.peer_may_speak:
+            raise ProtocolViolation("DATA before the stream was opened")
+        if self.end_received:
+            raise ProtocolViolation("DATA after the end of the stream")
+        if length > self._receive_credit:
+            raise ProtocolViolation("DATA beyond the window")
+        self._receive_credit -= length
+        if self.end is not None:
+            self.end.received(payload)
+
+    def take_end(self) -> None:
+        if not self.peer_may_speak or self.end_received:
+            raise ProtocolViolation("EOF out of place")
+        self.end_received = True
+        if self.end_sent:
+            self._send_close(CLOSED_DONE)
+        if self.end is not None:
+            self.end.received_end()
+
+    def take_credit(self, credit: int) -> None:
+        if not self.peer_may_speak or credit < MIN_CREDIT_BYTES or self._send_credit + credit > FULL_WINDOW_BYTES:
+            raise ProtocolViolation("a WINDOW out of bounds")
+        was_empty = self._send_credit == 0
+        self._send_credit += credit
+        if was_empty and self.end is not None:
+            self.end.may_send()
+
+    def take_opened(self) -> None:
+        if self.opened:
+            raise ProtocolViolation("OPENED twice")
+        self.opened = self.peer_may_speak = True
+        if self.end is not None:
+            self.end.opened()
+
+    def take_close(self, reason: int) -> None:
+        self._send_close(CLOSED_DONE)
+        self.end_received = True
+        if self._wide:
+            self._multiplexer.give_widening_back()
+        end, self.end = self.end, None
+        if end is not None:
+            end.closed(reason)
+
+    def room(self) -> None:
+        self._waiting = False
+        if self.end is not None:
+            self.end.may_send()
+
+    def start_waiting(self) -> bool:
+        """True if the stream was not waiting for room yet."""
+        was_waiting, self._waiting = self._waiting, True
+        return not was_waiting
+
+
+class Multiplexer:
+    """One end of a channel. ``on_output`` is called when there is something to write where there was nothing.
+
+    ``accept`` (the guest's side) gets each stream that the peer opens, sets its ``end``, and answers sooner or later
+    with ``accept()`` or ``close(reason)``; the host's side has none, and an OPEN from its peer is a violation.
+    ``on_greeting`` gets each greeting; it may call ``begin_epoch`` or ``end_epoch``, or raise ProtocolViolation.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_output: Callable[[], None],
+        on_greeting: Callable[[Greeting], None],
+        accept: Callable[[Stream], None] | None = None,
+        max_streams: int = 1024,
+        buffer_bytes: int = 4 * MAX_FRAME_BYTES,
+    ) -> None:
+        self._on_output = on_output
+        self._on_greeting = on_greeting
+        self._accept = accept
+        self._max_streams = max_streams
+        self.receive_buffer = ReceiveBuffer(buffer_bytes)
+        self.epoch = 0
+        self.skipped_bytes = 0
+        """Bytes skipped outside any epoch since the last call of ``begin_epoch`` or ``end_epoch``."""
+        self.skipped_only_zeros = True
+        self.output_bytes = 0
+        self.frames_received = 0
+        self._trailer = TRAILER.pack(0)
+        self._streams: dict[int, Stream] = {}
+        self._last_identifier = 0
+        self._widened_bytes = 0
+        self._output: deque[bytes] = deque()
+        self._chunk: memoryview | None = None
+        self._waiting: deque[Stream] = deque()
+
+    @property
+    def stream_count(self) -> int:
+        return len(self._streams)
+
+    def begin_epoch(self, nonce: bytes) -> None:
+        """Reset all streams, forget unsent output, speak under the epoch of ``nonce`` from now on."""
+        self.end_epoch()
+        self.epoch = epoch_of(nonce)
+        self._trailer = TRAILER.pack(trailer_of(self.epoch))
+
+    def end_epoch(self) -> None:
+        """Reset all streams, forget unsent output, and skip all input up to the next greeting."""
+        self.epoch = 0
+        self.skipped_bytes = 0
+        self.skipped_only_zeros = True
+        streams, self._streams = self._streams, {}
+        self._last_identifier = 0
+        self._widened_bytes = 0
+        self._waiting.clear()
+        for stream in streams.values():
+            stream.close_sent = stream.end_sent = True
+            end, stream.end = stream.end, None
+            if end is not None:
+                end.closed(CLOSED_RESET)
+        self._output.clear()
+        self._chunk = None
+        self.output_bytes = 0
+
+    def open(self, port: int, end: StreamEnd) -> Stream | None:
+        """Open a stream to the peer's ``port`` (1 to 65535); None if there are too many, or no epoch. Bytes may be
+        sent at once; whether the peer takes the stream is told to ``end``."""
+        if not self.epoch or len(self._streams) >= self._max_streams or self._last_identifier >= 0xFFFFFFFF:
+            return None
+        self._last_identifier += 1
+        stream = self._streams[self._last_identifier] = Stream(self, self._last_identifier, port, opened_by_peer=False)
+        stream.end = end
+        self.put(OPEN, stream.identifier, port)
+        return stream
+
+    def process(self, max_frames: int = 1 << 30) -> bool:
+        """Take up to ``max_frames`` frames from the receive buffer. True if it stopped for their number.
+
+        Raises ProtocolViolation (the owner then calls ``end_epoch``), LostSync when an epoch is open and what follows
+        is no frame (likewise).
+        """
+        buffer = self.receive_buffer
+        memory, view = buffer.memory, buffer.view
+        unpack, header_bytes = FRAME_HEADER.unpack_from, HEADER_BYTES
+        streams = self._streams
+        for _ in range(max_frames):
+            start = buffer.start
+            if not self.epoch:
+                if not self._scan():
+                    return False
+                streams = self._streams
+                continue
+            available = buffer.end - start
+            if available < header_bytes:
+                return False
+            epoch, kind, reason, identifier, value, magic = unpack(memory, start)
+            if epoch != self.epoch or magic != MAGIC:
+                if epoch != GREETING_EPOCH:
+                    raise LostSync("not a frame of this epoch")
+                greeting = buffer.take_greeting()
+                if greeting is None:
+                    return False
+                self._on_greeting(greeting)
+                streams = self._streams
+                continue
+            self.frames_received += 1
+            if kind == DATA:
+                if not 0 < value <= MAX_PAYLOAD_BYTES:
+                    raise ProtocolViolation("DATA of a length that does not exist")
+                stream = streams.get(identifier)
+                if stream is None:
+                    raise ProtocolViolation("a frame for an unknown stream")
+                payload_start = start + header_bytes
+                payload_end = payload_start + value
+                if buffer.end < payload_end + TRAILER_BYTES:
+                    self.frames_received -= 1
+                    return False
+                if not memory.startswith(self._trailer, payload_end):
+                    raise LostSync("a payload without its trailer")
+                buffer.start = payload_end + TRAILER_BYTES
+                stream.take_data(view[payload_start:payload_end], value)
+                continue
+            buffer.start = start + header_bytes
+            if kind == OPEN:
+                self._take_open(identifier, value)
+                continue
+            stream = streams.get(identifier)
+            if stream is None:
+                raise ProtocolViolation("a frame for an unknown stream")
+            if kind == WINDOW:
+                stream.take_credit(value)
+            elif kind == EOF:
+                stream.take_end()
+            elif kind == CLOSE:
+                if reason >= len(CLOSE_REASON_NAMES):
+                    raise ProtocolViolation("an unknown reason")
+                del streams[identifier]
+                stream.take_close(reason)
+            elif kind == OPENED and self._accept is None:
+                stream.take_opened()
+            else:
+                raise ProtocolViolation("an unknown kind of frame")
+        return True
+
+    def _scan(self) -> bool:
+        greeting, skipped, only_zeros = self.receive_buffer.scan_for_greeting()
+        self.skipped_bytes += skipped
+        if not only_zeros:
+            self.skipped_only_zeros = False
+        if greeting is not None:
+            self._on_greeting(greeting)
+        return greeting is not None or skipped > 0
+
+    def _take_open(self, identifier: int, port: int) -> None:
+        if self._accept is None or identifier != self._last_identifier + 1 or not 0 < port < 65536:
+            raise ProtocolViolation("an OPEN out of place")
+        self._last_identifier = identifier
+        stream = self._streams[identifier] = Stream(self, identifier, port, opened_by_peer=True)
+        if len(self._streams) > self._max_streams:
+            stream.close(CLOSED_BUSY)
+        else:
+            self._accept(stream)
+
+    # Output.
+
+    def put(self, kind: int, identifier: int, value: int = 0, reason: int = 0) -> None:
+        """Queue a frame without payload."""
+        if self.epoch:
+            self._append(FRAME_HEADER.pack(self.epoch, kind, reason, identifier, value, MAGIC))
+
+    def put_data(self, identifier: int, payload: bytes | memoryview, length: int) -> None:
+        header = FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC)
+        self._append(b"".join((header, payload, self._trailer)))
+
+    def put_raw(self, data: bytes) -> None:
+        """Queue padding or a greeting."""
+        self._append(data)
+
+    def _append(self, data: bytes) -> None:
+        was_empty = self.output_bytes == 0
+        self._output.append(data)
+        self.output_bytes += len(data)
+        if was_empty:
+            self._on_output()
+
+    def next_chunk(self) -> memoryview | None:
+        """The bytes to write next (small frames joined), None if there are none. ``wrote`` says how many were."""
+        if self._chunk is None and self._output:
+            output = self._output
+            first = output.popleft()
+            if output and len(first) + len(output[0]) <= _GATHER_BYTES:
+                pieces, size = [first], len(first)
+                while output and size + len(output[0]) <= _GATHER_BYTES:
+                    size += len(output[0])
+                    pieces.append(output.popleft())
+                first = b"".join(pieces)
+            self._chunk = memoryview(first)
+        return self._chunk
+
+    def wrote(self, count: int) -> None:
+        chunk = self._chunk
+        if chunk is None or count > len(chunk):
+            raise ValueError("more written than was given")
+        self.output_bytes -= count
+        self._chunk = chunk[count:] if count < len(chunk) else None
+
+    def offer_room(self) -> None:
+        """Let streams that wait for room in the output go on, in turn. The port's owner calls it after writing."""
+        if self.output_bytes > _OUTPUT_LOW_BYTES:
+            return
+        for _ in range(len(self._waiting)):
+            if not self._waiting or self.output_bytes >= _OUTPUT_HIGH_BYTES:
+                return
+            self._waiting.popleft().room()
+
+    def wait_for_room(self, stream: Stream) -> None:
+        if stream.start_waiting():
+            self._waiting.append(stream)
+
+    def take_widening(self) -> bool:
+        if self._widened_bytes >= WIDENED_BUDGET_BYTES:
+            return False
+        self._widened_bytes += FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
+        return True
+
+    def give_widening_back(self) -> None:
+        self._widened_bytes -= FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
