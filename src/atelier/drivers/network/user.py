@@ -1,0 +1,21 @@
+"""QEMU's own user-mode network, closed: the guest has a network card, and nothing answers on it but QEMU itself.
+
+Chosen by ``manager.wiring`` where no bridge can be had. It holds nothing on the host, so a slot is only words.
+"""
+
+from __future__ import annotations
+
+from atelier.drivers.network.addresses import mac_address_of
+from atelier.model.machine import NetworkAttachment
+
+
+class UserNetwork:
+    @property
+    def name(self) -> str:
+        return "user"
+
+    async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
+        return NetworkAttachment("user_restricted", mac_address_of(sandbox_id))
+
+    async def ensure_slot_absent(self, sandbox_id: str) -> None:
+        """There is nothing to give back: the network ends with the VMM."""

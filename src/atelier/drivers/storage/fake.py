@@ -1,0 +1,70 @@
+"""Storage that keeps its volumes as words in memory. For mock mode and tests; faults by ``faults``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from atelier.drivers.faults import Faults
+from atelier.model.errors import DiskFullError, InvalidRequestError
+from atelier.model.ids import is_sandbox_id
+from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeRequest
+
+_MIB = 1024 * 1024
+_NEW_VOLUME_BYTES = 200 * 1024
+
+
+class FakeStorage:
+    """``base_size_mib`` is the size that every base has; ``capacity_bytes`` is what new volumes share."""
+
+    def __init__(
+        self, faults: Faults | None = None, *, base_size_mib: int = 1, capacity_bytes: int = 1024 * 1024 * _MIB
+    ) -> None:
+        self.faults = faults or Faults()
+        self.base_size_mib = base_size_mib
+        self.capacity_bytes = capacity_bytes
+        self.volumes: dict[str, Disk] = {}
+
+    @property
+    def name(self) -> str:
+        return "fake"
+
+    async def ensure_volume(self, request: VolumeRequest) -> Disk:
+        await self.faults.before("ensure_volume")
+        _check_id(request.sandbox_id)
+        if request.size_mib < self.base_size_mib:
+            raise InvalidRequestError(
+                f"a disk of {request.size_mib} MiB is too small for the image, which needs {self.base_size_mib} MiB",
+                code="disk_too_small",
+                hint=f"ask for a disk of at least {self.base_size_mib} MiB",
+            )
+        if request.sandbox_id not in self.volumes:
+            if self._free_bytes() < _NEW_VOLUME_BYTES:
+                raise DiskFullError("no space left while creating the volume", hint="remove sandboxes, then try again")
+            top = DiskFile(Path("/nonexistent") / f"{request.sandbox_id}.qcow2", "qcow2")
+            self.volumes[request.sandbox_id] = Disk(ROOT_DISK_SERIAL, top, (request.base,))
+        return self.volumes[request.sandbox_id]
+
+    async def ensure_volume_absent(self, sandbox_id: str) -> None:
+        await self.faults.before("ensure_volume_absent")
+        _check_id(sandbox_id)
+        self.volumes.pop(sandbox_id, None)
+
+    async def list_volumes(self) -> list[str]:
+        await self.faults.before("list_volumes")
+        return sorted(self.volumes)
+
+    async def used_bytes(self, sandbox_id: str) -> int:
+        await self.faults.before("used_bytes")
+        return _NEW_VOLUME_BYTES if sandbox_id in self.volumes else 0
+
+    async def free_bytes(self) -> int:
+        await self.faults.before("free_bytes")
+        return self._free_bytes()
+
+    def _free_bytes(self) -> int:
+        return max(0, self.capacity_bytes - len(self.volumes) * _NEW_VOLUME_BYTES)
+
+
+def _check_id(sandbox_id: str) -> None:
+    if not is_sandbox_id(sandbox_id):
+        raise InvalidRequestError(f"{sandbox_id!r} is not a sandbox id", code="invalid_id")

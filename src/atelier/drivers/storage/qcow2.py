@@ -1,0 +1,121 @@
+"""Volumes as qcow2 overlays: a few hundred KiB at first, growing by what the guest writes, over a read-only base.
+
+Used by the lifecycle in ``local`` mode. Owns ``volumes_dir`` (mode 0700, files 0600: the VMM receives opened
+descriptors). It never writes to a base, and relies on bases never changing: they are named by their content.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from atelier.host import command
+from atelier.host.files import disk_full, disk_full_as_error, ensure_private_folder, free_bytes
+from atelier.model.errors import CommandError, HostError, InvalidRequestError
+from atelier.model.ids import is_sandbox_id
+from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeRequest
+
+_SUFFIX = ".qcow2"
+_UNFINISHED_SUFFIX = ".qcow2.new"
+_MIB = 1024 * 1024
+_QCOW2_MAGIC = b"QFI\xfb"
+
+
+class Qcow2Storage:
+    def __init__(self, volumes_dir: Path) -> None:
+        self._volumes_dir = volumes_dir.absolute()
+
+    @property
+    def name(self) -> str:
+        return "qcow2"
+
+    async def ensure_volume(self, request: VolumeRequest) -> Disk:
+        base = DiskFile(request.base.path.absolute(), request.base.format)
+        base_bytes = _virtual_size_bytes(base)
+        size_bytes = request.size_mib * _MIB
+        if size_bytes < base_bytes:
+            raise InvalidRequestError(
+                f"a disk of {request.size_mib} MiB is too small for the image, which needs "
+                f"{-(-base_bytes // _MIB)} MiB",
+                code="disk_too_small",
+                hint=f"ask for a disk of at least {-(-base_bytes // _MIB)} MiB",
+            )
+        ensure_private_folder(self._volumes_dir)
+        volume = self._volume(request.sandbox_id)
+        if not volume.exists():
+            await self._create(volume, base, size_bytes)
+        return Disk(ROOT_DISK_SERIAL, DiskFile(volume, "qcow2"), (base,))
+
+    async def _create(self, volume: Path, base: DiskFile, size_bytes: int) -> None:
+        unfinished = volume.with_suffix(_UNFINISHED_SUFFIX)
+        doing = f"creating the volume {volume}"
+        try:
+            with disk_full_as_error(doing):
+                unfinished.unlink(missing_ok=True)
+                # Made here, so that its mode is right from the first instant.
+                os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            await command.run(
+                # -u: do not open the base; its size is known and stated.
+                [
+                    *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
+                    *("-F", base.format, "-b", str(base.path), str(unfinished), str(size_bytes)),
+                ],
+                environment={"LC_ALL": "C"},
+                package_hint="qemu-utils",
+            )
+            with disk_full_as_error(doing):
+                # A volume that has its name is whole.
+                unfinished.rename(volume)
+        except CommandError as error:
+            unfinished.unlink(missing_ok=True)
+            if "No space left on device" in error.message or "Disk quota exceeded" in error.message:
+                raise disk_full(doing) from error
+            raise
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    async def ensure_volume_absent(self, sandbox_id: str) -> None:
+        volume = self._volume(sandbox_id)
+        volume.unlink(missing_ok=True)
+        volume.with_suffix(_UNFINISHED_SUFFIX).unlink(missing_ok=True)
+
+    async def list_volumes(self) -> list[str]:
+        if not self._volumes_dir.is_dir():
+            return []
+        names = (entry.name for entry in os.scandir(self._volumes_dir))
+        ids = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
+        return sorted(sandbox_id for sandbox_id in ids if is_sandbox_id(sandbox_id))
+
+    async def used_bytes(self, sandbox_id: str) -> int:
+        try:
+            # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
+            return self._volume(sandbox_id).stat().st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
+    async def free_bytes(self) -> int:
+        ensure_private_folder(self._volumes_dir)
+        return free_bytes(self._volumes_dir)
+
+    def _volume(self, sandbox_id: str) -> Path:
+        if not is_sandbox_id(sandbox_id):
+            raise InvalidRequestError(f"{sandbox_id!r} is not a sandbox id", code="invalid_id")
+        return self._volumes_dir / f"{sandbox_id}{_SUFFIX}"
+
+
+def _virtual_size_bytes(disk: DiskFile) -> int:
+    """Size of the disk that the file holds. Raises HostError (``base_missing``, ``base_damaged``)."""
+    try:
+        if disk.format == "raw":
+            return disk.path.stat().st_size
+        with disk.path.open("rb") as file:
+            header = file.read(32)
+    except FileNotFoundError as error:
+        raise HostError(
+            f"the base image {disk.path} is missing", code="base_missing", hint="build the image again"
+        ) from error
+    if len(header) < 32 or header[:4] != _QCOW2_MAGIC:
+        raise HostError(f"{disk.path} is not a qcow2 file", code="base_damaged", hint="build the image again")
+    # Source: QEMU docs/interop/qcow2.txt, bytes 24 to 31.
+    return int.from_bytes(header[24:32], "big")
