@@ -216,8 +216,11 @@ def _privilege_dropper(user: ProcessUser | None) -> list[str]:
     ]
 
 
-async def kill_and_wait(identity: ProcessIdentity, timeout_seconds: float = 10.0) -> None:
+async def kill_and_wait(
+    identity: ProcessIdentity, timeout_seconds: float = 10.0, *, signal_number: int = signal.SIGKILL
+) -> None:
     """Kill exactly this process and return when it is dead. Another one that bears its pid is left alone.
+    ``signal_number`` may be SIGTERM for a program that ends itself in order.
 
     Raises HostError (``process_not_ours``) without the right to, TimeoutExceededError if it does not die (it hangs in
     the kernel).
@@ -227,7 +230,7 @@ async def kill_and_wait(identity: ProcessIdentity, timeout_seconds: float = 10.0
         return
     try:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(descriptor, signal_number)
         async with asyncio.timeout(timeout_seconds):
             await _readable(descriptor)
     except PermissionError as error:
@@ -238,7 +241,7 @@ async def kill_and_wait(identity: ProcessIdentity, timeout_seconds: float = 10.0
         ) from error
     except TimeoutError as error:
         raise TimeoutExceededError(
-            f"process {identity.pid} did not die within {timeout_seconds:g} s of SIGKILL",
+            f"process {identity.pid} did not die within {timeout_seconds:g} s of {signal.Signals(signal_number).name}",
             hint="it hangs in the kernel; see dmesg",
         ) from error
     finally:

@@ -1,0 +1,68 @@
+"""Puts the application together: routes, error form, gate, documentation page."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+
+import atelier
+from atelier.api import errors
+from atelier.api.authentication import Application, Gate
+from atelier.api.routes import events, images, processes, sandboxes, terminals
+from atelier.api.routes import files as file_routes
+from atelier.api.services import Services
+from atelier.schemas.errors import ErrorBody
+from atelier.schemas.health import Health
+
+API_PREFIX = "/api/v1"
+_DESCRIPTION = """Self-hosted microVM sandboxes. Every route but `/health` and this page wants
+`Authorization: Bearer <key>`. Errors always have the form `{code, message, hint}`."""
+
+
+def describe_api() -> FastAPI:
+    """The routes without anything behind them: enough for the OpenAPI document."""
+    app = FastAPI(
+        title="Atelier",
+        version=atelier.__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    errors.install(app)
+    api = APIRouter(prefix=API_PREFIX)
+    for module in (sandboxes, processes, terminals, file_routes, images, events):
+        api.include_router(module.router)
+    app.include_router(api)
+    return app
+
+
+def create_application(services: Services, token: str, host_names: frozenset[str] = frozenset()) -> Application:
+    """The ASGI application. ``token``: the bearer that every route but the open ones wants."""
+    app = describe_api()
+    app.state.services = services
+
+    @app.get("/health", operation_id="get_health", tags=["health"])
+    async def get_health() -> Health:
+        """Whether the manager answers, and which one it is."""
+        return Health(status="ok", version=atelier.__version__, mode=services.mode)
+
+    # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
+    # nobody else learns who reads it.
+    app.mount("/docs/assets", StaticFiles(directory=str(files("fastapi_offline") / "static")))
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_documentation() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="Atelier API",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="/docs/assets/favicon.png",
+        )
+
+    return Gate(app, token, host_names)

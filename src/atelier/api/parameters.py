@@ -1,0 +1,38 @@
+"""Parameters that several routes share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Path, Query, Request
+
+from atelier.api.services import Services
+from atelier.model.errors import InvalidRequestError
+from atelier.services.guest_sessions import GuestSession, check_path
+
+SandboxReference = Annotated[str, Path(description="id or name of the sandbox", max_length=64)]
+GuestUser = Annotated[str, Query(description="user in the guest; empty: the image's default user", max_length=32)]
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+def session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
+    """The running sandbox that the path names."""
+    return services_of(request).sessions.enter(sandbox)
+
+
+def guest_path(
+    request: Request,
+    path: Annotated[str, Query(description="path in the guest; percent-encoded bytes, so that any name can be said")],
+) -> bytes:
+    """The exact bytes of ``?path=``: the parsed query has lost what is no UTF-8."""
+    for pair in request.url.query.split("&"):
+        name, _, value = pair.partition("=")
+        if name == "path":
+            return check_path(unquote_to_bytes(value.replace("+", " ")))
+    raise InvalidRequestError("the query has no path", code="invalid_path", hint="add ?path=/absolute/or/relative")

@@ -1,0 +1,33 @@
+"""The event stream: what happened to sandboxes and images, resumable after a break."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import StreamingResponse
+
+from atelier.api.parameters import services_of
+from atelier.api.streams import server_sent_events
+from atelier.model.errors import InvalidRequestError
+
+router = APIRouter(tags=["events"])
+
+
+@router.get(
+    "/events",
+    operation_id="stream_events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events."}},
+)
+async def stream_events(
+    request: Request,
+    sandbox: Annotated[str, Query(max_length=64, description="only events of this sandbox (its id)")] = "",
+    last_event_id: Annotated[str, Header()] = "",
+) -> StreamingResponse:
+    """Follow events. With `Last-Event-ID` the stream goes on behind that event; without, it begins now. Where events
+    in between are no longer kept, the first event is `stream.gap`."""
+    if last_event_id and not last_event_id.isdigit():
+        raise InvalidRequestError(f"Last-Event-ID is {last_event_id!r}", hint="send the id of an event, a number")
+    after = int(last_event_id) if last_event_id else None
+    return server_sent_events(services_of(request).events.follow(after, sandbox))

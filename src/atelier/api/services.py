@@ -1,0 +1,19 @@
+"""The services that routes call, in one value; made by ``manager.wiring``, kept in the application's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atelier.services.events import EventService
+from atelier.services.guest_sessions import GuestSessions
+from atelier.services.images import ImageService
+from atelier.services.sandboxes import SandboxService
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    sandboxes: SandboxService
+    sessions: GuestSessions
+    images: ImageService
+    events: EventService
+    mode: str
