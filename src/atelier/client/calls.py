@@ -1,0 +1,462 @@
+"""Every route of the manager, said once and without I/O: what is sent, and how the answer is read.
+
+``connection.py`` carries a ``Call`` out, blocking or on asyncio; ``sandbox.py`` and ``files.py`` give it to people.
+``operation`` reads on from "could not": it names what was tried and on what, for error messages.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from atelier.client.addresses import RemotePath, encode_query, encode_segment, path_to_bytes
+from atelier.client.errors import error_from_body, invalid_arguments, not_understood
+from atelier.model.errors import InvalidRequestError
+from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessStarted
+from atelier.schemas.errors import ErrorBody
+from atelier.schemas.files import FileEntry, FileList, MoveRequest
+from atelier.schemas.health import Health
+from atelier.schemas.images import BuildDoneEvent, BuildEvent, BuildImageRequest, BuildProgressEvent, ImageList
+from atelier.schemas.processes import (
+    EndedEvent,
+    ExecEvent,
+    ExecRequest,
+    FailedEvent,
+    OutputEvent,
+    ProcessList,
+    RunRequest,
+    RunResult,
+    SignalRequest,
+    StartedEvent,
+)
+from atelier.schemas.sandboxes import CreateSandboxRequest, Sandbox, SandboxMetrics, SandboxPage
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+API = "/api/v1"
+Command = str | Sequence[str]
+"""A program with its arguments; a text is given to ``sh -c`` in the sandbox."""
+
+WAIT_AT_MOST_SECONDS = 120.0
+"""How long one request waits for a sandbox; longer waits are asked for again."""
+
+_ANSWER_TIMEOUT_SECONDS = 60.0
+_EXEC_EVENT: TypeAdapter[ExecEvent] = TypeAdapter(ExecEvent)
+_BUILD_EVENT: TypeAdapter[BuildEvent] = TypeAdapter(BuildEvent)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request. ``parse`` receives (status, whole body). ``read_timeout_seconds`` None: as long as it takes.
+    ``repeatable``: asking twice does no harm, so a broken connection is tried again."""
+
+    operation: str
+    method: str
+    path: str
+    parse: Callable[[int, bytes], T]
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    read_timeout_seconds: float | None = _ANSWER_TIMEOUT_SECONDS
+    repeatable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LineStream(Generic[T]):
+    """A request whose answer is NDJSON without end; ``parse`` reads one line (raises when it tells of a failure)."""
+
+    operation: str
+    method: str
+    path: str
+    parse: Callable[[bytes], T]
+    body: bytes | None = None
+
+
+# -- the manager itself --------------------------------------------------------------------------------------------
+
+
+def health() -> Call[Health]:
+    return Call("ask for the manager's health", "GET", "/health", _model(Health, "read its health"), repeatable=True)
+
+
+def list_images() -> Call[ImageList]:
+    return Call("list the images", "GET", f"{API}/images", _model(ImageList, "list the images"), repeatable=True)
+
+
+def build_image(name: str, *, refresh: bool) -> LineStream[BuildProgressEvent | BuildDoneEvent]:
+    operation = f"build the image {name}"
+
+    def parse(line: bytes) -> BuildProgressEvent | BuildDoneEvent:
+        try:
+            event = _BUILD_EVENT.validate_json(line)
+        except ValidationError as error:
+            raise not_understood(operation, error) from error
+        if isinstance(event, FailedEvent):
+            raise error_from_body(ErrorBody(code=event.code, message=event.message, hint=event.hint))
+        return event
+
+    path = f"{API}/images/{encode_segment(name, 'image')}/build"
+    return LineStream(operation, "POST", path, parse, _body(BuildImageRequest, operation, refresh=refresh))
+
+
+def events_path(sandbox: str) -> str:
+    return f"{API}/events" + encode_query([("sandbox", sandbox)] if sandbox else [])
+
+
+# -- sandboxes -----------------------------------------------------------------------------------------------------
+
+
+def create_sandbox(
+    *,
+    name: str | None,
+    image: str | None,
+    vcpu_count: int | None,
+    memory_mib: int | None,
+    disk_mib: int | None,
+    environment: Mapping[str, str] | None,
+    labels: Mapping[str, str] | None,
+    wait_seconds: float,
+) -> Call[Sandbox]:
+    """Ask for a sandbox. With ``wait_seconds`` > 0 the answer comes when it runs or has failed, or after that time."""
+    operation = f"create the sandbox {name}" if name else "create a sandbox"
+    asked = {
+        "name": name,
+        "image": image,
+        "vcpu_count": vcpu_count,
+        "memory_mib": memory_mib,
+        "disk_mib": disk_mib,
+        "environment": dict(environment) if environment else None,
+        "labels": dict(labels) if labels else None,
+    }
+    body = _body(CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None})
+    wait_seconds = min(wait_seconds, WAIT_AT_MOST_SECONDS)
+    query = encode_query([("wait", "true"), ("timeout_seconds", f"{wait_seconds:g}")] if wait_seconds > 0 else [])
+    return Call(
+        operation,
+        "POST",
+        f"{API}/sandboxes{query}",
+        _model(Sandbox, operation),
+        body,
+        read_timeout_seconds=wait_seconds + _ANSWER_TIMEOUT_SECONDS,
+    )
+
+
+def list_sandboxes(
+    *,
+    limit: int | None = None,
+    cursor: str | None = None,
+    state: str | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Call[SandboxPage]:
+    query: list[tuple[str, str | bytes | int]] = []
+    if limit is not None:
+        query.append(("limit", limit))
+    if cursor is not None:
+        query.append(("cursor", cursor))
+    if state is not None:
+        query.append(("state", state))
+    query.extend(("label", f"{key}={value}") for key, value in (labels or {}).items())
+    operation = "list the sandboxes"
+    return Call(
+        operation, "GET", f"{API}/sandboxes{encode_query(query)}", _model(SandboxPage, operation), repeatable=True
+    )
+
+
+def get_sandbox(sandbox: str) -> Call[Sandbox]:
+    operation = f"look up the sandbox {sandbox}"
+    return Call(operation, "GET", _sandbox(sandbox), _model(Sandbox, operation), repeatable=True)
+
+
+def delete_sandbox(sandbox: str, *, wait: bool) -> Call[None]:
+    path = _sandbox(sandbox) + encode_query([("wait", "true" if wait else "false")])
+    return Call(f"remove the sandbox {sandbox}", "DELETE", path, _nothing, read_timeout_seconds=300.0)
+
+
+def get_metrics(sandbox: str) -> Call[SandboxMetrics]:
+    operation = f"measure the sandbox {sandbox}"
+    return Call(operation, "GET", _sandbox(sandbox, "/metrics"), _model(SandboxMetrics, operation), repeatable=True)
+
+
+def read_console(sandbox: str, *, limit_bytes: int | None) -> Call[bytes]:
+    query = encode_query([("limit_bytes", limit_bytes)] if limit_bytes is not None else [])
+    path = _sandbox(sandbox, f"/console{query}")
+    return Call(f"read the console of {sandbox}", "GET", path, _bytes, repeatable=True)
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def to_arguments(command: Command) -> list[str]:
+    return ["sh", "-c", command] if isinstance(command, str) else list(command)
+
+
+def exec_process(
+    sandbox: str,
+    command: Command,
+    *,
+    environment: Mapping[str, str] | None,
+    working_directory: str,
+    user: str,
+    timeout_seconds: float | None,
+    stdin: bool,
+) -> LineStream[ProcessEvent]:
+    arguments = to_arguments(command)
+    operation = f"run {_shown(arguments)} in {sandbox}"
+    body = _body(
+        ExecRequest,
+        operation,
+        command=arguments,
+        environment=dict(environment or {}),
+        working_directory=working_directory,
+        user=user,
+        timeout_seconds=timeout_seconds,
+        stdin=stdin,
+    )
+    return LineStream(operation, "POST", _sandbox(sandbox, "/exec"), process_event_parser(operation), body)
+
+
+def attach_process(sandbox: str, pid: int) -> LineStream[ProcessEvent]:
+    operation = f"attach to process {pid} in {sandbox}"
+    return LineStream(operation, "GET", _process(sandbox, pid, "/output"), process_event_parser(operation))
+
+
+def run_process(
+    sandbox: str,
+    command: Command,
+    *,
+    environment: Mapping[str, str] | None,
+    working_directory: str,
+    user: str,
+    timeout_seconds: float | None,
+    input: str | bytes | None,
+    encoding: Literal["utf-8", "base64"],
+    output_limit_bytes: int | None,
+) -> Call[RunResult]:
+    arguments = to_arguments(command)
+    operation = f"run {_shown(arguments)} in {sandbox}"
+    fields: dict[str, object] = {
+        "command": arguments,
+        "environment": dict(environment or {}),
+        "working_directory": working_directory,
+        "user": user,
+        "timeout_seconds": timeout_seconds,
+        "encoding": encoding,
+    }
+    if isinstance(input, bytes):
+        fields["input_base64"] = base64.b64encode(input).decode("ascii")
+    elif input is not None:
+        fields["input"] = input
+    if output_limit_bytes is not None:
+        fields["output_limit_bytes"] = output_limit_bytes
+    body = _body(RunRequest, operation, **fields)
+    read_timeout = None if timeout_seconds is None else timeout_seconds + _ANSWER_TIMEOUT_SECONDS
+    path = _sandbox(sandbox, "/run")
+    return Call(operation, "POST", path, _model(RunResult, operation), body, read_timeout_seconds=read_timeout)
+
+
+def list_processes(sandbox: str) -> Call[ProcessList]:
+    operation = f"list the processes of {sandbox}"
+    return Call(operation, "GET", _sandbox(sandbox, "/processes"), _model(ProcessList, operation), repeatable=True)
+
+
+def send_input(sandbox: str, pid: int, data: bytes) -> Call[None]:
+    """Write to a process's stdin. Waits, without limit, until the process has taken it."""
+    path = _process(sandbox, pid, "/stdin")
+    operation = f"send input to process {pid} in {sandbox}"
+    return Call(operation, "POST", path, _nothing, data, headers=_OCTETS, read_timeout_seconds=None)
+
+
+def close_input(sandbox: str, pid: int) -> Call[None]:
+    operation = f"close the input of process {pid} in {sandbox}"
+    return Call(operation, "DELETE", _process(sandbox, pid, "/stdin"), _nothing)
+
+
+def send_signal(sandbox: str, pid: int, signal: str | int) -> Call[None]:
+    operation = f"send {signal} to process {pid} in {sandbox}"
+    body = _body(SignalRequest, operation, signal=signal)
+    return Call(operation, "POST", _process(sandbox, pid, "/signal"), _nothing, body)
+
+
+def terminal_path(
+    sandbox: str, *, columns: int, rows: int, command: Sequence[str], user: str, working_directory: str, pid: int | None
+) -> str:
+    query: list[tuple[str, str | bytes | int]] = [("columns", columns), ("rows", rows)]
+    if pid is not None:
+        query.append(("pid", pid))
+    query.extend(("command", argument) for argument in command)
+    if user:
+        query.append(("user", user))
+    if working_directory:
+        query.append(("working_directory", working_directory))
+    return _sandbox(sandbox, f"/pty{encode_query(query)}")
+
+
+def process_event_parser(operation: str) -> Callable[[bytes], ProcessEvent]:
+    """Reads one line of a process's stream; raises the error that a ``failed`` line tells of."""
+
+    def parse(line: bytes) -> ProcessEvent:
+        try:
+            event = _EXEC_EVENT.validate_json(line)
+            match event:
+                case StartedEvent():
+                    return ProcessStarted(event.pid)
+                case OutputEvent():
+                    return ProcessOutput(event.stream, base64.b64decode(event.data, validate=True))
+                case EndedEvent():
+                    return ProcessEnded(event.exit_code, event.status, event.error)
+                case FailedEvent():
+                    pass
+        except ValueError as error:
+            raise not_understood(operation, error) from error
+        raise error_from_body(ErrorBody(code=event.code, message=event.message, hint=event.hint))
+
+    return parse
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def files_path(sandbox: str, path: RemotePath, user: str, below: str = "") -> str:
+    """The address of a file's content (``below`` empty) or of what can be asked of a path (``/stat``, ``/archive``)."""
+    return _sandbox(sandbox, f"/files{below}") + _path_query(path, user)
+
+
+def read_file(sandbox: str, path: RemotePath, user: str, offset: int, length: int | None) -> Call[bytes]:
+    if offset < 0 or (length is not None and length < 0):
+        raise InvalidRequestError("offset and length are numbers of bytes and not negative", code="invalid_range")
+    headers: dict[str, str] = {}
+    if offset or length is not None:
+        headers["Range"] = f"bytes={offset}-" if length is None else f"bytes={offset}-{offset + length - 1}"
+    operation = f"read {shown_path(path)} in {sandbox}"
+    return Call(
+        operation,
+        "GET",
+        files_path(sandbox, path, user),
+        _bytes,
+        headers=headers,
+        read_timeout_seconds=None,
+        repeatable=True,
+    )
+
+
+def write_file(sandbox: str, path: RemotePath, user: str, data: bytes | None) -> Call[FileEntry]:
+    """``data`` None: the content is streamed by whoever sends the call."""
+    operation = f"write {shown_path(path)} in {sandbox}"
+    address = files_path(sandbox, path, user)
+    return Call(
+        operation, "PUT", address, _model(FileEntry, operation), data, headers=_OCTETS, read_timeout_seconds=None
+    )
+
+
+def write_archive(sandbox: str, path: RemotePath, user: str) -> Call[None]:
+    operation = f"copy a folder to {shown_path(path)} in {sandbox}"
+    address = files_path(sandbox, path, user, "/archive")
+    return Call(
+        operation, "PUT", address, _nothing, headers={"Content-Type": "application/x-tar"}, read_timeout_seconds=None
+    )
+
+
+def stat_file(sandbox: str, path: RemotePath, user: str) -> Call[FileEntry]:
+    operation = f"look at {shown_path(path)} in {sandbox}"
+    return Call(
+        operation, "GET", files_path(sandbox, path, user, "/stat"), _model(FileEntry, operation), repeatable=True
+    )
+
+
+def list_directory(sandbox: str, path: RemotePath, user: str, depth: int) -> Call[FileList]:
+    operation = f"list {shown_path(path)} in {sandbox}"
+    address = _sandbox(sandbox, "/files/list") + _path_query(path, user, ("depth", depth))
+    return Call(operation, "GET", address, _model(FileList, operation), repeatable=True)
+
+
+def remove_file(sandbox: str, path: RemotePath, user: str) -> Call[None]:
+    operation = f"remove {shown_path(path)} in {sandbox}"
+    return Call(operation, "DELETE", files_path(sandbox, path, user), _nothing, read_timeout_seconds=300.0)
+
+
+def make_directory(sandbox: str, path: RemotePath, user: str) -> Call[FileEntry]:
+    operation = f"make the folder {shown_path(path)} in {sandbox}"
+    return Call(operation, "POST", files_path(sandbox, path, user, "/directory"), _model(FileEntry, operation))
+
+
+def move_file(sandbox: str, source: RemotePath, destination: RemotePath, user: str) -> Call[FileEntry]:
+    operation = f"move {shown_path(source)} to {shown_path(destination)} in {sandbox}"
+    body = _body(MoveRequest, operation, source=_text(source), destination=_text(destination), user=user)
+    return Call(operation, "POST", _sandbox(sandbox, "/files/move"), _model(FileEntry, operation), body)
+
+
+def shown_path(path: RemotePath) -> str:
+    return path_to_bytes(path).decode("utf-8", "backslashreplace")
+
+
+# -- pieces --------------------------------------------------------------------------------------------------------
+
+_OCTETS = {"Content-Type": "application/octet-stream"}
+
+
+def _sandbox(sandbox: str, below: str = "") -> str:
+    return f"{API}/sandboxes/{encode_segment(sandbox, 'sandbox')}{below}"
+
+
+def _process(sandbox: str, pid: int, below: str) -> str:
+    return _sandbox(sandbox, f"/processes/{pid}{below}")
+
+
+def _path_query(path: RemotePath, user: str, *more: tuple[str, str | bytes | int]) -> str:
+    query: list[tuple[str, str | bytes | int]] = [("path", path_to_bytes(path)), *more]
+    if user:
+        query.append(("user", user))
+    return encode_query(query)
+
+
+def _text(path: RemotePath) -> str:
+    try:
+        return path_to_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{shown_path(path)} cannot be moved: its name is no UTF-8",
+            code="invalid_path",
+            hint="move it with a program in the sandbox: run(['mv', ...])",
+        ) from error
+
+
+def _shown(arguments: Sequence[str]) -> str:
+    return arguments[0] if arguments else "nothing"
+
+
+def _body(kind: type[M], operation: str, /, **fields: Any) -> bytes:
+    try:
+        body = kind(**fields)
+    except ValidationError as error:
+        raise invalid_arguments(operation, error) from error
+    # Without defaults: an older manager, which refuses unknown fields, then takes what a newer client sends.
+    try:
+        return body.model_dump_json(exclude_defaults=True).encode()
+    except ValueError as error:
+        raise InvalidRequestError(
+            f"could not {operation}: a value is no valid text ({error})", hint="give text that is valid unicode"
+        ) from error
+
+
+def _model(kind: type[M], operation: str) -> Callable[[int, bytes], M]:
+    def parse(status: int, content: bytes) -> M:
+        del status
+        try:
+            return kind.model_validate_json(content)
+        except ValidationError as error:
+            raise not_understood(operation, error) from error
+
+    return parse
+
+
+def _bytes(status: int, content: bytes) -> bytes:
+    del status
+    return content
+
+
+def _nothing(status: int, content: bytes) -> None:
+    del status, content
