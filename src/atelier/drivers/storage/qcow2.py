@@ -10,15 +10,15 @@ import os
 from pathlib import Path
 
 from atelier.host import command
+from atelier.host.disk_files import virtual_size_bytes
 from atelier.host.files import disk_full, disk_full_as_error, ensure_private_folder, free_bytes
-from atelier.model.errors import CommandError, HostError, InvalidRequestError
+from atelier.model.errors import CommandError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeRequest
 
 _SUFFIX = ".qcow2"
 _UNFINISHED_SUFFIX = ".qcow2.new"
 _MIB = 1024 * 1024
-_QCOW2_MAGIC = b"QFI\xfb"
 
 
 class Qcow2Storage:
@@ -31,7 +31,7 @@ class Qcow2Storage:
 
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
         base = DiskFile(request.base.path.absolute(), request.base.format)
-        base_bytes = _virtual_size_bytes(base)
+        base_bytes = virtual_size_bytes(base)
         size_bytes = request.size_mib * _MIB
         if size_bytes < base_bytes:
             raise InvalidRequestError(
@@ -102,20 +102,3 @@ class Qcow2Storage:
         if not is_sandbox_id(sandbox_id):
             raise InvalidRequestError(f"{sandbox_id!r} is not a sandbox id", code="invalid_id")
         return self._volumes_dir / f"{sandbox_id}{_SUFFIX}"
-
-
-def _virtual_size_bytes(disk: DiskFile) -> int:
-    """Size of the disk that the file holds. Raises HostError (``base_missing``, ``base_damaged``)."""
-    try:
-        if disk.format == "raw":
-            return disk.path.stat().st_size
-        with disk.path.open("rb") as file:
-            header = file.read(32)
-    except FileNotFoundError as error:
-        raise HostError(
-            f"the base image {disk.path} is missing", code="base_missing", hint="build the image again"
-        ) from error
-    if len(header) < 32 or header[:4] != _QCOW2_MAGIC:
-        raise HostError(f"{disk.path} is not a qcow2 file", code="base_damaged", hint="build the image again")
-    # Source: QEMU docs/interop/qcow2.txt, bytes 24 to 31.
-    return int.from_bytes(header[24:32], "big")

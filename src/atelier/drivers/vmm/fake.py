@@ -1,0 +1,102 @@
+"""A VMM that starts nothing: machines are words in memory. For mock mode and tests; cheap enough for thousands.
+
+Faults come from ``faults``; ``end_machine`` lets one die as a crashed VMM would. Its pids lie above any that Linux
+gives, so nothing can mistake them for a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from atelier.drivers.faults import Faults
+from atelier.model.errors import VmmError
+from atelier.model.machine import GuestEndpoint, MachineSpec, ProcessIdentity
+
+_FIRST_PID = 2**22 + 1
+"""Linux gives pids up to 2**22. Source: proc(5), pid_max."""
+_BOOT_ID = "00000000-0000-0000-0000-000000000000"
+
+
+@dataclass(slots=True)
+class _Machine:
+    sandbox_id: str
+    identity: ProcessIdentity
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class FakeVmm:
+    def __init__(self, faults: Faults | None = None) -> None:
+        self.faults = faults or Faults()
+        self.run_directories: dict[Path, bytearray] = {}
+        """Each with what its console holds."""
+        self._machines: dict[str, _Machine] = {}
+        self._by_pid: dict[int, _Machine] = {}
+        self._next_pid = _FIRST_PID
+
+    @property
+    def name(self) -> str:
+        return "fake"
+
+    @property
+    def running(self) -> list[str]:
+        """Sandbox ids of the machines that run."""
+        return list(self._machines)
+
+    async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
+        await self.faults.before("ensure_run_directory")
+        self.run_directories.setdefault(run_directory, bytearray())
+
+    async def ensure_run_directory_absent(self, run_directory: Path) -> None:
+        await self.faults.before("ensure_run_directory_absent")
+        self.run_directories.pop(run_directory, None)
+
+    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
+        await self.faults.before("ensure_started")
+        if running := self._machines.get(spec.sandbox_id):
+            return running.identity
+        console = self.run_directories.get(spec.run_directory)
+        if console is None:
+            raise VmmError(f"the machine cannot be started: there is no {spec.run_directory}")
+        console += f"fake machine of sandbox {spec.sandbox_id} started\n".encode()
+        machine = _Machine(spec.sandbox_id, ProcessIdentity(self._next_pid, self._next_pid, _BOOT_ID))
+        self._next_pid += 1
+        self._machines[spec.sandbox_id] = machine
+        self._by_pid[machine.identity.pid] = machine
+        return machine.identity
+
+    async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
+        await self.faults.before("find_process")
+        machine = self._machines.get(sandbox_id)
+        return machine.identity if machine else None
+
+    async def ensure_stopped(self, sandbox_id: str, run_directory: Path, identity: ProcessIdentity | None) -> None:
+        await self.faults.before("ensure_stopped")
+        self.end_machine(sandbox_id)
+
+    def end_machine(self, sandbox_id: str) -> None:
+        """The machine ends, as if its VMM had been killed; nothing if there is none."""
+        if machine := self._machines.pop(sandbox_id, None):
+            del self._by_pid[machine.identity.pid]
+            machine.ended.set()
+
+    async def wait_ended(self, identity: ProcessIdentity) -> None:
+        await self.faults.before("wait_ended")
+        machine = self._by_pid.get(identity.pid)
+        if machine is not None and machine.identity == identity:
+            await machine.ended.wait()
+
+    def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
+        return GuestEndpoint("fake", run_directory / "guest.sock")
+
+    async def console_tail(self, run_directory: Path, limit_bytes: int) -> bytes:
+        await self.faults.before("console_tail")
+        console = self.run_directories.get(run_directory, bytearray())
+        return bytes(console[max(0, len(console) - limit_bytes) :])
+
+    async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
+        await self.faults.before("trim_console")
+        console = self.run_directories.get(run_directory, bytearray())
+        if len(console) > limit_bytes:
+            del console[: len(console) - limit_bytes // 2]

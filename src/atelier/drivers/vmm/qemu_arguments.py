@@ -1,0 +1,170 @@
+"""QEMU's argument list for one machine: every option and why. Pure: words and descriptor numbers in, words out.
+
+Called by the QEMU driver and the KVM probe. Files are named by inherited descriptors only, so a confined QEMU needs no
+folder of ours and no right to open one. Source of the options: qemu-system(1), 7.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from atelier.model.machine import Disk, NetworkAttachment
+
+GUEST_PORT_NAME = "atelier"
+"""The virtio-serial port that the guest agent looks for in /sys/class/virtio-ports."""
+
+AcceleratorKind = Literal["tcg", "kvm"]
+
+_GUEST_KERNEL_HZ = 250
+_CODE_CACHE_MIB = 32
+_LOCKED_DOWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDisk:
+    """A disk whose files are open: ``descriptors[0]`` is ``disk.top``, then ``disk.backing`` in order."""
+
+    disk: Disk
+    descriptors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineDescriptors:
+    """Open files of one machine. The two sockets listen already."""
+
+    kernel: int
+    initramfs: int
+    console: int
+    control_socket: int
+    guest_socket: int
+
+
+def process_name(installation_id: str, sandbox_id: str) -> str:
+    """What stands behind ``-name``: whose VMM a process is."""
+    return f"atelier-{installation_id}-{sandbox_id}"
+
+
+def tcg_kernel_arguments(tsc_khz: int) -> list[str]:
+    """The guest kernel finds no timer to measure its counter against on ``microvm``, so the rate is told."""
+    return [
+        f"tsc_early_khz={tsc_khz}",
+        f"lpj={tsc_khz * 1000 // _GUEST_KERNEL_HZ}",
+        "tsc=reliable",
+        "no_timer_check",
+        # All on one emulated processor: there is nothing to leak, and each costs time on every system call.
+        "mitigations=off",
+    ]
+
+
+def kernel_command_line(accelerator: AcceleratorKind, tsc_khz: int, extra: tuple[str, ...] = ()) -> str:
+    arguments = [
+        "console=ttyS0",
+        "quiet",
+        # A guest that panics or reboots ends its VMM (-no-reboot).
+        "reboot=t",
+        "panic=-1",
+        # Devices that microvm has not got, and probing for which takes time.
+        "8250.nr_uarts=1",
+        "i8042.noaux",
+        "i8042.nokbd",
+        "pci=off",
+        "random.trust_cpu=on",
+    ]
+    if accelerator == "tcg":
+        arguments += tcg_kernel_arguments(tsc_khz)
+    return " ".join([*arguments, *extra])
+
+
+def machine_arguments(
+    executable: Path,
+    name: str,
+    *,
+    accelerator: AcceleratorKind,
+    vcpu_count: int,
+    memory_mib: int,
+    command_line: str,
+    descriptors: MachineDescriptors,
+    disks: tuple[OpenDisk, ...] = (),
+    network: NetworkAttachment | None = None,
+) -> list[str]:
+    """The whole argument list. ``command_line`` is the guest kernel's."""
+    files = _DescriptorSets()
+    arguments = [
+        *(str(executable), "-name", name),
+        *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
+        *("-sandbox", _LOCKED_DOWN),
+        # No PIT and PIC: Debian's kernel takes its devices and interrupts from ACPI.
+        *("-machine", "microvm,pit=off,pic=off,mem-merge=off,dump-guest-core=off"),
+        *_processor(accelerator),
+        *("-smp", str(vcpu_count), "-m", f"{memory_mib}M"),
+        # Opened by name, not through a descriptor set: the loader knows only names.
+        *("-kernel", f"/proc/self/fd/{descriptors.kernel}", "-initrd", f"/proc/self/fd/{descriptors.initramfs}"),
+        *("-append", command_line),
+        *("-chardev", f"file,id=console,append=on,path={files.add(descriptors.console)}"),
+        *("-serial", "chardev:console"),
+        *("-chardev", f"socket,id=control,fd={descriptors.control_socket},server=on,wait=off"),
+        *("-mon", "chardev=control,mode=control"),
+        *("-device", "virtio-serial-device,max_ports=2"),
+        *("-chardev", f"socket,id=guest,fd={descriptors.guest_socket},server=on,wait=off"),
+        *("-device", f"virtserialport,chardev=guest,name={GUEST_PORT_NAME}"),
+        *("-device", "virtio-rng-device"),
+    ]
+    for number, disk in enumerate(disks):
+        arguments += _disk(f"disk{number}", disk, files)
+    arguments += _network(network)
+    return [*arguments, *files.arguments]
+
+
+class _DescriptorSets:
+    """Numbers the descriptor sets by which ``/dev/fdset/N`` names an inherited file."""
+
+    def __init__(self) -> None:
+        self.arguments: list[str] = []
+        self._count = 0
+
+    def add(self, descriptor: int) -> str:
+        self._count += 1
+        self.arguments += ["-add-fd", f"fd={descriptor},set={self._count}"]
+        return f"/dev/fdset/{self._count}"
+
+
+def _processor(accelerator: AcceleratorKind) -> list[str]:
+    if accelerator == "kvm":
+        return ["-accel", "kvm", "-cpu", "host"]
+    # A code cache of 8 MiB is six times slower, one of 256 costs 60 MiB more a machine.
+    return ["-accel", f"tcg,thread=multi,tb-size={_CODE_CACHE_MIB}", "-cpu", "max"]
+
+
+def _disk(name: str, open_disk: OpenDisk, files: _DescriptorSets) -> list[str]:
+    """The chain of block nodes, deepest first, each a format over a file, and the device on top of it."""
+    disk = open_disk.disk
+    chain = [*zip((disk.top, *disk.backing), open_disk.descriptors, strict=True)]
+    arguments: list[str] = []
+    below = ""
+    for depth in reversed(range(len(chain))):
+        file, descriptor = chain[depth]
+        node = name if depth == 0 else f"{name}-back{depth}"
+        access = "read-only=on" if depth > 0 or disk.read_only else "read-only=off,discard=unmap"
+        # No locking: the files are ours alone, and a lock would need a second opening. The host's page cache is used,
+        # and a flush of the guest's reaches the disk.
+        cache = "cache.direct=off,cache.no-flush=off"
+        arguments += [
+            "-blockdev",
+            f"driver=file,node-name={node}-file,filename={files.add(descriptor)},locking=off,aio=threads,{access},{cache}",
+            "-blockdev",
+            f"driver={file.format},node-name={node},file={node}-file,{access},{cache}{below}",
+        ]
+        below = f",backing={node}"
+    return [*arguments, "-device", f"virtio-blk-device,drive={name},serial={disk.serial}"]
+
+
+def _network(network: NetworkAttachment | None) -> list[str]:
+    if network is None or network.kind == "none":
+        return []
+    return [
+        # restrict: nothing of the host or beyond it is reached; what answers (DHCP, ping of 10.0.2.2) is QEMU itself.
+        *("-netdev", "user,id=network,restrict=on,ipv6=off"),
+        *("-device", f"virtio-net-device,netdev=network,mac={network.mac_address}"),
+    ]

@@ -1,0 +1,92 @@
+"""The files of one VMM in its run directory, and how they are opened to be handed over.
+
+Called by the QEMU driver and the KVM probe. The folder stays the manager's own, mode 0700: sockets listen before QEMU
+runs and are inherited by it, so a VMM broken out of can put nothing in their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from atelier.drivers.vmm.qemu_arguments import MachineDescriptors
+from atelier.host.files import disk_full_as_error
+from atelier.model.errors import VmmError
+from atelier.model.layout import check_socket_path
+from atelier.model.machine import BootFiles
+
+_BACKLOG = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    root: Path
+
+    @property
+    def console(self) -> Path:
+        """What the guest wrote to its serial line."""
+        return self.root / "console.log"
+
+    @property
+    def stderr(self) -> Path:
+        """What QEMU said. There from just before the first start on."""
+        return self.root / "qemu.log"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.root / "control.sock"
+
+    @property
+    def guest_socket(self) -> Path:
+        return self.root / "guest.sock"
+
+    @property
+    def identity(self) -> Path:
+        """Pid, start time and boot id of the VMM as JSON."""
+        return self.root / "vmm.json"
+
+
+@contextmanager
+def opened_machine(folder: RunFolder, boot: BootFiles) -> Generator[MachineDescriptors]:
+    """Boot files, console and the two listening sockets, open for as long as the block runs."""
+    with contextlib.ExitStack() as stack:
+        yield MachineDescriptors(
+            kernel=stack.enter_context(opened(boot.kernel)),
+            initramfs=stack.enter_context(opened(boot.initramfs)),
+            console=stack.enter_context(opened(folder.console, os.O_WRONLY | os.O_APPEND | os.O_CREAT)),
+            control_socket=stack.enter_context(_listening(folder.control_socket)),
+            guest_socket=stack.enter_context(_listening(folder.guest_socket)),
+        )
+
+
+@contextmanager
+def opened(path: Path, flags: int = os.O_RDONLY) -> Generator[int]:
+    """A descriptor of a file that belongs to a machine. Raises VmmError that names a file that is not there."""
+    try:
+        with disk_full_as_error(f"opening {path}"):
+            descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise VmmError(
+            f"the machine cannot be started: {path}: {error.strerror}",
+            hint="an image or volume was removed or is another user's; see 'atelier doctor'",
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _listening(path: Path) -> Generator[int]:
+    check_socket_path(path)
+    # Left by a VMM that is gone: the caller has made sure of that.
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(_BACKLOG)
+        yield listener.fileno()
