@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from atelier.host.files import disk_full_as_error
@@ -18,7 +18,7 @@ _POLL_SECONDS = 0.1
 
 
 @contextlib.asynccontextmanager
-async def hold_lock(lock_file: Path, *, on_wait: Callable[[], None] | None = None) -> AsyncIterator[None]:
+async def hold_lock(lock_file: Path, *, on_wait: Callable[[], None] | None = None) -> AsyncGenerator[None, None]:
     """Hold ``lock_file`` exclusively, waiting for its present holder; ``on_wait`` is called once if there is one.
 
     The lock also ends with this process. The file stays: removing it would let two holders lock two files of one name.
