@@ -1,0 +1,176 @@
+"""The database file: opening, migrating, reading on the event loop, writing in one thread, waking subscribers.
+
+Made by ``manager.wiring``; handed to ``lifecycle`` and ``services``. Reads cost tens of microseconds and run straight on
+the loop; a write's fsync never does. Settings: WAL, ``synchronous=FULL``, ``foreign_keys``, ``BEGIN IMMEDIATE``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar, cast
+
+from sqlalchemy import Connection, NullPool, create_engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from atelier.db import schema
+from atelier.db.writer import Writer, signal, translate_error
+from atelier.model.errors import HostError
+
+__all__ = ["Connection", "Database", "Subscription", "signal"]
+
+_BUSY_TIMEOUT_SECONDS = 10.0
+_T = TypeVar("_T")
+
+
+class Subscription:
+    """Wakes its one holder after commits that signalled the topic. Subscribe, then read, then wait, then read again:
+    nothing can fall between."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    async def wait(self, timeout_seconds: float | None = None) -> bool:
+        """True when something was signalled since the last call; False after ``timeout_seconds``."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._event.clear()
+        return True
+
+
+class Database:
+    """One SQLite file, used by one process and one event loop. ``open`` first, ``close`` last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reader: Connection | None = None
+        self._read_depth = 0
+        self._writer = Writer(self._wake)
+        self._subscriptions: dict[str, set[Subscription]] = {}
+
+    async def open(self) -> None:
+        """Create the file (mode 0600) or bring it to this version's form, and start writing.
+
+        Raises HostError: ``database_too_new``, ``database_damaged``, ``database_unusable``; DiskFullError.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise HostError(
+                f"cannot open the database {self.path}: {error.strerror}",
+                code="database_unusable",
+                hint="check the owner and permissions of ATELIER_DATA_DIR",
+            ) from error
+        try:
+            connection = self._connect()
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            schema.ensure_current(connection)
+            connection.commit()
+            connection.exec_driver_sql("PRAGMA query_only = ON")
+            connection.rollback()
+        except SQLAlchemyError as error:
+            raise translate_error(error) from error
+        self._reader = connection
+        self._writer.start(self._connect(any_thread=True))
+
+    async def close(self) -> None:
+        """Finish pending writes and let go of the file. Closing twice does nothing."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await self._writer.stop()
+            reader.close()
+
+    @contextmanager
+    def read(self) -> Generator[Connection, None, None]:
+        """A connection that sees one committed state of the database. Never ``await`` inside.
+
+        Raises HostError for what SQLite refuses.
+        """
+        connection = self._reader
+        if connection is None:
+            raise HostError("the database is closed", code="database_unusable")
+        try:
+            if self._read_depth == 0:
+                connection.exec_driver_sql("BEGIN")
+            self._read_depth += 1
+            try:
+                yield connection
+            finally:
+                self._read_depth -= 1
+                if self._read_depth == 0:
+                    connection.rollback()
+        except SQLAlchemyError as error:
+            raise translate_error(error) from error
+
+    async def write(self, function: Callable[[Connection], _T]) -> _T:
+        """Run ``function`` in the writer's thread, inside a transaction of its own; return what it returns once that is
+        on disk. What it raises rolls back its own work and is raised here. It may touch nothing but the connection.
+
+        A caller that is cancelled may find later that the write was done.
+        """
+        if self._reader is None:
+            raise HostError("the database is closed", code="database_unusable")
+        return cast(_T, await self._writer.submit(function))
+
+    async def back_up(self, destination: Path) -> None:
+        """Write a consistent copy of the whole database into a new file, while work goes on."""
+
+        def copy() -> None:
+            source = sqlite3.connect(self.path)
+            target = sqlite3.connect(destination)
+            try:
+                source.backup(target)
+            finally:
+                source.close()
+                target.close()
+
+        try:
+            await asyncio.to_thread(copy)
+        except sqlite3.Error as error:
+            raise HostError(
+                f"the database could not be copied to {destination}: {error}",
+                code="backup_failed",
+                hint="check that the folder exists, can be written and has room",
+            ) from error
+
+    @contextmanager
+    def subscribe(self, topic: str) -> Generator[Subscription, None, None]:
+        """Be woken after each commit that called ``signal(connection, topic)``."""
+        subscription = Subscription()
+        self._subscriptions.setdefault(topic, set()).add(subscription)
+        try:
+            yield subscription
+        finally:
+            subscriptions = self._subscriptions[topic]
+            subscriptions.discard(subscription)
+            if not subscriptions:
+                del self._subscriptions[topic]
+
+    def _wake(self, topics: set[str]) -> None:
+        for topic in topics:
+            for subscription in self._subscriptions.get(topic, ()):
+                subscription.wake()
+
+    def _connect(self, *, any_thread: bool = False) -> Connection:
+        def connect() -> sqlite3.Connection:
+            # isolation_level None: transactions begin where we say, not where the module guesses.
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=not any_thread
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            return connection
+
+        return create_engine("sqlite://", creator=connect, poolclass=NullPool).connect()

@@ -1,0 +1,101 @@
+"""The durable saga log: ``saga.log.SagaLog`` over the table of sagas. Made by ``manager.wiring``.
+
+The executor alone changes records; queries by subject serve ``lifecycle`` and doctor.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from atelier.db.engine import Database
+from atelier.db.tables import sagas
+from atelier.saga.log import OPEN_STATUSES, STUCK_STATUSES, Change, Hook, SagaGoneError, SagaRecord, SagaStatus
+
+
+class SagaStore:
+    """Satisfies ``SagaLog[Connection]``."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def insert(self, transaction: Connection, record: SagaRecord) -> None:
+        now = datetime.now(UTC)
+        transaction.execute(insert(sagas).values(**_to_values(record), created_at=now, updated_at=now))
+
+    def find(self, saga_id: str) -> SagaRecord | None:
+        with self._database.read() as connection:
+            return _find(connection, saga_id)
+
+    def list_open(self) -> list[SagaRecord]:
+        query = select(sagas).where(sagas.c.status.in_(OPEN_STATUSES)).order_by(sagas.c.sequence)
+        with self._database.read() as connection:
+            return [_to_record(row) for row in connection.execute(query)]
+
+    async def update(self, saga_id: str, change: Change, also: Hook[Connection] | None = None) -> SagaRecord:
+        def apply(connection: Connection) -> SagaRecord:
+            stored = _find(connection, saga_id)
+            if stored is None:
+                raise SagaGoneError(saga_id)
+            record = change(stored)
+            if record != stored:
+                values = {**_to_values(record), "updated_at": datetime.now(UTC)}
+                connection.execute(update(sagas).where(sagas.c.id == saga_id).values(values))
+            if also is not None:
+                also(connection, record)
+            return record
+
+        return await self._database.write(apply)
+
+
+def find_latest_saga(connection: Connection, subject_id: str, kind: str) -> SagaRecord | None:
+    query = select(sagas).where(sagas.c.subject_id == subject_id, sagas.c.kind == kind)
+    row = connection.execute(query.order_by(sagas.c.sequence.desc()).limit(1)).one_or_none()
+    return None if row is None else _to_record(row)
+
+
+def list_stuck_sagas(connection: Connection) -> list[SagaRecord]:
+    """For the API's and doctor's eyes: what waits for a person, and why."""
+    query = select(sagas).where(sagas.c.status.in_(STUCK_STATUSES)).order_by(sagas.c.sequence)
+    return [_to_record(row) for row in connection.execute(query)]
+
+
+def delete_sagas_of(connection: Connection, subject_id: str) -> None:
+    connection.execute(delete(sagas).where(sagas.c.subject_id == subject_id))
+
+
+def _find(connection: Connection, saga_id: str) -> SagaRecord | None:
+    row = connection.execute(select(sagas).where(sagas.c.id == saga_id)).one_or_none()
+    return None if row is None else _to_record(row)
+
+
+def _to_values(record: SagaRecord) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "kind": record.kind,
+        "subject_id": record.subject_id,
+        "status": record.status.value,
+        "step": record.step,
+        "unwind_requested": record.unwind_requested,
+        "inputs": record.inputs,
+        "outputs": record.outputs,
+        "failure": record.failure,
+        "error": record.error,
+    }
+
+
+def _to_record(row: Row[Any]) -> SagaRecord:
+    return SagaRecord(
+        id=row.id,
+        kind=row.kind,
+        subject_id=row.subject_id,
+        step=row.step,
+        status=SagaStatus(row.status),
+        unwind_requested=row.unwind_requested,
+        inputs=row.inputs,
+        outputs=row.outputs,
+        failure=row.failure,
+        error=row.error,
+    )

@@ -1,0 +1,271 @@
+"""The table of sandboxes. Called by ``lifecycle`` (writes) and ``services`` (queries).
+
+The state column is written by ``lifecycle/transitions.py`` alone, through ``set_state``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from atelier.db.tables import sandboxes
+from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundError
+from atelier.model.ids import is_sandbox_id
+from atelier.model.machine import ProcessIdentity
+from atelier.model.sandbox import Sandbox, SandboxSpec
+from atelier.model.states import SandboxState
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSecrets:
+    """What a sandbox keeps for itself and no API shows: the guest channel's token (32 hex digits or more) and the
+    guest's machine-id (32 hex digits)."""
+
+    token: str
+    machine_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the sandboxes of a host have been promised."""
+
+    vcpu_count: int
+    memory_mib: int
+    disk_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxListing:
+    """A page, newest first. ``next_cursor`` is None on the last one."""
+
+    items: list[Sandbox]
+    next_cursor: str | None
+
+
+_WITHOUT_VMM = (SandboxState.STOPPED, SandboxState.PAUSED, SandboxState.FAILED)
+
+
+def insert_sandbox(connection: Connection, sandbox: Sandbox, secrets: GuestSecrets) -> None:
+    """Raises ConflictError (``name_taken``)."""
+    spec = sandbox.spec
+    try:
+        connection.execute(
+            insert(sandboxes).values(
+                id=sandbox.id,
+                name=sandbox.name,
+                host_id=sandbox.host_id,
+                state=sandbox.state.value,
+                image=spec.image,
+                image_id=spec.image_id,
+                vcpu_count=spec.vcpu_count,
+                memory_mib=spec.memory_mib,
+                disk_mib=spec.disk_mib,
+                environment=spec.environment,
+                labels=spec.labels,
+                guest_token=secrets.token,
+                machine_id=secrets.machine_id,
+                holds_volume=True,
+                failure_code=sandbox.failure_code,
+                failure_message=sandbox.failure_message,
+                failure_hint=sandbox.failure_hint,
+                console_tail=sandbox.console_tail,
+                created_at=sandbox.created_at,
+                updated_at=sandbox.updated_at,
+            )
+        )
+    except IntegrityError as error:
+        if "sandboxes.name" not in str(error.orig):
+            raise
+        raise ConflictError(
+            f"there is a sandbox named {sandbox.name} already",
+            code="name_taken",
+            hint="choose another name, leave it out to have one generated, or remove the other sandbox",
+        ) from error
+
+
+def find_sandbox(connection: Connection, id_or_name: str) -> Sandbox | None:
+    column = sandboxes.c.id if is_sandbox_id(id_or_name) else sandboxes.c.name
+    row = connection.execute(select(sandboxes).where(column == id_or_name)).one_or_none()
+    return None if row is None else _to_sandbox(row)
+
+
+def get_sandbox(connection: Connection, id_or_name: str) -> Sandbox:
+    """Raises NotFoundError (``sandbox_not_found``)."""
+    sandbox = find_sandbox(connection, id_or_name)
+    if sandbox is None:
+        raise NotFoundError(
+            f"there is no sandbox {id_or_name!r}", code="sandbox_not_found", hint="atelier ls shows the ones there are"
+        )
+    return sandbox
+
+
+def list_sandboxes(
+    connection: Connection,
+    *,
+    limit: int,
+    cursor: str | None = None,
+    states: Collection[SandboxState] = (),
+    labels: Mapping[str, str] | None = None,
+) -> SandboxListing:
+    """Newest first; all the given labels must match, and one of the states (none given: any). A cursor stays good
+    while sandboxes come and go: none is shown twice, none that stays is left out.
+
+    Raises InvalidRequestError (``invalid_cursor``).
+    """
+    query = select(sandboxes).order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
+    if states:
+        query = query.where(sandboxes.c.state.in_([state.value for state in states]))
+    for key, value in (labels or {}).items():
+        label = func.json_each(sandboxes.c.labels).table_valued("key", "value", joins_implicitly=True)
+        query = query.where(select(label.c.key).where(label.c.key == key, label.c.value == value).exists())
+    rows = connection.execute(query).all()
+    next_cursor = _make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
+    return SandboxListing([_to_sandbox(row) for row in rows[:limit]], next_cursor)
+
+
+def list_all_ids(connection: Connection, states: Collection[SandboxState] = ()) -> list[str]:
+    """Ids, oldest first; of the given states, or all."""
+    query = select(sandboxes.c.id).order_by(sandboxes.c.sequence)
+    if states:
+        query = query.where(sandboxes.c.state.in_([state.value for state in states]))
+    return list(connection.execute(query).scalars())
+
+
+def count_by_state(connection: Connection) -> dict[SandboxState, int]:
+    """Only states that occur."""
+    query = select(sandboxes.c.state, func.count()).group_by(sandboxes.c.state)
+    return {SandboxState(state): count for state, count in connection.execute(query)}
+
+
+def sum_usage(connection: Connection, host_id: str) -> Usage:
+    """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; the volumes' full sizes."""
+    vmms = connection.execute(
+        select(
+            func.coalesce(func.sum(sandboxes.c.vcpu_count), 0), func.coalesce(func.sum(sandboxes.c.memory_mib), 0)
+        ).where(
+            sandboxes.c.host_id == host_id,
+            sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]),
+        )
+    ).one()
+    disk_mib = connection.execute(
+        select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0)).where(
+            sandboxes.c.host_id == host_id, sandboxes.c.holds_volume
+        )
+    ).scalar_one()
+    return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=disk_mib)
+
+
+def set_state(
+    connection: Connection,
+    sandbox_id: str,
+    state: SandboxState,
+    updated_at: datetime,
+    *,
+    failure_code: str = "",
+    failure_message: str = "",
+    failure_hint: str = "",
+    console_tail: str = "",
+) -> None:
+    connection.execute(
+        update(sandboxes)
+        .where(sandboxes.c.id == sandbox_id)
+        .values(
+            state=state.value,
+            updated_at=updated_at,
+            failure_code=failure_code,
+            failure_message=failure_message,
+            failure_hint=failure_hint,
+            console_tail=console_tail,
+        )
+    )
+
+
+def set_image_id(connection: Connection, sandbox_id: str, image_id: str) -> None:
+    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(image_id=image_id))
+
+
+def set_holds_volume(connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
+    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(holds_volume=holds_volume))
+
+
+def set_vmm_process(connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
+    values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
+    if identity is not None:
+        values = {
+            "vmm_pid": identity.pid,
+            "vmm_start_time_ticks": identity.start_time_ticks,
+            "vmm_boot_id": identity.boot_id,
+        }
+    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(values))
+
+
+def find_vmm_process(connection: Connection, sandbox_id: str) -> ProcessIdentity | None:
+    """The VMM that was started last, as far as the row knows; whether it lives is the VMM driver's to say."""
+    columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
+    row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
+    return None if row is None or row[0] is None else ProcessIdentity(row[0], row[1], row[2])
+
+
+def get_secrets(connection: Connection, sandbox_id: str) -> GuestSecrets:
+    """Raises NotFoundError (``sandbox_not_found``)."""
+    columns = (sandboxes.c.guest_token, sandboxes.c.machine_id)
+    row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no sandbox {sandbox_id!r}", code="sandbox_not_found")
+    return GuestSecrets(row[0], row[1])
+
+
+def delete_sandbox(connection: Connection, sandbox_id: str) -> None:
+    connection.execute(delete(sandboxes).where(sandboxes.c.id == sandbox_id))
+
+
+def _to_sandbox(row: Row[Any]) -> Sandbox:
+    return Sandbox(
+        id=row.id,
+        name=row.name,
+        host_id=row.host_id,
+        state=SandboxState(row.state),
+        spec=SandboxSpec(
+            image=row.image,
+            image_id=row.image_id,
+            vcpu_count=row.vcpu_count,
+            memory_mib=row.memory_mib,
+            disk_mib=row.disk_mib,
+            environment=row.environment,
+            labels=row.labels,
+        ),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        failure_code=row.failure_code,
+        failure_message=row.failure_message,
+        failure_hint=row.failure_hint,
+        console_tail=row.console_tail,
+    )
+
+
+def _make_cursor(sequence: int) -> str:
+    return base64.urlsafe_b64encode(b"s%d" % sequence).decode().rstrip("=")
+
+
+def _parse_cursor(cursor: str) -> int:
+    try:
+        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
+        text = base64.b64decode(padded, altchars=b"-_", validate=True)
+        if text[:1] == b"s" and text[1:].isdigit() and len(text) <= 19:
+            return int(text[1:])
+    except (binascii.Error, UnicodeEncodeError):
+        pass
+    raise InvalidRequestError(
+        "the cursor is not one of this list's",
+        code="invalid_cursor",
+        hint="pass next_cursor as it was returned, or leave it out to begin anew",
+    )

@@ -1,0 +1,54 @@
+"""What an installation knows of itself: its id, its host's id, the hash of the local token. Written once, read at start.
+
+Called by ``manager`` (the ids) and ``services`` (the token). Settings that people choose are ``config``'s, not these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects.sqlite import insert
+
+from atelier.db.tables import settings
+from atelier.model.ids import new_installation_id, new_sandbox_id
+
+_INSTALLATION_ID = "installation_id"
+_HOST_ID = "host_id"
+_TOKEN_HASH = "local_token_sha256"  # noqa: S105  the name of a row
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """``installation_id``: 4 characters, part of the name of every host resource; ``host_id``: 12 characters."""
+
+    installation_id: str
+    host_id: str
+
+
+def ensure_installation(connection: Connection) -> Installation:
+    """The ids of this data folder, made at the first start."""
+    return Installation(
+        _ensure(connection, _INSTALLATION_ID, new_installation_id()), _ensure(connection, _HOST_ID, new_sandbox_id())
+    )
+
+
+def find_token_hash(connection: Connection) -> str | None:
+    """SHA-256 of the local token, in hex."""
+    return _find(connection, _TOKEN_HASH)
+
+
+def set_token_hash(connection: Connection, sha256_hex: str) -> None:
+    statement = insert(settings).values(name=_TOKEN_HASH, value=sha256_hex)
+    connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": sha256_hex}))
+
+
+def _find(connection: Connection, name: str) -> str | None:
+    return connection.execute(select(settings.c.value).where(settings.c.name == name)).scalar_one_or_none()
+
+
+def _ensure(connection: Connection, name: str, value: str) -> str:
+    connection.execute(insert(settings).values(name=name, value=value).on_conflict_do_nothing())
+    stored = _find(connection, name)
+    assert stored is not None
+    return stored
