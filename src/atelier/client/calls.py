@@ -171,9 +171,12 @@ def get_sandbox(sandbox: str) -> Call[Sandbox]:
     return Call(operation, "GET", _sandbox(sandbox), _model(Sandbox, operation), repeatable=True)
 
 
-def delete_sandbox(sandbox: str, *, wait: bool) -> Call[None]:
-    path = _sandbox(sandbox) + encode_query([("wait", "true" if wait else "false")])
-    return Call(f"remove the sandbox {sandbox}", "DELETE", path, _nothing, read_timeout_seconds=300.0)
+def delete_sandbox(sandbox: str, *, wait: bool) -> Call[bool]:
+    """True: nothing of it is left. False: it is being destroyed."""
+    query = encode_query([("wait", "true"), ("timeout_seconds", f"{WAIT_AT_MOST_SECONDS:g}")] if wait else [])
+    path = _sandbox(sandbox) + query
+    timeout = WAIT_AT_MOST_SECONDS + _ANSWER_TIMEOUT_SECONDS
+    return Call(f"remove the sandbox {sandbox}", "DELETE", path, _is_no_content, read_timeout_seconds=timeout)
 
 
 def get_metrics(sandbox: str) -> Call[SandboxMetrics]:
@@ -326,8 +329,10 @@ def files_path(sandbox: str, path: RemotePath, user: str, below: str = "") -> st
 
 
 def read_file(sandbox: str, path: RemotePath, user: str, offset: int, length: int | None) -> Call[bytes]:
-    if offset < 0 or (length is not None and length < 0):
-        raise InvalidRequestError("offset and length are numbers of bytes and not negative", code="invalid_range")
+    if offset < 0 or (length is not None and length < 1):
+        raise InvalidRequestError(
+            f"cannot read {length} bytes from {offset} on", code="invalid_range", hint="offset >= 0, length >= 1"
+        )
     headers: dict[str, str] = {}
     if offset or length is not None:
         headers["Range"] = f"bytes={offset}-" if length is None else f"bytes={offset}-{offset + length - 1}"
@@ -343,12 +348,20 @@ def read_file(sandbox: str, path: RemotePath, user: str, offset: int, length: in
     )
 
 
-def write_file(sandbox: str, path: RemotePath, user: str, data: bytes | None) -> Call[FileEntry]:
-    """``data`` None: the content is streamed by whoever sends the call."""
+def write_file(
+    sandbox: str, path: RemotePath, user: str, data: bytes | None, size_bytes: int | None = None
+) -> Call[FileEntry]:
+    """``data`` None: the content is streamed by whoever sends the call, ``size_bytes`` long if that is known."""
     operation = f"write {shown_path(path)} in {sandbox}"
-    address = files_path(sandbox, path, user)
+    headers = _OCTETS if size_bytes is None else {**_OCTETS, "Content-Length": str(size_bytes)}
     return Call(
-        operation, "PUT", address, _model(FileEntry, operation), data, headers=_OCTETS, read_timeout_seconds=None
+        operation,
+        "PUT",
+        files_path(sandbox, path, user),
+        _model(FileEntry, operation),
+        data,
+        headers=headers,
+        read_timeout_seconds=None,
     )
 
 
@@ -395,6 +408,7 @@ def shown_path(path: RemotePath) -> str:
 
 # -- pieces --------------------------------------------------------------------------------------------------------
 
+_NO_CONTENT = 204
 _OCTETS = {"Content-Type": "application/octet-stream"}
 
 
@@ -456,6 +470,11 @@ def _model(kind: type[M], operation: str) -> Callable[[int, bytes], M]:
 def _bytes(status: int, content: bytes) -> bytes:
     del status
     return content
+
+
+def _is_no_content(status: int, content: bytes) -> bool:
+    del content
+    return status == _NO_CONTENT
 
 
 def _nothing(status: int, content: bytes) -> None:

@@ -14,7 +14,6 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
-    Callable,
     Generator,
     Iterable,
     Iterator,
@@ -286,6 +285,50 @@ class AsyncConnection:
         await self.close()
 
 
+class ConnectionLease:
+    """A connection that a caller lent (it stays open), or that is opened on first use and closed with its holder."""
+
+    def __init__(self, endpoint: Endpoint, lent: Connection | None = None) -> None:
+        self.endpoint = endpoint
+        self._lent = lent
+        self._own: Connection | None = None
+
+    @property
+    def connection(self) -> Connection:
+        if self._lent is not None:
+            return self._lent
+        if self._own is None:
+            self._own = Connection(self.endpoint)
+        return self._own
+
+    def close(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            own.close()
+
+
+class AsyncConnectionLease:
+    """The same for asyncio."""
+
+    def __init__(self, endpoint: Endpoint, lent: AsyncConnection | None = None) -> None:
+        self.endpoint = endpoint
+        self._lent = lent
+        self._own: AsyncConnection | None = None
+
+    @property
+    def connection(self) -> AsyncConnection:
+        if self._lent is not None:
+            return self._lent
+        if self._own is None:
+            self._own = AsyncConnection(self.endpoint)
+        return self._own
+
+    async def close(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            await own.close()
+
+
 def _first_bytes(chunks: Iterator[bytes]) -> bytes:
     content = bytearray()
     for chunk in chunks:
@@ -302,7 +345,3 @@ async def _first_bytes_async(chunks: AsyncIterator[bytes]) -> bytes:
         if len(content) >= _ERROR_BODY_MAX_BYTES:
             break
     return bytes(content)
-
-
-ProgressReporter = Callable[[int], None]
-"""Called with the number of bytes just moved; must return at once."""

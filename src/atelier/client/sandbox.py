@@ -1,0 +1,504 @@
+"""The SDK's front door: ``Sandbox`` (blocking) and ``AsyncSandbox`` (asyncio), handles on one sandbox each.
+
+::
+
+    from atelier import Sandbox
+
+    with Sandbox.create() as sandbox:                      # destroyed at the end of the block
+        sandbox.files.write("hello.py", "print('hello')")
+        print(sandbox.run(["python3", "hello.py"]).stdout)
+
+The manager is found through ATELIER_API_URL and ATELIER_API_KEY, else the local token file. All errors are those of
+``atelier.model.errors``, with ``code``, ``message`` and ``hint``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Coroutine, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from atelier.client import calls
+from atelier.client.calls import Command
+from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
+from atelier.client.environment import Endpoint, find_endpoint
+from atelier.client.errors import error_from_body
+from atelier.client.files import AsyncFiles, Files
+from atelier.client.processes import AsyncExecution, AsyncProcesses, Execution, Processes
+from atelier.model.errors import AtelierError, GuestError, NotFoundError, TimeoutExceededError, VmmError
+from atelier.model.guest import TerminalSize
+from atelier.model.ids import new_sandbox_name
+from atelier.model.states import SandboxState
+from atelier.schemas.processes import RunResult
+from atelier.schemas.sandboxes import Sandbox as SandboxDetails
+from atelier.schemas.sandboxes import SandboxMetrics
+
+if TYPE_CHECKING:
+    # Loaded on first use: most programs open no terminal, and WebSockets take their time to import.
+    from atelier.client.terminal import AsyncTerminal, Terminal
+
+T = TypeVar("T")
+DEFAULT_CREATE_SECONDS = 300.0
+_POLL_SECONDS = 0.5
+_PAGE = 500
+
+
+def creation_failure(details: SandboxDetails) -> AtelierError:
+    """The error for a sandbox that ended as ``failed``, with the reason that the manager recorded."""
+    if details.failure is None:
+        return VmmError(f"the sandbox {details.name} failed", hint=f"look at its console: atelier logs {details.name}")
+    cause = error_from_body(details.failure)
+    return type(cause)(f"the sandbox {details.name} failed: {cause.message}", hint=cause.hint, code=cause.code)
+
+
+def _not_in_time(details: SandboxDetails, seconds: float) -> TimeoutExceededError:
+    return TimeoutExceededError(
+        f"the sandbox {details.name} did not run within {seconds:g} s",
+        hint=f"it is still being made: `atelier get {details.name}` shows it, `atelier rm {details.name}` gives it up",
+    )
+
+
+def _not_gone_in_time(name: str) -> TimeoutExceededError:
+    return TimeoutExceededError(
+        f"the sandbox {name} was not gone within {calls.WAIT_AT_MOST_SECONDS:g} s",
+        hint="its removal goes on; `atelier ls` shows it until it is done",
+    )
+
+
+def _program_failed(command: Command, result: RunResult) -> GuestError:
+    reason = "was ended by its time limit" if result.error == "timeout" else f"exited with status {result.exit_code}"
+    end = result.stderr.strip()[-2000:]
+    return GuestError(f"{calls.to_arguments(command)[0]} {reason}" + (f": {end}" if end else ""), code="program_failed")
+
+
+class Sandbox:
+    """A handle on one sandbox. As a context manager it destroys the sandbox at the end if this handle created it
+    (``destroy_on_exit``), else it only closes the connection."""
+
+    def __init__(self, details: SandboxDetails, lease: ConnectionLease, *, destroy_on_exit: bool = False) -> None:
+        self.details = details
+        self.destroy_on_exit = destroy_on_exit
+        self._lease = lease
+        self.files = Files(lease, details.id)
+        self.processes = Processes(lease, details.id)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        name: str | None = None,
+        image: str | None = None,
+        vcpu_count: int | None = None,
+        memory_mib: int | None = None,
+        disk_mib: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_CREATE_SECONDS,
+        api_url: str = "",
+        api_key: str = "",
+        connection: Connection | None = None,
+    ) -> Sandbox:
+        """Create a sandbox and, unless ``wait`` is false, return when it runs. What is left out, the manager chooses.
+
+        Raises the reason when it failed (the row stays, for ``atelier logs``), TimeoutExceededError after
+        ``timeout_seconds`` (the creation goes on), ConflictError when the name is taken.
+        """
+        lease = ConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        # Named here, so that an interrupted request can be undone although its answer was never seen.
+        asked_name = name or new_sandbox_name()
+        call = calls.create_sandbox(
+            name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
+            environment=environment, labels=labels, wait_seconds=timeout_seconds if wait else 0,
+        )  # fmt: skip
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            try:
+                details = lease.connection.send(call)
+                while wait and details.state is SandboxState.CREATING:
+                    if time.monotonic() > deadline:
+                        raise _not_in_time(details, timeout_seconds)
+                    time.sleep(_POLL_SECONDS)
+                    details = lease.connection.send(calls.get_sandbox(details.id))
+            except KeyboardInterrupt:
+                if name is None:
+                    with contextlib.suppress(AtelierError):
+                        lease.connection.send(calls.delete_sandbox(asked_name, wait=False))
+                raise
+            if wait and details.state is not SandboxState.RUNNING:
+                raise creation_failure(details)
+        except BaseException:
+            lease.close()
+            raise
+        return cls(details, lease, destroy_on_exit=True)
+
+    @classmethod
+    def connect(
+        cls, sandbox: str, *, api_url: str = "", api_key: str = "", connection: Connection | None = None
+    ) -> Sandbox:
+        """A handle on an existing sandbox, by id or name. Raises NotFoundError."""
+        lease = ConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        try:
+            return cls(lease.connection.send(calls.get_sandbox(sandbox)), lease)
+        except BaseException:
+            lease.close()
+            raise
+
+    @classmethod
+    def list(
+        cls,
+        *,
+        state: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        api_url: str = "",
+        api_key: str = "",
+        connection: Connection | None = None,
+    ) -> list[Sandbox]:
+        """Handles on all sandboxes (of a state, with labels), newest first. Each opens a connection when it is used."""
+        endpoint = _endpoint(api_url, api_key, connection)
+        lease = ConnectionLease(endpoint, connection)
+        found: list[Sandbox] = []
+        cursor: str | None = None
+        try:
+            while True:
+                call = calls.list_sandboxes(limit=_PAGE, cursor=cursor, state=state, labels=labels)
+                page = lease.connection.send(call)
+                found.extend(cls(each, ConnectionLease(endpoint, connection)) for each in page.items)
+                cursor = page.next_cursor
+                if not cursor:
+                    return found
+        finally:
+            lease.close()
+
+    @property
+    def id(self) -> str:
+        return self.details.id
+
+    @property
+    def name(self) -> str:
+        return self.details.name
+
+    @property
+    def state(self) -> SandboxState:
+        """As last seen; ``refresh`` asks again."""
+        return self.details.state
+
+    def refresh(self) -> SandboxDetails:
+        self.details = self._lease.connection.send(calls.get_sandbox(self.id))
+        return self.details
+
+    def run(
+        self,
+        command: Command,
+        *,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        user: str = "",
+        timeout_seconds: float | None = None,
+        input: str | bytes | None = None,
+        encoding: Literal["utf-8", "base64"] = "utf-8",
+        output_limit_bytes: int | None = None,
+        check: bool = False,
+    ) -> RunResult:
+        """Run a program to its end and return what it wrote. A list is started as it is; a text goes to ``sh -c``.
+
+        ``timeout_seconds`` ends the whole process group (``result.error`` is then ``timeout``). With ``check`` an exit
+        code but 0 raises GuestError (``program_failed``).
+        """
+        call = calls.run_process(
+            self.id, command, environment=environment, working_directory=working_directory, user=user,
+            timeout_seconds=timeout_seconds, input=input, encoding=encoding, output_limit_bytes=output_limit_bytes,
+        )  # fmt: skip
+        result = self._lease.connection.send(call)
+        if check and result.exit_code != 0:
+            raise _program_failed(command, result)
+        return result
+
+    def exec(
+        self,
+        command: Command,
+        *,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        user: str = "",
+        timeout_seconds: float | None = None,
+        stdin: bool = False,
+    ) -> Execution:
+        """Start a program; iterate the result for its output as it comes (see ``Execution``)."""
+        stream = calls.exec_process(
+            self.id, command, environment=environment, working_directory=working_directory, user=user,
+            timeout_seconds=timeout_seconds, stdin=stdin,
+        )  # fmt: skip
+        return Execution(self._lease, self.id, stream)
+
+    def open_terminal(
+        self,
+        command: Command = (),
+        *,
+        size: TerminalSize = TerminalSize(80, 24),  # noqa: B008  frozen
+        user: str = "",
+        working_directory: str = "",
+        pid: int | None = None,
+    ) -> Terminal:
+        """A terminal with ``command`` (none: a login shell), or, with ``pid``, an open one again."""
+        from atelier.client.terminal import Terminal
+
+        arguments = calls.to_arguments(command) if command else []
+        path = calls.terminal_path(
+            self.id, columns=size.columns, rows=size.rows, command=arguments, user=user,
+            working_directory=working_directory, pid=pid,
+        )  # fmt: skip
+        return Terminal(self._lease.endpoint, path, f"open a terminal in {self.name}")
+
+    def read_console(self, *, limit_bytes: int | None = None) -> bytes:
+        """The newest bytes of the serial console, as the guest wrote them, terminal escapes included."""
+        return self._lease.connection.send(calls.read_console(self.id, limit_bytes=limit_bytes))
+
+    def metrics(self) -> SandboxMetrics:
+        return self._lease.connection.send(calls.get_metrics(self.id))
+
+    def destroy(self, *, wait: bool = True) -> None:
+        """Destroy the sandbox, whatever its state; fine if it is gone already."""
+        with contextlib.suppress(NotFoundError):
+            gone = self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
+            if wait and not gone:
+                raise _not_gone_in_time(self.name)
+
+    def close(self) -> None:
+        """Close the connection; the sandbox lives on."""
+        self._lease.close()
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.destroy_on_exit:
+                self.destroy()
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<Sandbox {self.name} ({self.id}) {self.state}>"
+
+
+class AsyncSandbox:
+    """The same on asyncio. A handle belongs to the event loop in which it was made."""
+
+    def __init__(self, details: SandboxDetails, lease: AsyncConnectionLease, *, destroy_on_exit: bool = False) -> None:
+        self.details = details
+        self.destroy_on_exit = destroy_on_exit
+        self._lease = lease
+        self.files = AsyncFiles(lease, details.id)
+        self.processes = AsyncProcesses(lease, details.id)
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        name: str | None = None,
+        image: str | None = None,
+        vcpu_count: int | None = None,
+        memory_mib: int | None = None,
+        disk_mib: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_CREATE_SECONDS,
+        api_url: str = "",
+        api_key: str = "",
+        connection: AsyncConnection | None = None,
+    ) -> AsyncSandbox:
+        """See ``Sandbox.create``. A cancelled creation of a sandbox without a given name is taken back."""
+        lease = AsyncConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        asked_name = name or new_sandbox_name()
+        call = calls.create_sandbox(
+            name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
+            environment=environment, labels=labels, wait_seconds=timeout_seconds if wait else 0,
+        )  # fmt: skip
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            try:
+                details = await lease.connection.send(call)
+                while wait and details.state is SandboxState.CREATING:
+                    if time.monotonic() > deadline:
+                        raise _not_in_time(details, timeout_seconds)
+                    await asyncio.sleep(_POLL_SECONDS)
+                    details = await lease.connection.send(calls.get_sandbox(details.id))
+            except asyncio.CancelledError:
+                if name is None:
+                    with contextlib.suppress(AtelierError):
+                        await _to_the_end(lease.connection.send(calls.delete_sandbox(asked_name, wait=False)))
+                raise
+            if wait and details.state is not SandboxState.RUNNING:
+                raise creation_failure(details)
+        except BaseException:
+            await lease.close()
+            raise
+        return cls(details, lease, destroy_on_exit=True)
+
+    @classmethod
+    async def connect(
+        cls, sandbox: str, *, api_url: str = "", api_key: str = "", connection: AsyncConnection | None = None
+    ) -> AsyncSandbox:
+        """A handle on an existing sandbox, by id or name. Raises NotFoundError."""
+        lease = AsyncConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        try:
+            return cls(await lease.connection.send(calls.get_sandbox(sandbox)), lease)
+        except BaseException:
+            await lease.close()
+            raise
+
+    @classmethod
+    async def list(
+        cls,
+        *,
+        state: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        api_url: str = "",
+        api_key: str = "",
+        connection: AsyncConnection | None = None,
+    ) -> list[AsyncSandbox]:
+        """Handles on all sandboxes (of a state, with labels), newest first. Each opens a connection when it is used."""
+        endpoint = _endpoint(api_url, api_key, connection)
+        lease = AsyncConnectionLease(endpoint, connection)
+        found: list[AsyncSandbox] = []
+        cursor: str | None = None
+        try:
+            while True:
+                call = calls.list_sandboxes(limit=_PAGE, cursor=cursor, state=state, labels=labels)
+                page = await lease.connection.send(call)
+                found.extend(cls(each, AsyncConnectionLease(endpoint, connection)) for each in page.items)
+                cursor = page.next_cursor
+                if not cursor:
+                    return found
+        finally:
+            await lease.close()
+
+    @property
+    def id(self) -> str:
+        return self.details.id
+
+    @property
+    def name(self) -> str:
+        return self.details.name
+
+    @property
+    def state(self) -> SandboxState:
+        """As last seen; ``refresh`` asks again."""
+        return self.details.state
+
+    async def refresh(self) -> SandboxDetails:
+        self.details = await self._lease.connection.send(calls.get_sandbox(self.id))
+        return self.details
+
+    async def run(
+        self,
+        command: Command,
+        *,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        user: str = "",
+        timeout_seconds: float | None = None,
+        input: str | bytes | None = None,
+        encoding: Literal["utf-8", "base64"] = "utf-8",
+        output_limit_bytes: int | None = None,
+        check: bool = False,
+    ) -> RunResult:
+        """See ``Sandbox.run``."""
+        call = calls.run_process(
+            self.id, command, environment=environment, working_directory=working_directory, user=user,
+            timeout_seconds=timeout_seconds, input=input, encoding=encoding, output_limit_bytes=output_limit_bytes,
+        )  # fmt: skip
+        result = await self._lease.connection.send(call)
+        if check and result.exit_code != 0:
+            raise _program_failed(command, result)
+        return result
+
+    async def exec(
+        self,
+        command: Command,
+        *,
+        environment: Mapping[str, str] | None = None,
+        working_directory: str = "",
+        user: str = "",
+        timeout_seconds: float | None = None,
+        stdin: bool = False,
+    ) -> AsyncExecution:
+        """Start a program; iterate the result for its output as it comes (see ``Execution``)."""
+        stream = calls.exec_process(
+            self.id, command, environment=environment, working_directory=working_directory, user=user,
+            timeout_seconds=timeout_seconds, stdin=stdin,
+        )  # fmt: skip
+        return await AsyncExecution(self._lease, self.id, stream).begin()
+
+    async def open_terminal(
+        self,
+        command: Command = (),
+        *,
+        size: TerminalSize = TerminalSize(80, 24),  # noqa: B008  frozen
+        user: str = "",
+        working_directory: str = "",
+        pid: int | None = None,
+    ) -> AsyncTerminal:
+        """A terminal with ``command`` (none: a login shell), or, with ``pid``, an open one again."""
+        from atelier.client.terminal import AsyncTerminal
+
+        arguments = calls.to_arguments(command) if command else []
+        path = calls.terminal_path(
+            self.id, columns=size.columns, rows=size.rows, command=arguments, user=user,
+            working_directory=working_directory, pid=pid,
+        )  # fmt: skip
+        return await AsyncTerminal.open(self._lease.endpoint, path, f"open a terminal in {self.name}")
+
+    async def read_console(self, *, limit_bytes: int | None = None) -> bytes:
+        """The newest bytes of the serial console, as the guest wrote them, terminal escapes included."""
+        return await self._lease.connection.send(calls.read_console(self.id, limit_bytes=limit_bytes))
+
+    async def metrics(self) -> SandboxMetrics:
+        return await self._lease.connection.send(calls.get_metrics(self.id))
+
+    async def destroy(self, *, wait: bool = True) -> None:
+        """Destroy the sandbox, whatever its state; fine if it is gone already."""
+        with contextlib.suppress(NotFoundError):
+            gone = await self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
+            if wait and not gone:
+                raise _not_gone_in_time(self.name)
+
+    async def close(self) -> None:
+        """Close the connection; the sandbox lives on."""
+        await self._lease.close()
+
+    async def __aenter__(self) -> AsyncSandbox:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.destroy_on_exit:
+                await _to_the_end(self.destroy())
+        finally:
+            await self.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncSandbox {self.name} ({self.id}) {self.state}>"
+
+
+async def _to_the_end(work: Coroutine[object, object, T]) -> T:
+    """Await ``work`` even if this task is cancelled meanwhile: a sandbox must not outlive its block for that."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
+
+
+def _endpoint(api_url: str, api_key: str, connection: Connection | AsyncConnection | None) -> Endpoint:
+    return connection.endpoint if connection is not None else find_endpoint(api_url=api_url, api_key=api_key)

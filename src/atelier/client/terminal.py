@@ -1,0 +1,188 @@
+"""A terminal (PTY) in a sandbox over a WebSocket: for the CLI's ``shell`` and for programs that need a terminal.
+
+Made by ``sandbox.open_terminal``. Binary frames are the terminal's bytes; text frames are JSON, told apart here.
+Closing a terminal leaves its program running; ``pid`` attaches to it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection as AsyncSocket
+from websockets.asyncio.client import connect as connect_async
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
+from websockets.sync.client import ClientConnection as Socket
+from websockets.sync.client import connect
+
+from atelier import __version__
+from atelier.client.addresses import resolve_target
+from atelier.client.calls import process_event_parser
+from atelier.client.environment import Endpoint
+from atelier.client.errors import error_from_response, manager_unreachable
+from atelier.model.errors import AtelierError, TransientError
+from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessStarted, TerminalSize
+
+_OPEN_SECONDS = 15.0
+_FRAME_MAX_BYTES = 16 * 1024 * 1024
+TerminalEvent = ProcessStarted | ProcessOutput | ProcessEnded
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    url: str
+    options: dict[str, Any]
+
+
+def _address(endpoint: Endpoint, path: str) -> _Address:
+    target = resolve_target(endpoint.api_url)
+    options: dict[str, Any] = {
+        "additional_headers": {"Authorization": f"Bearer {endpoint.api_key}"},
+        "user_agent_header": f"atelier/{__version__}",
+        "open_timeout": _OPEN_SECONDS,
+        "max_size": _FRAME_MAX_BYTES,
+        "compression": None,
+    }
+    if target.is_loopback:
+        # The name stays in the URL (and so in the Host header); the way leads to this machine, past any proxy.
+        options |= {"host": target.connect_host, "port": target.port, "proxy": None}
+    return _Address("ws" + endpoint.api_url.removeprefix("http") + path, options)
+
+
+def _refused(endpoint: Endpoint, operation: str, error: Exception) -> AtelierError:
+    if isinstance(error, InvalidStatus):
+        # A WebSocket that is refused before it opens says no more than its status.
+        status = 401 if error.response.status_code == 403 else error.response.status_code
+        found = error_from_response(status, bytes(error.response.body or b""), operation)
+        if status == 401 and found.code == "unexpected_answer":
+            return type(found)(
+                f"could not {operation}: the manager refused the key",
+                code="unauthenticated",
+                hint="check ATELIER_API_KEY, or the local token file",
+            )
+        return found
+    if isinstance(error, OSError | TimeoutError):
+        return manager_unreachable(endpoint.api_url, operation, str(error) or type(error).__name__)
+    return TransientError(f"could not {operation}: {error}", code="connection_lost")
+
+
+def _lost(operation: str) -> TransientError:
+    return TransientError(
+        f"could not {operation}: the connection broke off",
+        code="connection_lost",
+        hint="the program in the terminal still runs; attach to it again by its pid",
+    )
+
+
+def _resize_message(size: TerminalSize) -> str:
+    return json.dumps({"type": "resize", "columns": size.columns, "rows": size.rows})
+
+
+def _read_frame(frame: str | bytes, parse: Callable[[bytes], Any]) -> TerminalEvent:
+    if isinstance(frame, bytes):
+        return ProcessOutput("pty", frame)
+    event: TerminalEvent = parse(frame.encode())
+    return event
+
+
+class Terminal:
+    """An open terminal. Iterate it for its events: ProcessStarted, ProcessOutput, and at the end ProcessEnded."""
+
+    def __init__(self, endpoint: Endpoint, path: str, operation: str) -> None:
+        self._operation = operation
+        self._parse = process_event_parser(operation)
+        address = _address(endpoint, path)
+        try:
+            self._socket: Socket = connect(address.url, **address.options)
+        except (OSError, InvalidHandshake, WebSocketException) as error:
+            raise _refused(endpoint, operation, error) from error
+
+    def __iter__(self) -> Iterator[TerminalEvent]:
+        while True:
+            try:
+                frame = self._socket.recv()
+            except ConnectionClosed as error:
+                raise _lost(self._operation) from error
+            event = _read_frame(frame, self._parse)
+            yield event
+            if isinstance(event, ProcessEnded):
+                return
+
+    def send(self, data: bytes) -> None:
+        """Type ``data`` into the terminal."""
+        self._send(data)
+
+    def resize(self, size: TerminalSize) -> None:
+        self._send(_resize_message(size))
+
+    def _send(self, message: str | bytes) -> None:
+        try:
+            self._socket.send(message)
+        except ConnectionClosed as error:
+            raise _lost(self._operation) from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncTerminal:
+    """The same on asyncio; ``await AsyncTerminal.open(...)``."""
+
+    def __init__(self, socket: AsyncSocket, operation: str) -> None:
+        self._socket = socket
+        self._operation = operation
+        self._parse = process_event_parser(operation)
+
+    @classmethod
+    async def open(cls, endpoint: Endpoint, path: str, operation: str) -> AsyncTerminal:
+        address = _address(endpoint, path)
+        try:
+            return cls(await connect_async(address.url, **address.options), operation)
+        except (OSError, InvalidHandshake, WebSocketException) as error:
+            raise _refused(endpoint, operation, error) from error
+
+    async def __aiter__(self) -> AsyncIterator[TerminalEvent]:
+        while True:
+            try:
+                frame = await self._socket.recv()
+            except ConnectionClosed as error:
+                raise _lost(self._operation) from error
+            event = _read_frame(frame, self._parse)
+            yield event
+            if isinstance(event, ProcessEnded):
+                return
+
+    async def send(self, data: bytes) -> None:
+        """Type ``data`` into the terminal."""
+        await self._send(data)
+
+    async def resize(self, size: TerminalSize) -> None:
+        await self._send(_resize_message(size))
+
+    async def _send(self, message: str | bytes) -> None:
+        try:
+            await self._socket.send(message)
+        except ConnectionClosed as error:
+            raise _lost(self._operation) from error
+
+    async def close(self) -> None:
+        await self._socket.close()
+
+    async def __aenter__(self) -> AsyncTerminal:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
