@@ -30,7 +30,7 @@ async def list_images(request: Request) -> ImageList:
     "/{name}/build",
     operation_id="build_image",
     response_class=StreamingResponse,
-    responses={200: {"model": BuildEvent, "content": {NDJSON: {}}, "description": "One event per line."}},  # type: ignore[dict-item]
+    responses={200: {"model": BuildEvent, "content": {NDJSON: {}}, "description": "One event per line."}},
 )
 async def build_image(
     request: Request, name: Annotated[str, Path(max_length=100)], body: BuildImageRequest

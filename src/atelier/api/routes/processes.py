@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import signal
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request, Response
 from fastapi.responses import StreamingResponse
@@ -22,7 +22,9 @@ router = APIRouter(prefix="/sandboxes/{sandbox}", tags=["processes"])
 
 Session = Annotated[GuestSession, Depends(session_of)]
 ProcessId = Annotated[int, Path(ge=1, le=2**31 - 1)]
-_EVENT_STREAM = {200: {"model": ExecEvent, "content": {NDJSON: {}}, "description": "One event per line."}}
+_EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"model": ExecEvent, "content": {NDJSON: {}}, "description": "One event per line."}
+}
 _INPUT_LIMIT_BYTES = 32 * 1024 * 1024
 
 
@@ -43,7 +45,7 @@ def _spec(body: ExecRequest, *, stdin: bool) -> ProcessSpec:
     "/exec",
     operation_id="exec_process",
     response_class=StreamingResponse,
-    responses=_EVENT_STREAM,  # type: ignore[arg-type]
+    responses=_EVENT_STREAM,
 )
 async def exec_process(session: Session, body: ExecRequest) -> StreamingResponse:
     """Start a program and stream what it writes, as NDJSON: `started`, `output` (base64), then `ended` or `failed`.
@@ -91,7 +93,7 @@ async def list_processes(session: Session) -> ProcessList:
     "/processes/{pid}/output",
     operation_id="attach_process",
     response_class=StreamingResponse,
-    responses=_EVENT_STREAM,  # type: ignore[arg-type]
+    responses=_EVENT_STREAM,
 )
 async def attach_process(session: Session, pid: ProcessId) -> StreamingResponse:
     """Attach to a process: its newest kept output, then what follows, in the form of `exec`."""

@@ -1,0 +1,153 @@
+"""One installation, opened: folders, lock, database, token, drivers, gateway, recovery; and closed in reverse.
+
+Opened by the manager's program; everything it acquires ends with its context, also when opening fails half-way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from atelier.api.application import create_application
+from atelier.api.authentication import Application
+from atelier.config.settings import ListenAddress, Settings
+from atelier.db.engine import Database
+from atelier.db.settings import ensure_installation
+from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
+from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
+from atelier.model.errors import AtelierError, HostError, PortInUseError
+from atelier.model.layout import DataLayout, RunLayout
+
+logger = logging.getLogger(__name__)
+
+_CONSOLE_TRIM_SECONDS = 10.0
+_TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    settings: Settings
+    address: ListenAddress
+    data: DataLayout
+    application: Application
+    socket: socket.socket
+    lifecycle: SandboxLifecycle
+
+    @staticmethod
+    @contextlib.asynccontextmanager
+    async def open(settings: Settings) -> AsyncIterator[Installation]:
+        """Raises AlreadyRunningError, PortInUseError, HostError, and what drivers raise when they are opened."""
+        data, run = DataLayout(settings.data_dir), RunLayout(settings.run_dir)
+        async with contextlib.AsyncExitStack() as stack:
+            for folder in (data.root, data.volumes, data.consoles, data.logs):
+                ensure_private_folder(folder)
+            settings.cache_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(data.lock_file))
+            listening = stack.enter_context(_bind(settings.listen))
+            host, port = listening.getsockname()[:2]
+            address = ListenAddress(host, port)
+            _make_run_folders(run)
+            stack.callback(_remove_run_folders, run)
+            token = _ensure_token(data, address)
+
+            database = Database(data.database)
+            await database.open()
+            stack.push_async_callback(database.close)
+            ids = await database.write(ensure_installation)
+            drivers = choose_drivers(settings, data, run, ids)
+            stack.push_async_callback(drivers.close)
+            if drivers.gateway is not None:
+                await drivers.gateway.open()
+                stack.push_async_callback(drivers.gateway.close)
+            lifecycle = build_lifecycle(drivers, database, data, run, ids)
+            stack.push_async_callback(lifecycle.close)
+            services = assemble(drivers, database, lifecycle, settings.mode)
+            stack.push_async_callback(services.images.close)
+            await lifecycle.recover()
+            trimming = asyncio.create_task(_trim_consoles(lifecycle))
+            stack.push_async_callback(_cancel, trimming)
+            application = create_application(services, token, frozenset({address.host}))
+            yield Installation(settings, address, data, application, listening, lifecycle)
+
+    def announce(self) -> None:
+        """Tell the person at the terminal where everything is."""
+        sys.stderr.write(
+            f"atelier: ready at {self.address.url} (mode {self.settings.mode})\n"
+            f"atelier: API documentation at {self.address.url}/docs\n"
+            f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
+            "atelier: Ctrl-C ends it and destroys its sandboxes\n"
+        )
+        sys.stderr.flush()
+
+    async def destroy_sandboxes(self) -> list[str]:
+        """Destroy all sandboxes; returns their names."""
+        return await self.lifecycle.destroy_all()
+
+
+def _bind(address: ListenAddress) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((address.host, address.port))
+        listening.listen(1024)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise PortInUseError(
+                f"{address} is in use by another program",
+                hint="choose another with --listen or ATELIER_LISTEN, or end the program that holds it",
+            ) from error
+        raise HostError(
+            f"cannot listen on {address}: {error.strerror}", hint="give an address of this machine with --listen"
+        ) from error
+    return listening
+
+
+def _make_run_folders(run: RunLayout) -> None:
+    ensure_private_folder(run.root)
+    ensure_private_folder(run.sandboxes)
+    ensure_private_folder(run.channels)
+    # A VMM under a user of its own reaches its own folder by name, and can list none of these.
+    for folder in (run.root.parent, run.root, run.sandboxes):
+        folder.chmod(0o711)
+
+
+def _remove_run_folders(run: RunLayout) -> None:
+    """Remove what is empty by now; what a failed unwinding left stays for the next start to find."""
+    run.gateway_socket.unlink(missing_ok=True)
+    for folder in (run.sandboxes, run.channels, run.root, run.root.parent):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
+    """The local key, made at the first start; the file says where this manager listens now."""
+    token = ""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        token = str(json.loads(data.token_file.read_text())["api_key"])
+    token = token or _TOKEN_PREFIX + secrets.token_urlsafe(32)
+    write_atomically(data.token_file, json.dumps({"api_url": address.url, "api_key": token}).encode() + b"\n")
+    return token
+
+
+async def _trim_consoles(lifecycle: SandboxLifecycle) -> None:
+    while True:
+        await asyncio.sleep(_CONSOLE_TRIM_SECONDS)
+        try:
+            await lifecycle.trim_consoles()
+        except AtelierError as error:
+            logger.warning("cannot trim consoles: %s", error)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,113 @@
+"""Chooses the drivers of a mode and puts the manager together: the only file of the manager that names concrete
+drivers. A mode is nothing else than what stands here; no other file asks which one it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from atelier.api.services import Services
+from atelier.config.settings import ServerMode, Settings
+from atelier.db.engine import Database
+from atelier.db.settings import Installation
+from atelier.drivers.guest.agent import AgentGuests
+from atelier.drivers.guest.fake import FakeGuests
+from atelier.drivers.guest.interface import GuestDriver
+from atelier.drivers.images.debian import DebianImages
+from atelier.drivers.images.fake import FakeImages
+from atelier.drivers.images.interface import ImageDriver
+from atelier.drivers.network.fake import FakeNetwork
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.network.user import UserNetwork
+from atelier.drivers.storage.fake import FakeStorage
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.storage.qcow2 import Qcow2Storage
+from atelier.drivers.vmm.fake import FakeVmm
+from atelier.drivers.vmm.interface import VmmDriver
+from atelier.drivers.vmm.qemu import QemuVmm
+from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager.gateway_process import GatewayProcess
+from atelier.model.layout import DataLayout, RunLayout
+from atelier.services.events import EventService
+from atelier.services.guest_sessions import GuestSessions
+from atelier.services.images import ImageService
+from atelier.services.sandboxes import SandboxService
+
+
+@dataclass(frozen=True, slots=True)
+class Drivers:
+    """``gateway`` is None where the guest driver needs none."""
+
+    vmm: VmmDriver
+    storage: StorageDriver
+    network: NetworkDriver
+    images: ImageDriver
+    guests: GuestDriver
+    gateway: GatewayProcess | None
+    close: Callable[[], Awaitable[None]]
+
+
+def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
+    match settings.mode:
+        case ServerMode.MOCK:
+            return _mock_drivers()
+        case ServerMode.LOCAL:
+            return _local_drivers(settings, data, run, ids)
+
+
+def assemble(drivers: Drivers, database: Database, lifecycle: SandboxLifecycle, mode: str) -> Services:
+    """The services that the API calls."""
+    sandboxes = SandboxService(database, drivers.images, lifecycle)
+    return Services(
+        sandboxes=sandboxes,
+        sessions=GuestSessions(sandboxes.get, drivers.guests),
+        images=ImageService(drivers.images),
+        events=EventService(database),
+        mode=mode,
+    )
+
+
+def build_lifecycle(
+    drivers: Drivers, database: Database, data: DataLayout, run: RunLayout, ids: Installation
+) -> SandboxLifecycle:
+    return SandboxLifecycle(
+        database=database,
+        vmm=drivers.vmm,
+        storage=drivers.storage,
+        network=drivers.network,
+        images=drivers.images,
+        guests=drivers.guests,
+        data=data,
+        run=run,
+        installation_id=ids.installation_id,
+        host_id=ids.host_id,
+    )
+
+
+def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
+    package = Path(__file__).resolve().parents[1]
+    guests = AgentGuests(run.channel_socket, run.gateway_socket)
+    return Drivers(
+        vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
+        storage=Qcow2Storage(data.volumes),
+        network=UserNetwork(),
+        images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
+        guests=guests,
+        gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        close=guests.close,
+    )
+
+
+def _mock_drivers() -> Drivers:
+    guests = FakeGuests()
+    return Drivers(
+        vmm=FakeVmm(),
+        storage=FakeStorage(),
+        network=FakeNetwork(),
+        images=FakeImages(),
+        guests=guests,
+        gateway=None,
+        close=guests.close,
+    )
