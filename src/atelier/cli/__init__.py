@@ -1,0 +1,1 @@
+"""The command line, ``atelier``: commands and rendering. Reaches the manager through ``atelier.client`` only."""

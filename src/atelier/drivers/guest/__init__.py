@@ -1,0 +1,1 @@
+"""Speaks with guest agents over the guest channel."""

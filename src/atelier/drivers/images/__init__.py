@@ -1,0 +1,1 @@
+"""Builds and finds images, kernel, initramfs and tools image."""

@@ -1,0 +1,1 @@
+"""Gives each sandbox its network slot."""

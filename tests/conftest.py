@@ -1,0 +1,76 @@
+"""What every test run shares: the order of the folders, and the refusal of skips where all must run.
+
+Tests skip when a probe says that the machine cannot do what they need. With ``ATELIER_REQUIRE_ALL=1`` (scripts/test
+sets it in CI) such a skip counts as a failure, since there it means that a test silently stopped running. A skip that
+is right everywhere, whatever the machine, begins with ``not applicable:``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+FOLDER_ORDER = ("architecture", "unit", "contract", "lifecycle", "api", "e2e", "host", "vm")
+"""Fast ones first, real guests last, so that a slip is told in seconds."""
+
+ALWAYS_RIGHT = "not applicable:"
+
+
+def _requires_all() -> bool:
+    return os.environ.get("ATELIER_REQUIRE_ALL", "") == "1"
+
+
+def _place(item: pytest.Item) -> tuple[bool, int]:
+    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
+    place = FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
+    # A contract test that boots a guest belongs with the slow ones.
+    return item.get_closest_marker("vm") is not None, place
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail") or not _requires_all():
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if ALWAYS_RIGHT not in reason:
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped, which ATELIER_REQUIRE_ALL=1 forbids: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that skips itself whole (``importorskip``) makes no test report."""
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went: seconds per folder, set-up of fixtures (images, guests) included."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                parts = report.nodeid.split("/")
+                folder = parts[1] if len(parts) > 2 else parts[0]
+                seconds[folder] += report.duration
+                tests[folder] += report.when == "call"
+    if seconds:
+        terminalreporter.section("time per folder")
+        for folder, spent in seconds.most_common():
+            terminalreporter.write_line(f"{spent:8.1f} s  {tests[folder]:5d} tests  {folder}")
