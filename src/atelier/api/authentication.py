@@ -95,5 +95,4 @@ async def _refuse(error: AtelierError, scope: Message, receive: Receive, send: S
         await receive()
         await send({"type": "websocket.close", "code": 4401, "reason": error.message[:100]})
         return
-    status = 413 if error.code == "body_too_large" else errors.status_of(error)
-    await errors.respond(status, errors.body_of(error))(scope, receive, send)
+    await errors.respond(errors.status_of(error), errors.body_of(error))(scope, receive, send)

@@ -34,11 +34,14 @@ _STATUS_BY_CLASS: tuple[tuple[type[errors.AtelierError], int], ...] = (
     (errors.AtelierError, 500),
 )
 
+_STATUS_BY_CODE = {"body_too_large": 413, "range_not_satisfiable": 416}
+"""Where HTTP has a more exact word than the class."""
+
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 416: "range_not_satisfiable"}
 
 
 def status_of(error: errors.AtelierError) -> int:
-    return next(status for kind, status in _STATUS_BY_CLASS if isinstance(error, kind))
+    return _STATUS_BY_CODE.get(error.code) or next(status for kind, status in _STATUS_BY_CLASS if isinstance(error, kind))
 
 
 def body_of(error: errors.AtelierError) -> ErrorBody:
