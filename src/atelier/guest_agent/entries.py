@@ -82,7 +82,8 @@ class errors_about:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
+        # A client that went away (ConnectionError) says nothing of the file.
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
             raise error_from(error, self._operation, self._path) from error
 
 

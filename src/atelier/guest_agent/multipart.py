@@ -85,10 +85,11 @@ class MultipartReader:
         buffer = self._held + bytes(piece)
         position = 0
         while True:
-            event_or_none, next_position = self._state(buffer, position)
-            if event_or_none is not None:
-                yield event_or_none
-            if next_position == position and event_or_none is None:
+            state = self._state
+            event, next_position = state(buffer, position)
+            if event is not None:
+                yield event
+            elif next_position == position and self._state == state:
                 break
             position = next_position
         self._held = buffer[position:]
@@ -97,7 +98,8 @@ class MultipartReader:
         if self._state != self._epilogue:
             raise MultipartError("the body ended in the middle of a part")
 
-    # Each state answers (event, new position); the same position without an event: it wants more bytes.
+    # Each state answers (event, new position); the same position without an event or a new
+    # state: it wants more bytes.
 
     def _preamble(self, buffer: bytes, position: int) -> tuple[MultipartEvent | None, int]:
         found = buffer.find(self._delimiter, position)
