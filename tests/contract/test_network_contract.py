@@ -1,0 +1,48 @@
+"""What every network driver keeps to."""
+
+from __future__ import annotations
+
+import pytest
+
+from atelier.drivers.network.fake import FakeNetwork
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.network.user import UserNetwork
+from atelier.model.errors import HostError
+
+SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+
+
+@pytest.fixture(params=[UserNetwork, FakeNetwork])
+def network(request: pytest.FixtureRequest) -> NetworkDriver:
+    return request.param()
+
+
+async def test_a_slot_is_the_same_each_time(network: NetworkDriver) -> None:
+    slot = await network.ensure_slot(SANDBOX)
+    assert await network.ensure_slot(SANDBOX) == slot
+    await network.ensure_slot_absent(SANDBOX)
+    await network.ensure_slot_absent(SANDBOX)
+    assert await network.ensure_slot(SANDBOX) == slot
+
+
+async def test_two_sandboxes_have_two_addresses(network: NetworkDriver) -> None:
+    addresses = {(await network.ensure_slot(sandbox)).mac_address for sandbox in (SANDBOX, OTHER)}
+    assert len(addresses) == 2
+
+
+async def test_addresses_are_local_unicast(network: NetworkDriver) -> None:
+    first_octet = int((await network.ensure_slot(SANDBOX)).mac_address.split(":")[0], 16)
+    assert first_octet & 0b11 == 0b10
+
+
+async def test_the_absent_slot_of_an_unknown_sandbox(network: NetworkDriver) -> None:
+    await network.ensure_slot_absent(OTHER)
+
+
+async def test_the_fake_fails_as_told() -> None:
+    network = FakeNetwork()
+    network.faults.fail_next("ensure_slot")
+    with pytest.raises(HostError):
+        await network.ensure_slot(SANDBOX)
+    await network.ensure_slot(SANDBOX)
+    assert list(network.slots) == [SANDBOX]

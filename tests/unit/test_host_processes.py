@@ -1,0 +1,180 @@
+"""Detached processes: started as nobody's child, named by identity, ended with proof."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from atelier.host import processes
+from atelier.host.processes import ProcessUser, ResourceLimits
+from atelier.model.errors import CommandError, HostError, MissingProgramError
+
+
+def _status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+@pytest.fixture
+async def log(tmp_path: Path) -> Path:
+    return tmp_path / "stderr.log"
+
+
+async def test_a_detached_process_is_nobodys_child_and_carries_nothing_else(log: Path) -> None:
+    read_end, write_end = os.pipe()
+    # An inheritable descriptor that is not passed must not arrive.
+    os.set_inheritable(read_end, True)
+    identity = await processes.start_detached(
+        ["sleep", "1000"],
+        stderr_path=log,
+        limits=ResourceLimits(open_files=77, file_size_bytes=123456),
+        pass_descriptors=[write_end],
+    )
+    try:
+        assert processes.find_identity(identity.pid) == identity
+        status = _status(identity.pid)
+        assert status["PPid"] != str(os.getpid())
+        assert status["NoNewPrivs"] == "1"
+        assert os.getsid(identity.pid) == identity.pid
+        assert {int(entry.name) for entry in Path(f"/proc/{identity.pid}/fd").iterdir()} == {0, 1, 2, write_end}
+        limits = Path(f"/proc/{identity.pid}/limits").read_text()
+        assert [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")] == [
+            ["77", "77"]
+        ]
+        assert [line.split()[3] for line in limits.splitlines() if line.startswith("Max file size")] == ["123456"]
+        environment = Path(f"/proc/{identity.pid}/environ").read_bytes().split(b"\0")
+        assert {entry.partition(b"=")[0] for entry in environment} <= {b"PATH", b"LANG", b"PWD", b"OLDPWD", b"_", b""}
+        assert log.stat().st_mode & 0o777 == 0o600
+    finally:
+        await processes.kill_and_wait(identity)
+        os.close(read_end)
+        os.close(write_end)
+    assert processes.find_identity(identity.pid) != identity
+    await processes.kill_and_wait(identity)
+    await processes.wait_ended(identity)
+
+
+async def test_processes_are_found_by_executable_and_arguments(log: Path) -> None:
+    identity = await processes.start_detached(["sleep", "1000", "0.125"], stderr_path=log)
+    try:
+        assert processes.find_processes("sleep", ["1000", "0.125"]) == [identity]
+        assert processes.find_processes("sleep", ["000", "0.125"]) == []
+        assert processes.find_processes("cat", ["1000", "0.125"]) == []
+    finally:
+        await processes.kill_and_wait(identity)
+    assert processes.find_processes("sleep", ["1000", "0.125"]) == []
+
+
+async def test_wait_ended_returns_when_the_process_dies(log: Path) -> None:
+    identity = await processes.start_detached(["sleep", "1000"], stderr_path=log)
+    waiting = asyncio.create_task(processes.wait_ended(identity))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await processes.kill_and_wait(identity)
+    async with asyncio.timeout(10):
+        await waiting
+
+
+async def test_another_process_with_the_same_pid_is_left_alone() -> None:
+    child = subprocess.Popen(["sleep", "1000"])
+    try:
+        real = processes.find_identity(child.pid)
+        assert real is not None
+        for other in (
+            replace(real, start_time_ticks=real.start_time_ticks - 1),
+            replace(real, boot_id="11111111-2222-3333-4444-555555555555"),
+        ):
+            assert not processes.is_alive(other)
+            await processes.kill_and_wait(other)
+            await processes.wait_ended(other)
+            assert child.poll() is None
+    finally:
+        child.kill()
+        # Dead, but not yet reaped: that counts as gone.
+        async with asyncio.timeout(10):
+            while processes.find_identity(child.pid) is not None:
+                await asyncio.sleep(0.01)
+        child.wait()
+
+
+async def test_a_missing_program_is_named(log: Path) -> None:
+    with pytest.raises(MissingProgramError, match="no-such-program is not installed"):
+        await processes.start_detached(["no-such-program"], stderr_path=log)
+
+
+async def test_a_chain_that_breaks_says_why(log: Path) -> None:
+    broken = ["sleep", "1000"]
+    user = ProcessUser(2**32 - 2, 2**32 - 2) if os.geteuid() != 0 else None
+    limits = ResourceLimits(open_files=10**12) if os.geteuid() == 0 else ResourceLimits()
+    with pytest.raises(CommandError, match=r"prlimit|setpriv"):
+        await processes.start_detached(broken, stderr_path=log, user=user, limits=limits)
+
+
+async def test_a_cancelled_start_leaves_no_process(log: Path) -> None:
+    starting = asyncio.create_task(processes.start_detached(["sleep", "1000", "0.0625"], stderr_path=log))
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert processes.find_processes("sleep", ["1000", "0.0625"]) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
+async def test_another_users_process(log: Path, tmp_path: Path) -> None:
+    identity = await processes.start_detached(
+        ["sleep", "1000"], stderr_path=log, user=ProcessUser(54321, 54322, (54323,))
+    )
+    try:
+        status = _status(identity.pid)
+        assert status["Uid"].split() == ["54321"] * 4
+        assert status["Gid"].split() == ["54322"] * 4
+        assert status["Groups"].split() == ["54323"]
+        assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+        refusal = _in_child_as(12345, lambda: asyncio.run(processes.kill_and_wait(identity)))
+        assert refusal == "HostError process_not_ours"
+        assert processes.is_alive(identity)
+    finally:
+        await processes.kill_and_wait(identity)
+
+
+def _in_child_as(user_id: int, act) -> str:
+    """The class and code of the error that ``act`` raises in a child of that user."""
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        words = "nothing raised"
+        with contextlib.suppress(BaseException):
+            os.setuid(user_id)
+            try:
+                act()
+            except HostError as error:
+                words = f"{type(error).__name__} {error.code}"
+        os.write(write_end, words.encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        words = pipe.read()
+    os.waitpid(pid, 0)
+    return words
+
+
+def test_under_uvloop_too(tmp_path: Path) -> None:
+    async def start_and_end() -> set[int]:
+        identity = await processes.start_detached(["sleep", "1000"], stderr_path=tmp_path / "stderr.log")
+        descriptors = {int(entry.name) for entry in Path(f"/proc/{identity.pid}/fd").iterdir()}
+        waiting = asyncio.create_task(processes.wait_ended(identity))
+        await asyncio.sleep(0.05)
+        await processes.kill_and_wait(identity)
+        async with asyncio.timeout(10):
+            await waiting
+        return descriptors
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(start_and_end()) == {0, 1, 2}
