@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from atelier.db import schema, settings
-from atelier.db.engine import Connection, Database, signal
+from atelier.db import installation, schema
+from atelier.db.engine import Connection, Database, Subscription, signal
 from atelier.db.tables import SCHEMA_REVISION
 from atelier.model.errors import DiskFullError, HostError
 
@@ -22,9 +22,9 @@ from atelier.model.errors import DiskFullError, HostError
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
     made = Database(tmp_path / "data" / "atelier.db")
-    await made.open()
+    made.open()
     yield made
-    await made.close()
+    made.close()
 
 
 def put(name: str, value: str = "x"):
@@ -62,11 +62,11 @@ async def test_settings_of_the_connection(database: Database) -> None:
 async def test_what_was_written_is_read_at_once_and_after_reopening(database: Database) -> None:
     assert await database.write(put("a")) == "a"
     assert names(database) == ["a"]
-    await database.close()
+    database.close()
     again = Database(database.path)
-    await again.open()
+    again.open()
     assert names(again) == ["a"]
-    await again.close()
+    again.close()
 
 
 async def test_an_error_rolls_back_and_is_raised(database: Database) -> None:
@@ -141,14 +141,23 @@ async def test_subscribers_wake_after_commit_only(database: Database) -> None:
         raise ValueError
 
     with database.subscribe("topic") as subscription:
+        assert not await woken(subscription, 0.01)
         with pytest.raises(ValueError):
             await database.write(tell_and_fail)
-        assert not await subscription.wait(0.01)
-        await database.write(tell)
-        assert await subscription.wait(20)
-        assert not await subscription.wait(0.01)
         await database.write(put("other"))
-        assert not await subscription.wait(0.01)
+        assert not await woken(subscription, 0.01)
+        await database.write(tell)
+        assert await woken(subscription, 20)
+        subscription.clear()
+        assert not await woken(subscription, 0.01)
+
+
+async def woken(subscription: Subscription, timeout_seconds: float) -> bool:
+    try:
+        await asyncio.wait_for(subscription.wait(), timeout_seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 async def test_a_full_disk_is_said_and_survived(database: Database) -> None:
@@ -173,32 +182,32 @@ async def test_a_foreign_file_and_a_newer_one_are_refused_in_words(tmp_path: Pat
     noise = tmp_path / "noise.db"
     noise.write_bytes(b"this is no database" * 200)
     with pytest.raises(HostError) as damaged:
-        await Database(noise).open()
+        Database(noise).open()
     assert damaged.value.code == "database_damaged"
 
     foreign = tmp_path / "foreign.db"
     with sqlite3.connect(foreign) as connection:
         connection.execute("CREATE TABLE songs (title TEXT)")
     with pytest.raises(HostError, match="not Atelier's"):
-        await Database(foreign).open()
+        Database(foreign).open()
 
     newer = Database(tmp_path / "newer.db")
-    await newer.open()
-    await newer.close()
+    newer.open()
+    newer.close()
     with sqlite3.connect(newer.path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     with pytest.raises(HostError) as too_new:
-        await Database(newer.path).open()
+        Database(newer.path).open()
     assert too_new.value.code == "database_too_new"
 
     with pytest.raises(HostError) as unusable:
-        await Database(noise / "below-a-file.db").open()
+        Database(noise / "below-a-file.db").open()
     assert unusable.value.code == "database_unusable"
 
 
 async def test_closed_is_said(database: Database) -> None:
-    await database.close()
-    await database.close()
+    database.close()
+    database.close()
     with pytest.raises(HostError, match="closed"):
         await database.write(put("a"))
     with pytest.raises(HostError, match="closed"), database.read():
@@ -209,9 +218,9 @@ async def test_a_copy_is_whole(database: Database, tmp_path: Path) -> None:
     await database.write(put("a"))
     await database.back_up(tmp_path / "copy.db")
     copy = Database(tmp_path / "copy.db")
-    await copy.open()
+    copy.open()
     assert names(copy) == ["a"]
-    await copy.close()
+    copy.close()
     with pytest.raises(HostError) as failed:
         await database.back_up(tmp_path / "absent" / "copy.db")
     assert failed.value.code == "backup_failed"
@@ -228,10 +237,10 @@ async def test_migrations_end_in_the_same_tables_as_a_new_file(database: Databas
     assert {entry for entry in form(migrated) if "alembic" not in entry[0]} == {
         entry for entry in form(database.path) if "alembic" not in entry[0]
     }
-    await made.open()
+    made.open()
     with made.read() as reader:
         assert reader.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == SCHEMA_REVISION
-    await made.close()
+    made.close()
 
 
 def test_the_newest_migration_is_the_one_that_tables_name() -> None:
@@ -245,7 +254,7 @@ def test_a_start_imports_neither_alembic_nor_the_mapper(tmp_path: Path) -> None:
         "import asyncio, sys, pathlib\n"
         "from atelier.db.engine import Database\n"
         f"async def main():\n    for _ in range(2):\n        d = Database(pathlib.Path({str(tmp_path / 'a.db')!r}))\n"
-        "        await d.open()\n        await d.close()\n"
+        "        d.open()\n        d.close()\n"
         "asyncio.run(main())\n"
         "print([name for name in ('alembic', 'mako', 'sqlalchemy.orm', 'greenlet') if name in sys.modules])\n"
     )
@@ -254,12 +263,13 @@ def test_a_start_imports_neither_alembic_nor_the_mapper(tmp_path: Path) -> None:
 
 
 async def test_installation_ids_are_made_once(database: Database) -> None:
-    first = await database.write(settings.ensure_installation)
+    first = await installation.load_installation(database)
     assert (len(first.installation_id), len(first.host_id)) == (4, 12)
-    assert await database.write(settings.ensure_installation) == first
+    assert await installation.load_installation(database) == first
+    assert await installation.load_installation_id(database) == first.installation_id
     with database.read() as connection:
-        assert settings.find_token_hash(connection) is None
-    await database.write(lambda connection: settings.set_token_hash(connection, "aa"))
-    await database.write(lambda connection: settings.set_token_hash(connection, "bb"))
+        assert installation.find_token_hash(connection) is None
+    await database.write(lambda connection: installation.set_token_hash(connection, "aa"))
+    await database.write(lambda connection: installation.set_token_hash(connection, "bb"))
     with database.read() as connection:
-        assert settings.find_token_hash(connection) == "bb"
+        assert installation.find_token_hash(connection) == "bb"

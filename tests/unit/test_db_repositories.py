@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from atelier.db import outbox, sagas, sandboxes
+from atelier.db import outbox, sagas
 from atelier.db.engine import Connection, Database
-from atelier.db.sandboxes import GuestSecrets
+from atelier.db.outbox import Outbox
+from atelier.db.sandboxes import GuestSecrets, SandboxRepository, Usage
 from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.machine import ProcessIdentity
@@ -23,13 +24,15 @@ from atelier.saga.log import SagaGoneError, SagaLog, SagaRecord, SagaStatus
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, tzinfo=UTC)
 
+sandboxes = SandboxRepository()
+
 
 @pytest.fixture
 async def database(tmp_path: Path) -> AsyncIterator[Database]:
     made = Database(tmp_path / "atelier.db")
-    await made.open()
+    made.open()
     yield made
-    await made.close()
+    made.close()
 
 
 def sandbox(name: str, state: SandboxState = SandboxState.CREATING, **spec: Any) -> Sandbox:
@@ -47,7 +50,7 @@ def sandbox(name: str, state: SandboxState = SandboxState.CREATING, **spec: Any)
 async def add(database: Database, *added: Sandbox) -> None:
     def insert(connection: Connection) -> None:
         for each in added:
-            sandboxes.insert_sandbox(connection, each, GuestSecrets(f"token-{each.id}", "m" * 32))
+            sandboxes.insert(connection, each, GuestSecrets(f"token-{each.id}", "m" * 32))
 
     await database.write(insert)
 
@@ -65,12 +68,12 @@ async def test_a_row_comes_back_as_it_went_in(database: Database) -> None:
     )
     await add(database, made)
     with database.read() as connection:
-        assert sandboxes.get_sandbox(connection, "one") == made
-        assert sandboxes.get_sandbox(connection, made.id) == made
+        assert sandboxes.get(connection, "one") == made
+        assert sandboxes.get(connection, made.id) == made
         assert sandboxes.get_secrets(connection, made.id) == GuestSecrets(f"token-{made.id}", "m" * 32)
-        assert sandboxes.find_sandbox(connection, "two") is None
+        assert sandboxes.find(connection, "two") is None
         with pytest.raises(NotFoundError) as missing:
-            sandboxes.get_sandbox(connection, "two")
+            sandboxes.get(connection, "two")
         assert missing.value.code == "sandbox_not_found"
         with pytest.raises(NotFoundError):
             sandboxes.get_secrets(connection, "two")
@@ -83,7 +86,7 @@ async def test_a_name_is_taken_once(database: Database) -> None:
     assert taken.value.code == "name_taken"
     assert taken.value.hint
     with database.read() as connection:
-        assert sandboxes.find_sandbox(connection, "two") is None  # all or nothing
+        assert sandboxes.find(connection, "two") is None  # all or nothing
 
 
 async def test_pages_are_stable_while_sandboxes_come_and_go(database: Database) -> None:
@@ -92,14 +95,13 @@ async def test_pages_are_stable_while_sandboxes_come_and_go(database: Database) 
     cursor: str | None = None
     for turn in range(10):
         with database.read() as connection:
-            page = sandboxes.list_sandboxes(connection, limit=3, cursor=cursor)
-        seen += [each.name for each in page.items]
+            page, cursor = sandboxes.list_page(connection, 3, cursor)
+        seen += [each.name for each in page]
         await add(database, sandbox(f"late{turn}"))
         if turn == 0:
             with database.read() as connection:
-                gone = sandboxes.get_sandbox(connection, "n7").id  # the last one shown
-            await database.write(lambda connection, gone=gone: sandboxes.delete_sandbox(connection, gone))
-        cursor = page.next_cursor
+                gone = sandboxes.get(connection, "n7").id  # the last one shown
+            await database.write(lambda connection, gone=gone: sandboxes.delete(connection, gone))
         if cursor is None:
             break
     assert seen == [f"n{number}" for number in reversed(range(10))]
@@ -111,8 +113,7 @@ async def test_the_last_page_has_no_cursor(database: Database, count: int, limit
     cursor: str | None = None
     for turn in range(pages):
         with database.read() as connection:
-            page = sandboxes.list_sandboxes(connection, limit=limit, cursor=cursor)
-        cursor = page.next_cursor
+            _, cursor = sandboxes.list_page(connection, limit, cursor)
         assert (cursor is None) == (turn == pages - 1)
 
 
@@ -121,7 +122,7 @@ async def test_the_last_page_has_no_cursor(database: Database, count: int, limit
 )
 async def test_a_foreign_cursor_is_refused(database: Database, cursor: str) -> None:
     with database.read() as connection, pytest.raises(InvalidRequestError) as refused:
-        sandboxes.list_sandboxes(connection, limit=3, cursor=cursor)
+        sandboxes.list_page(connection, 3, cursor)
     assert refused.value.code == "invalid_cursor"
 
 
@@ -136,19 +137,19 @@ async def test_filters(database: Database) -> None:
 
     def listed(**filters: Any) -> list[str]:
         with database.read() as connection:
-            return [each.name for each in sandboxes.list_sandboxes(connection, limit=10, **filters).items]
+            return [each.name for each in sandboxes.list_page(connection, 10, **filters)[0]]
 
     assert listed() == ["d", "c", "b", "a"]
-    assert listed(states=[SandboxState.RUNNING]) == ["d", "c", "a"]
+    assert listed(state=SandboxState.RUNNING) == ["d", "c", "a"]
     assert listed(labels={"team": "x"}) == ["b", "a"]
     assert listed(labels={"team": "x", "tier": "1"}) == ["a"]
-    assert listed(labels={"team": "x"}, states=[SandboxState.RUNNING]) == ["a"]
+    assert listed(labels={"team": "x"}, state=SandboxState.RUNNING) == ["a"]
     assert listed(labels={'we"ird.key': "x"}) == ["d"]
     assert listed(labels={"absent": "x"}) == []
     with database.read() as connection:
         assert sandboxes.count_by_state(connection) == {SandboxState.RUNNING: 3, SandboxState.FAILED: 1}
-        assert len(sandboxes.list_all_ids(connection, [SandboxState.FAILED])) == 1
-        assert len(sandboxes.list_all_ids(connection)) == 4
+        assert len(sandboxes.list_ids(connection, [SandboxState.FAILED])) == 1
+        assert len(sandboxes.list_ids(connection)) == 4
 
 
 async def test_usage_counts_machines_that_exist_and_volumes_that_are_held(database: Database) -> None:
@@ -160,8 +161,8 @@ async def test_usage_counts_machines_that_exist_and_volumes_that_are_held(databa
     await add(database, stopped, failed, elsewhere)
     await database.write(lambda connection: sandboxes.set_holds_volume(connection, failed.id, False))
     with database.read() as connection:
-        assert sandboxes.sum_usage(connection, "hostaaaaaaaa") == sandboxes.Usage(4, 1024, 3 * 4096)
-        assert sandboxes.sum_usage(connection, "nobodyaaaaaa") == sandboxes.Usage(0, 0, 0)
+        assert sandboxes.sum_usage(connection, "hostaaaaaaaa") == Usage(4, 1024, 3 * 4096)
+        assert sandboxes.sum_usage(connection, "nobodyaaaaaa") == Usage(0, 0, 0)
 
 
 async def test_columns_that_lifecycle_writes(database: Database) -> None:
@@ -177,7 +178,7 @@ async def test_columns_that_lifecycle_writes(database: Database) -> None:
 
     await database.write(change)
     with database.read() as connection:
-        found = sandboxes.get_sandbox(connection, "one")
+        found = sandboxes.get(connection, "one")
         assert (found.state, found.updated_at, found.spec.image_id) == (SandboxState.FAILED, later, "base-2")
         assert (found.failure_code, found.console_tail) == ("c", "t")
         assert sandboxes.find_vmm_process(connection, made.id) == identity
@@ -211,7 +212,7 @@ async def test_a_saga_update_and_its_hook_are_one_transaction(database: Database
     await database.write(lambda connection: store.insert(connection, SagaRecord("s1", "kind", made.id, "a")))
 
     def fail(connection: Connection, record: SagaRecord) -> None:
-        sandboxes.delete_sandbox(connection, made.id)
+        sandboxes.delete(connection, made.id)
         raise PermissionError
 
     with pytest.raises(PermissionError):
@@ -222,7 +223,7 @@ async def test_a_saga_update_and_its_hook_are_one_transaction(database: Database
 
     def remove(connection: Connection, record: SagaRecord) -> None:
         assert record.step == "b"
-        sandboxes.delete_sandbox(connection, made.id)
+        sandboxes.delete(connection, made.id)
         sagas.delete_sagas_of(connection, made.id)
 
     await store.update("s1", lambda stored: replace(stored, step="b"), remove)
@@ -251,11 +252,11 @@ async def test_sagas_are_found_by_subject_and_by_trouble(database: Database) -> 
 
 async def test_events_are_read_in_order_and_resumed(database: Database) -> None:
     for number in range(5):
-        await database.write(lambda connection, n=number: outbox.append_event(connection, "k", "x", {"n": n}))
+        await database.write(lambda connection, n=number: Outbox(database).append(connection, "k", "x", {"n": n}))
     with database.read() as connection:
-        first = outbox.read_after(connection, 0, 2)
-        rest = outbox.read_after(connection, first[-1].id, 100)
-        assert outbox.get_range(connection) == outbox.OutboxRange(first[0].id, rest[-1].id)
+        first = Outbox(database).read_after(connection, 0, 2)
+        rest = Outbox(database).read_after(connection, first[-1].id, 100)
+        assert Outbox(database).bounds(connection) == (first[0].id, rest[-1].id)
     assert [event.payload["n"] for event in first + rest] == [0, 1, 2, 3, 4]
     assert (first[0].kind, first[0].sandbox_id) == ("k", "x")
     assert first[0].at.tzinfo is not None
@@ -263,14 +264,14 @@ async def test_events_are_read_in_order_and_resumed(database: Database) -> None:
 
 async def test_an_event_of_a_failed_transaction_never_was(database: Database) -> None:
     def fail(connection: Connection) -> None:
-        outbox.append_event(connection, "k", None, {})
+        Outbox(database).append(connection, "k", None, {})
         raise ValueError
 
     with pytest.raises(ValueError):
         await database.write(fail)
     with database.read() as connection:
-        assert outbox.read_after(connection, 0, 10) == []
-        assert outbox.get_range(connection) == outbox.OutboxRange(0, 0)
+        assert Outbox(database).read_after(connection, 0, 10) == []
+        assert Outbox(database).bounds(connection) == (0, 0)
 
 
 async def test_old_events_go_and_ids_are_never_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,26 +279,27 @@ async def test_old_events_go_and_ids_are_never_used_again(database: Database, mo
 
     def append(connection: Connection) -> None:
         for _ in range(1000):
-            outbox.append_event(connection, "k", None, {})
+            Outbox(database).append(connection, "k", None, {})
 
     await database.write(append)
     with database.read() as connection:
-        kept = outbox.get_range(connection)
-    assert kept.newest_id == 1000
-    assert 668 - 100 <= kept.oldest_id <= 900
+        oldest, newest = Outbox(database).bounds(connection)
+    assert newest == 1000
+    assert 668 - 100 <= oldest <= 900
     await database.write(lambda connection: connection.exec_driver_sql("DELETE FROM outbox"))
-    assert await database.write(lambda connection: outbox.append_event(connection, "k", None, {})) == 1001
+    assert await database.write(lambda connection: Outbox(database).append(connection, "k", None, {})) == 1001
 
 
 async def test_a_tail_wakes_without_polling(database: Database) -> None:
     received: list[int] = []
 
     async def tail() -> None:
-        with outbox.subscribe(database) as subscription:
+        with Outbox(database).subscribe() as subscription:
             last = 0
             while len(received) < 20:
+                subscription.clear()
                 with database.read() as connection:
-                    events = outbox.read_after(connection, last, 3)
+                    events = Outbox(database).read_after(connection, last, 3)
                 received.extend(event.payload["n"] for event in events)
                 if events:
                     last = events[-1].id
@@ -306,6 +308,6 @@ async def test_a_tail_wakes_without_polling(database: Database) -> None:
 
     task = asyncio.create_task(tail())
     for number in range(20):
-        await database.write(lambda connection, n=number: outbox.append_event(connection, "k", None, {"n": n}))
+        await database.write(lambda connection, n=number: Outbox(database).append(connection, "k", None, {"n": n}))
     await asyncio.wait_for(task, 20)
     assert received == list(range(20))

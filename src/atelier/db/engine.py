@@ -28,8 +28,8 @@ _T = TypeVar("_T")
 
 
 class Subscription:
-    """Wakes its one holder after commits that signalled the topic. Subscribe, then read, then wait, then read again:
-    nothing can fall between."""
+    """Wakes its one holder after commits that signalled the topic. Subscribe, then ``clear``, read and ``wait`` in
+    turns: nothing can fall between."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -37,15 +37,13 @@ class Subscription:
     def wake(self) -> None:
         self._event.set()
 
-    async def wait(self, timeout_seconds: float | None = None) -> bool:
-        """True when something was signalled since the last call; False after ``timeout_seconds``."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._event.wait()
-        except TimeoutError:
-            return False
+    def clear(self) -> None:
+        """Forget what was signalled so far: the holder is about to read it all."""
         self._event.clear()
-        return True
+
+    async def wait(self) -> None:
+        """Return when something was signalled since the last ``clear``."""
+        await self._event.wait()
 
 
 class Database:
@@ -58,8 +56,8 @@ class Database:
         self._writer = Writer(self._wake)
         self._subscriptions: dict[str, set[Subscription]] = {}
 
-    async def open(self) -> None:
-        """Create the file (mode 0600) or bring it to this version's form, and start writing.
+    def open(self) -> None:
+        """Called on the event loop that will use it. Create the file (mode 0600) or bring it to this version's form, and start writing.
 
         Raises HostError: ``database_too_new``, ``database_damaged``, ``database_unusable``; DiskFullError.
         """
@@ -84,11 +82,11 @@ class Database:
         self._reader = connection
         self._writer.start(self._connect(any_thread=True))
 
-    async def close(self) -> None:
-        """Finish pending writes and let go of the file. Closing twice does nothing."""
+    def close(self) -> None:
+        """Finish pending writes (a moment) and let go of the file. Closing twice does nothing."""
         reader, self._reader = self._reader, None
         if reader is not None:
-            await self._writer.stop()
+            self._writer.stop()
             reader.close()
 
     @contextmanager

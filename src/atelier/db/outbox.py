@@ -33,44 +33,40 @@ class OutboxEvent:
     payload: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class OutboxRange:
-    """The ids that are kept, both inclusive; both 0 if there are none yet."""
+class Outbox:
+    """``append`` works in the caller's transaction, as the reading methods do; ``subscribe`` needs none."""
 
-    oldest_id: int
-    newest_id: int
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
+    def append(self, connection: Connection, kind: str, sandbox_id: str | None, payload: dict[str, Any]) -> int:
+        """Add an event; returns its id. Prunes now and then."""
+        result = connection.execute(
+            insert(outbox).values(at=datetime.now(UTC), kind=kind, sandbox_id=sandbox_id, payload=payload)
+        )
+        assert result.inserted_primary_key is not None
+        event_id = int(result.inserted_primary_key[0])
+        if event_id % _PRUNE_EVERY == 0:
+            connection.execute(delete(outbox).where(outbox.c.id <= event_id - KEPT_EVENTS))
+        signal(connection, _TOPIC)
+        return event_id
 
-def append_event(connection: Connection, kind: str, sandbox_id: str | None, payload: dict[str, Any]) -> int:
-    """Add an event to the caller's transaction; returns its id. Prunes now and then."""
-    result = connection.execute(
-        insert(outbox).values(at=datetime.now(UTC), kind=kind, sandbox_id=sandbox_id, payload=payload)
-    )
-    assert result.inserted_primary_key is not None
-    event_id = int(result.inserted_primary_key[0])
-    if event_id % _PRUNE_EVERY == 0:
-        connection.execute(delete(outbox).where(outbox.c.id <= event_id - KEPT_EVENTS))
-    signal(connection, _TOPIC)
-    return event_id
+    def read_after(self, connection: Connection, event_id: int, limit: int) -> list[OutboxEvent]:
+        """The events after ``event_id``, oldest first."""
+        query = select(outbox).where(outbox.c.id > event_id).order_by(outbox.c.id).limit(limit)
+        return [
+            OutboxEvent(id=row.id, at=row.at, kind=row.kind, sandbox_id=row.sandbox_id, payload=row.payload)
+            for row in connection.execute(query)
+        ]
 
+    def bounds(self, connection: Connection) -> tuple[int, int]:
+        """The oldest and the newest id that is kept, both 0 if there is none. A reader that wants to go on from before
+        the oldest has missed something."""
+        row = connection.execute(select(func.min(outbox.c.id), func.max(outbox.c.id))).one()
+        return row[0] or 0, row[1] or 0
 
-def read_after(connection: Connection, event_id: int, limit: int) -> list[OutboxEvent]:
-    """The events after ``event_id``, oldest first."""
-    query = select(outbox).where(outbox.c.id > event_id).order_by(outbox.c.id).limit(limit)
-    return [
-        OutboxEvent(id=row.id, at=row.at, kind=row.kind, sandbox_id=row.sandbox_id, payload=row.payload)
-        for row in connection.execute(query)
-    ]
-
-
-def get_range(connection: Connection) -> OutboxRange:
-    """A reader that wants to go on from before ``oldest_id`` has missed something."""
-    row = connection.execute(select(func.min(outbox.c.id), func.max(outbox.c.id))).one()
-    return OutboxRange(row[0] or 0, row[1] or 0)
-
-
-@contextmanager
-def subscribe(database: Database) -> Generator[Subscription, None, None]:
-    """Be woken when events were appended. Subscribe first, then read."""
-    with database.subscribe(_TOPIC) as subscription:
-        yield subscription
+    @contextmanager
+    def subscribe(self) -> Generator[Subscription, None, None]:
+        """Be woken when events were appended. Subscribe first, then read."""
+        with self._database.subscribe(_TOPIC) as subscription:
+            yield subscription

@@ -41,191 +41,177 @@ class Usage:
     disk_mib: int
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxListing:
-    """A page, newest first. ``next_cursor`` is None on the last one."""
-
-    items: list[Sandbox]
-    next_cursor: str | None
-
-
 _WITHOUT_VMM = (SandboxState.STOPPED, SandboxState.PAUSED, SandboxState.FAILED)
 
 
-def insert_sandbox(connection: Connection, sandbox: Sandbox, secrets: GuestSecrets) -> None:
-    """Raises ConflictError (``name_taken``)."""
-    spec = sandbox.spec
-    try:
+class SandboxRepository:
+    """Stateless: everything stands in the table. All methods work in the caller's transaction."""
+
+    def insert(self, connection: Connection, sandbox: Sandbox, secrets: GuestSecrets) -> None:
+        """Raises ConflictError (``name_taken``)."""
+        spec = sandbox.spec
+        try:
+            connection.execute(
+                insert(sandboxes).values(
+                    id=sandbox.id,
+                    name=sandbox.name,
+                    host_id=sandbox.host_id,
+                    state=sandbox.state.value,
+                    image=spec.image,
+                    image_id=spec.image_id,
+                    vcpu_count=spec.vcpu_count,
+                    memory_mib=spec.memory_mib,
+                    disk_mib=spec.disk_mib,
+                    environment=spec.environment,
+                    labels=spec.labels,
+                    guest_token=secrets.token,
+                    machine_id=secrets.machine_id,
+                    holds_volume=True,
+                    failure_code=sandbox.failure_code,
+                    failure_message=sandbox.failure_message,
+                    failure_hint=sandbox.failure_hint,
+                    console_tail=sandbox.console_tail,
+                    created_at=sandbox.created_at,
+                    updated_at=sandbox.updated_at,
+                )
+            )
+        except IntegrityError as error:
+            if "sandboxes.name" not in str(error.orig):
+                raise
+            raise ConflictError(
+                f"there is a sandbox named {sandbox.name} already",
+                code="name_taken",
+                hint="choose another name, leave it out to have one generated, or remove the other sandbox",
+            ) from error
+
+    def find(self, connection: Connection, id_or_name: str) -> Sandbox | None:
+        column = sandboxes.c.id if is_sandbox_id(id_or_name) else sandboxes.c.name
+        row = connection.execute(select(sandboxes).where(column == id_or_name)).one_or_none()
+        return None if row is None else _to_sandbox(row)
+
+    def get(self, connection: Connection, id_or_name: str) -> Sandbox:
+        """Raises NotFoundError (``sandbox_not_found``)."""
+        sandbox = self.find(connection, id_or_name)
+        if sandbox is None:
+            raise NotFoundError(
+                f"there is no sandbox {id_or_name!r}",
+                code="sandbox_not_found",
+                hint="atelier ls shows the ones there are",
+            )
+        return sandbox
+
+    def list_page(
+        self,
+        connection: Connection,
+        limit: int,
+        cursor: str | None = None,
+        state: SandboxState | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> tuple[list[Sandbox], str | None]:
+        """A page, newest first, of those in ``state`` that bear all ``labels``; and the cursor of the next page, None
+        after the last. A cursor stays good while sandboxes come and go: none is shown twice, none that stays is left
+        out.
+
+        Raises InvalidRequestError (``invalid_cursor``).
+        """
+        query = select(sandboxes).order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
+        if cursor is not None:
+            query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
+        if state is not None:
+            query = query.where(sandboxes.c.state == state.value)
+        for key, value in (labels or {}).items():
+            label = func.json_each(sandboxes.c.labels).table_valued("key", "value", joins_implicitly=True)
+            query = query.where(select(label.c.key).where(label.c.key == key, label.c.value == value).exists())
+        rows = connection.execute(query).all()
+        next_cursor = _make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
+        return [_to_sandbox(row) for row in rows[:limit]], next_cursor
+
+    def list_ids(self, connection: Connection, states: Collection[SandboxState] = ()) -> list[str]:
+        """Ids, oldest first; of the given states, or all."""
+        query = select(sandboxes.c.id).order_by(sandboxes.c.sequence)
+        if states:
+            query = query.where(sandboxes.c.state.in_([state.value for state in states]))
+        return list(connection.execute(query).scalars())
+
+    def count_by_state(self, connection: Connection) -> dict[SandboxState, int]:
+        """Only states that occur."""
+        query = select(sandboxes.c.state, func.count()).group_by(sandboxes.c.state)
+        return {SandboxState(state): count for state, count in connection.execute(query)}
+
+    def sum_usage(self, connection: Connection, host_id: str) -> Usage:
+        """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; the volumes' full sizes."""
+        vmms = connection.execute(
+            select(
+                func.coalesce(func.sum(sandboxes.c.vcpu_count), 0), func.coalesce(func.sum(sandboxes.c.memory_mib), 0)
+            ).where(
+                sandboxes.c.host_id == host_id,
+                sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]),
+            )
+        ).one()
+        disk_mib = connection.execute(
+            select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0)).where(
+                sandboxes.c.host_id == host_id, sandboxes.c.holds_volume
+            )
+        ).scalar_one()
+        return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=disk_mib)
+
+    def set_state(
+        self,
+        connection: Connection,
+        sandbox_id: str,
+        state: SandboxState,
+        updated_at: datetime,
+        *,
+        failure_code: str = "",
+        failure_message: str = "",
+        failure_hint: str = "",
+        console_tail: str = "",
+    ) -> None:
         connection.execute(
-            insert(sandboxes).values(
-                id=sandbox.id,
-                name=sandbox.name,
-                host_id=sandbox.host_id,
-                state=sandbox.state.value,
-                image=spec.image,
-                image_id=spec.image_id,
-                vcpu_count=spec.vcpu_count,
-                memory_mib=spec.memory_mib,
-                disk_mib=spec.disk_mib,
-                environment=spec.environment,
-                labels=spec.labels,
-                guest_token=secrets.token,
-                machine_id=secrets.machine_id,
-                holds_volume=True,
-                failure_code=sandbox.failure_code,
-                failure_message=sandbox.failure_message,
-                failure_hint=sandbox.failure_hint,
-                console_tail=sandbox.console_tail,
-                created_at=sandbox.created_at,
-                updated_at=sandbox.updated_at,
+            update(sandboxes)
+            .where(sandboxes.c.id == sandbox_id)
+            .values(
+                state=state.value,
+                updated_at=updated_at,
+                failure_code=failure_code,
+                failure_message=failure_message,
+                failure_hint=failure_hint,
+                console_tail=console_tail,
             )
         )
-    except IntegrityError as error:
-        if "sandboxes.name" not in str(error.orig):
-            raise
-        raise ConflictError(
-            f"there is a sandbox named {sandbox.name} already",
-            code="name_taken",
-            hint="choose another name, leave it out to have one generated, or remove the other sandbox",
-        ) from error
 
+    def set_image_id(self, connection: Connection, sandbox_id: str, image_id: str) -> None:
+        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(image_id=image_id))
 
-def find_sandbox(connection: Connection, id_or_name: str) -> Sandbox | None:
-    column = sandboxes.c.id if is_sandbox_id(id_or_name) else sandboxes.c.name
-    row = connection.execute(select(sandboxes).where(column == id_or_name)).one_or_none()
-    return None if row is None else _to_sandbox(row)
+    def set_holds_volume(self, connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
+        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(holds_volume=holds_volume))
 
+    def set_vmm_process(self, connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
+        values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
+        if identity is not None:
+            values = {
+                "vmm_pid": identity.pid,
+                "vmm_start_time_ticks": identity.start_time_ticks,
+                "vmm_boot_id": identity.boot_id,
+            }
+        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(values))
 
-def get_sandbox(connection: Connection, id_or_name: str) -> Sandbox:
-    """Raises NotFoundError (``sandbox_not_found``)."""
-    sandbox = find_sandbox(connection, id_or_name)
-    if sandbox is None:
-        raise NotFoundError(
-            f"there is no sandbox {id_or_name!r}", code="sandbox_not_found", hint="atelier ls shows the ones there are"
-        )
-    return sandbox
+    def find_vmm_process(self, connection: Connection, sandbox_id: str) -> ProcessIdentity | None:
+        """The VMM that was started last, as far as the row knows; whether it lives is the VMM driver's to say."""
+        columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
+        row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
+        return None if row is None or row[0] is None else ProcessIdentity(row[0], row[1], row[2])
 
+    def get_secrets(self, connection: Connection, sandbox_id: str) -> GuestSecrets:
+        """Raises NotFoundError (``sandbox_not_found``)."""
+        columns = (sandboxes.c.guest_token, sandboxes.c.machine_id)
+        row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
+        if row is None:
+            raise NotFoundError(f"there is no sandbox {sandbox_id!r}", code="sandbox_not_found")
+        return GuestSecrets(row[0], row[1])
 
-def list_sandboxes(
-    connection: Connection,
-    *,
-    limit: int,
-    cursor: str | None = None,
-    states: Collection[SandboxState] = (),
-    labels: Mapping[str, str] | None = None,
-) -> SandboxListing:
-    """Newest first; all the given labels must match, and one of the states (none given: any). A cursor stays good
-    while sandboxes come and go: none is shown twice, none that stays is left out.
-
-    Raises InvalidRequestError (``invalid_cursor``).
-    """
-    query = select(sandboxes).order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
-    if cursor is not None:
-        query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
-    if states:
-        query = query.where(sandboxes.c.state.in_([state.value for state in states]))
-    for key, value in (labels or {}).items():
-        label = func.json_each(sandboxes.c.labels).table_valued("key", "value", joins_implicitly=True)
-        query = query.where(select(label.c.key).where(label.c.key == key, label.c.value == value).exists())
-    rows = connection.execute(query).all()
-    next_cursor = _make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
-    return SandboxListing([_to_sandbox(row) for row in rows[:limit]], next_cursor)
-
-
-def list_all_ids(connection: Connection, states: Collection[SandboxState] = ()) -> list[str]:
-    """Ids, oldest first; of the given states, or all."""
-    query = select(sandboxes.c.id).order_by(sandboxes.c.sequence)
-    if states:
-        query = query.where(sandboxes.c.state.in_([state.value for state in states]))
-    return list(connection.execute(query).scalars())
-
-
-def count_by_state(connection: Connection) -> dict[SandboxState, int]:
-    """Only states that occur."""
-    query = select(sandboxes.c.state, func.count()).group_by(sandboxes.c.state)
-    return {SandboxState(state): count for state, count in connection.execute(query)}
-
-
-def sum_usage(connection: Connection, host_id: str) -> Usage:
-    """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; the volumes' full sizes."""
-    vmms = connection.execute(
-        select(
-            func.coalesce(func.sum(sandboxes.c.vcpu_count), 0), func.coalesce(func.sum(sandboxes.c.memory_mib), 0)
-        ).where(
-            sandboxes.c.host_id == host_id,
-            sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]),
-        )
-    ).one()
-    disk_mib = connection.execute(
-        select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0)).where(
-            sandboxes.c.host_id == host_id, sandboxes.c.holds_volume
-        )
-    ).scalar_one()
-    return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=disk_mib)
-
-
-def set_state(
-    connection: Connection,
-    sandbox_id: str,
-    state: SandboxState,
-    updated_at: datetime,
-    *,
-    failure_code: str = "",
-    failure_message: str = "",
-    failure_hint: str = "",
-    console_tail: str = "",
-) -> None:
-    connection.execute(
-        update(sandboxes)
-        .where(sandboxes.c.id == sandbox_id)
-        .values(
-            state=state.value,
-            updated_at=updated_at,
-            failure_code=failure_code,
-            failure_message=failure_message,
-            failure_hint=failure_hint,
-            console_tail=console_tail,
-        )
-    )
-
-
-def set_image_id(connection: Connection, sandbox_id: str, image_id: str) -> None:
-    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(image_id=image_id))
-
-
-def set_holds_volume(connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
-    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(holds_volume=holds_volume))
-
-
-def set_vmm_process(connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
-    values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
-    if identity is not None:
-        values = {
-            "vmm_pid": identity.pid,
-            "vmm_start_time_ticks": identity.start_time_ticks,
-            "vmm_boot_id": identity.boot_id,
-        }
-    connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(values))
-
-
-def find_vmm_process(connection: Connection, sandbox_id: str) -> ProcessIdentity | None:
-    """The VMM that was started last, as far as the row knows; whether it lives is the VMM driver's to say."""
-    columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
-    row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
-    return None if row is None or row[0] is None else ProcessIdentity(row[0], row[1], row[2])
-
-
-def get_secrets(connection: Connection, sandbox_id: str) -> GuestSecrets:
-    """Raises NotFoundError (``sandbox_not_found``)."""
-    columns = (sandboxes.c.guest_token, sandboxes.c.machine_id)
-    row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
-    if row is None:
-        raise NotFoundError(f"there is no sandbox {sandbox_id!r}", code="sandbox_not_found")
-    return GuestSecrets(row[0], row[1])
-
-
-def delete_sandbox(connection: Connection, sandbox_id: str) -> None:
-    connection.execute(delete(sandboxes).where(sandboxes.c.id == sandbox_id))
+    def delete(self, connection: Connection, sandbox_id: str) -> None:
+        connection.execute(delete(sandboxes).where(sandboxes.c.id == sandbox_id))
 
 
 def _to_sandbox(row: Row[Any]) -> Sandbox:

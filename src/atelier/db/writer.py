@@ -80,11 +80,11 @@ class Writer:
         self._thread = threading.Thread(target=self._serve, args=(connection,), name="database writer", daemon=True)
         self._thread.start()
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """Finish what was submitted, then end the thread."""
         assert self._thread is not None
         self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
+        self._thread.join()
 
     async def submit(self, function: Callable[[Connection], Any]) -> Any:
         assert self._loop is not None

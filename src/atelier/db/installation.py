@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects.sqlite import insert
 
+from atelier.db.engine import Database
 from atelier.db.tables import settings
 from atelier.model.ids import new_installation_id, new_sandbox_id
 
@@ -26,11 +27,18 @@ class Installation:
     host_id: str
 
 
-def ensure_installation(connection: Connection) -> Installation:
+async def load_installation(database: Database) -> Installation:
     """The ids of this data folder, made at the first start."""
-    return Installation(
-        _ensure(connection, _INSTALLATION_ID, new_installation_id()), _ensure(connection, _HOST_ID, new_sandbox_id())
-    )
+
+    def load(connection: Connection) -> Installation:
+        installation_id = _ensure(connection, _INSTALLATION_ID, new_installation_id())
+        return Installation(installation_id, _ensure(connection, _HOST_ID, new_sandbox_id()))
+
+    return await database.write(load)
+
+
+async def load_installation_id(database: Database) -> str:
+    return (await load_installation(database)).installation_id
 
 
 def find_token_hash(connection: Connection) -> str | None:
