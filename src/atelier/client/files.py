@@ -93,6 +93,14 @@ class Files:
         with self._lease.connection.open_stream(operation, "GET", address) as response:
             yield response.iter_bytes()
 
+    @contextmanager
+    def stream_archive(self, path: RemotePath, *, user: str = "") -> Generator[Iterator[bytes]]:
+        """A folder's content as a tar stream. Unpack it with care: the sandbox wrote it (``download_folder`` does)."""
+        operation = f"copy the folder {calls.shown_path(path)} from {self._sandbox}"
+        address = calls.files_path(self._sandbox, path, user, "/archive")
+        with self._lease.connection.open_stream(operation, "GET", address) as response:
+            yield response.iter_bytes()
+
     def write(self, path: RemotePath, data: str | bytes | BinaryIO | Iterable[bytes], *, user: str = "") -> FileEntry:
         """Write the whole file: text (as UTF-8), bytes, an open file or an iterable of bytes, which are streamed.
 
@@ -176,13 +184,11 @@ class Files:
 
         The sandbox is not trusted: see ``folder_writer`` for what is refused and what is left out.
         """
-        operation = f"copy the folder {calls.shown_path(remote)} from {self._sandbox}"
-        address = calls.files_path(self._sandbox, remote, user, "/archive")
         with (
-            self._lease.connection.open_stream(operation, "GET", address) as response,
+            self.stream_archive(remote, user=user) as chunks,
             FolderWriter(_target_folder(local), limits) as writer,
         ):
-            for chunk in response.iter_bytes():
+            for chunk in chunks:
                 writer.feed(chunk)
                 if on_progress is not None:
                     on_progress(len(chunk))
@@ -211,6 +217,14 @@ class AsyncFiles:
         """The file's bytes in pieces, as they come; an answer that breaks off raises."""
         operation = f"read {calls.shown_path(path)} in {self._sandbox}"
         address = calls.files_path(self._sandbox, path, user)
+        async with self._lease.connection.open_stream(operation, "GET", address) as response:
+            yield response.aiter_bytes()
+
+    @asynccontextmanager
+    async def stream_archive(self, path: RemotePath, *, user: str = "") -> AsyncGenerator[AsyncIterator[bytes]]:
+        """A folder's content as a tar stream. Unpack it with care: the sandbox wrote it (``download_folder`` does)."""
+        operation = f"copy the folder {calls.shown_path(path)} from {self._sandbox}"
+        address = calls.files_path(self._sandbox, path, user, "/archive")
         async with self._lease.connection.open_stream(operation, "GET", address) as response:
             yield response.aiter_bytes()
 
@@ -297,11 +311,9 @@ class AsyncFiles:
 
         The sandbox is not trusted: see ``folder_writer`` for what is refused and what is left out.
         """
-        operation = f"copy the folder {calls.shown_path(remote)} from {self._sandbox}"
-        address = calls.files_path(self._sandbox, remote, user, "/archive")
-        async with self._lease.connection.open_stream(operation, "GET", address) as response:
+        async with self.stream_archive(remote, user=user) as chunks:
             with FolderWriter(_target_folder(local), limits) as writer:
-                async for chunk in response.aiter_bytes():
+                async for chunk in chunks:
                     await _to_thread(partial(writer.feed, chunk))
                     if on_progress is not None:
                         on_progress(len(chunk))

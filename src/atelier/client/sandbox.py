@@ -25,10 +25,9 @@ from atelier.client import calls
 from atelier.client.calls import Command
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
 from atelier.client.environment import Endpoint, find_endpoint
-from atelier.client.errors import error_from_body
 from atelier.client.files import AsyncFiles, Files
 from atelier.client.processes import AsyncExecution, AsyncProcesses, Execution, Processes
-from atelier.model.errors import AtelierError, GuestError, NotFoundError, TimeoutExceededError, VmmError
+from atelier.model.errors import AtelierError, GuestError, NotFoundError, TimeoutExceededError
 from atelier.model.guest import TerminalSize
 from atelier.model.ids import new_sandbox_name
 from atelier.model.states import SandboxState
@@ -46,12 +45,21 @@ _POLL_SECONDS = 0.5
 _PAGE = 500
 
 
-def creation_failure(details: SandboxDetails) -> AtelierError:
-    """The error for a sandbox that ended as ``failed``, with the reason that the manager recorded."""
-    if details.failure is None:
-        return VmmError(f"the sandbox {details.name} failed", hint=f"look at its console: atelier logs {details.name}")
-    cause = error_from_body(details.failure)
-    return type(cause)(f"the sandbox {details.name} failed: {cause.message}", hint=cause.hint, code=cause.code)
+class SandboxFailedError(AtelierError):
+    """A sandbox ended as ``failed`` instead of running. ``code`` and ``hint`` are those of the reason that the manager
+    recorded; ``details`` is its row, with the last lines of its console."""
+
+    default_code = "sandbox_failed"
+
+    def __init__(self, details: SandboxDetails) -> None:
+        cause = details.failure
+        super().__init__(
+            f"the sandbox {details.name} failed" + (f": {cause.message}" if cause else ""),
+            hint=(cause.hint if cause else "")
+            or f"see `atelier logs {details.name}`, then `atelier rm {details.name}`",
+            code=cause.code if cause else "",
+        )
+        self.details = details
 
 
 def _not_in_time(details: SandboxDetails, seconds: float) -> TimeoutExceededError:
@@ -104,7 +112,7 @@ class Sandbox:
     ) -> Sandbox:
         """Create a sandbox and, unless ``wait`` is false, return when it runs. What is left out, the manager chooses.
 
-        Raises the reason when it failed (the row stays, for ``atelier logs``), TimeoutExceededError after
+        Raises SandboxFailedError when it failed (its row stays until it is destroyed), TimeoutExceededError after
         ``timeout_seconds`` (the creation goes on), ConflictError when the name is taken.
         """
         lease = ConnectionLease(_endpoint(api_url, api_key, connection), connection)
@@ -129,7 +137,7 @@ class Sandbox:
                         lease.connection.send(calls.delete_sandbox(asked_name, wait=False))
                 raise
             if wait and details.state is not SandboxState.RUNNING:
-                raise creation_failure(details)
+                raise SandboxFailedError(details)
         except BaseException:
             lease.close()
             raise
@@ -336,7 +344,7 @@ class AsyncSandbox:
                         await _to_the_end(lease.connection.send(calls.delete_sandbox(asked_name, wait=False)))
                 raise
             if wait and details.state is not SandboxState.RUNNING:
-                raise creation_failure(details)
+                raise SandboxFailedError(details)
         except BaseException:
             await lease.close()
             raise
@@ -497,6 +505,8 @@ async def _to_the_end(work: Coroutine[object, object, T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation is what is reported
         raise
 
 

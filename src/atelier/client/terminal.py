@@ -100,13 +100,16 @@ class Terminal:
         except (OSError, InvalidHandshake, WebSocketException) as error:
             raise _refused(endpoint, operation, error) from error
 
+    def receive(self) -> TerminalEvent:
+        """The next event. Raises TransientError when the connection breaks off."""
+        try:
+            return _read_frame(self._socket.recv(), self._parse)
+        except ConnectionClosed as error:
+            raise _lost(self._operation) from error
+
     def __iter__(self) -> Iterator[TerminalEvent]:
         while True:
-            try:
-                frame = self._socket.recv()
-            except ConnectionClosed as error:
-                raise _lost(self._operation) from error
-            event = _read_frame(frame, self._parse)
+            event = self.receive()
             yield event
             if isinstance(event, ProcessEnded):
                 return
@@ -152,13 +155,16 @@ class AsyncTerminal:
         except (OSError, InvalidHandshake, WebSocketException) as error:
             raise _refused(endpoint, operation, error) from error
 
+    async def receive(self) -> TerminalEvent:
+        """The next event. Raises TransientError when the connection breaks off."""
+        try:
+            return _read_frame(await self._socket.recv(), self._parse)
+        except ConnectionClosed as error:
+            raise _lost(self._operation) from error
+
     async def __aiter__(self) -> AsyncIterator[TerminalEvent]:
         while True:
-            try:
-                frame = await self._socket.recv()
-            except ConnectionClosed as error:
-                raise _lost(self._operation) from error
-            event = _read_frame(frame, self._parse)
+            event = await self.receive()
             yield event
             if isinstance(event, ProcessEnded):
                 return

@@ -1,0 +1,75 @@
+"""``atelier create``."""
+
+from __future__ import annotations
+
+import click
+
+from atelier.cli.invocation import MEBIBYTES, PAIR, Invocation, json_option, pass_invocation
+
+
+@click.command(short_help="Create a sandbox.")
+@click.option("--name", metavar="NAME", help="A DNS label of at most 40 characters.  [default: generated]")
+@click.option("--image", metavar="IMAGE", help="The image to start from.  [default: base]")
+@click.option("--cpus", "vcpu_count", type=int, metavar="N", help="Virtual CPUs.  [default: 1]")
+@click.option("--memory", "memory_mib", type=MEBIBYTES, help="Memory: 512, 512M or 2G.  [default: 512M]")
+@click.option("--disk", "disk_mib", type=MEBIBYTES, help="Disk: 4096, 4096M or 4G.  [default: 4G]")
+@click.option("-e", "--env", "environment", type=PAIR, multiple=True, help="A variable for its programs; repeatable.")
+@click.option("-l", "--label", "labels", type=PAIR, multiple=True, help="A label, for finding it again; repeatable.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the manager has taken the order.")
+@click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=300.0, show_default=True,
+              metavar="SECONDS", help="How long to wait for it to run.")  # fmt: skip
+@json_option("Print the sandbox as JSON.")
+@pass_invocation
+def create(
+    invocation: Invocation,
+    name: str | None,
+    image: str | None,
+    vcpu_count: int | None,
+    memory_mib: int | None,
+    disk_mib: int | None,
+    environment: tuple[tuple[str, str], ...],
+    labels: tuple[tuple[str, str], ...],
+    no_wait: bool,
+    timeout_seconds: float,
+    as_json: bool,
+) -> None:
+    """Create a sandbox and wait until it runs. Prints its name.
+
+    If it fails, the reason and the last lines of its console are shown. An interrupted wait (Ctrl-C) takes the
+    sandbox back, unless you named it.
+
+    \b
+    Examples:
+      atelier create
+      atelier create --name box --cpus 2 --memory 1G --disk 8G
+      box=$(atelier create --label team=web)
+    """
+    from atelier.cli.output import print_line, print_model, print_note, printable_block
+    from atelier.client.sandbox import Sandbox, SandboxFailedError
+
+    with invocation.connect() as connection:
+        try:
+            sandbox = Sandbox.create(
+                name=name,
+                image=image,
+                vcpu_count=vcpu_count,
+                memory_mib=memory_mib,
+                disk_mib=disk_mib,
+                environment=dict(environment),
+                labels=dict(labels),
+                wait=not no_wait,
+                timeout_seconds=timeout_seconds,
+                connection=connection,
+            )
+        except KeyboardInterrupt:
+            if name is not None:
+                print_note(f"interrupted; {name} may still come up: remove it with `atelier rm {name}`")
+            raise
+        except SandboxFailedError as error:
+            if not as_json and error.details.console_tail:
+                print_note(f"the last lines of its console:\n{printable_block(error.details.console_tail.rstrip())}\n")
+            raise
+    if as_json:
+        print_model(sandbox.details)
+    else:
+        print_line(sandbox.name)
