@@ -50,12 +50,6 @@ class SagaStore:
         return await self._database.write(apply)
 
 
-def find_latest_saga(connection: Connection, subject_id: str, kind: str) -> SagaRecord | None:
-    query = select(sagas).where(sagas.c.subject_id == subject_id, sagas.c.kind == kind)
-    row = connection.execute(query.order_by(sagas.c.sequence.desc()).limit(1)).one_or_none()
-    return None if row is None else _to_record(row)
-
-
 def list_stuck_sagas(connection: Connection) -> list[SagaRecord]:
     """For the API's and doctor's eyes: what waits for a person, and why."""
     query = select(sagas).where(sagas.c.status.in_(STUCK_STATUSES)).order_by(sagas.c.sequence)

@@ -32,7 +32,8 @@ class SandboxSpec:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed`` only."""
+    """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed``, and in ``destroying`` when that is
+    stuck."""
 
     id: str
     name: str
