@@ -41,7 +41,9 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large
 
 
 def status_of(error: errors.AtelierError) -> int:
-    return _STATUS_BY_CODE.get(error.code) or next(status for kind, status in _STATUS_BY_CLASS if isinstance(error, kind))
+    return _STATUS_BY_CODE.get(error.code) or next(
+        status for kind, status in _STATUS_BY_CLASS if isinstance(error, kind)
+    )
 
 
 def body_of(error: errors.AtelierError) -> ErrorBody:

@@ -37,8 +37,6 @@ async def load_installation(database: Database) -> Installation:
     return await database.write(load)
 
 
-async def load_installation_id(database: Database) -> str:
-    return (await load_installation(database)).installation_id
 
 
 def find_token_hash(connection: Connection) -> str | None:

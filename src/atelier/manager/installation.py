@@ -13,14 +13,14 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from atelier.api.application import create_application
 from atelier.api.authentication import Application
 from atelier.config.settings import ListenAddress, Settings
 from atelier.db.engine import Database
-from atelier.db.settings import ensure_installation
+from atelier.db.installation import load_installation
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
@@ -44,7 +44,7 @@ class Installation:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def open(settings: Settings) -> AsyncIterator[Installation]:
+    async def open(settings: Settings) -> AsyncGenerator[Installation]:
         """Raises AlreadyRunningError, PortInUseError, HostError, and what drivers raise when they are opened."""
         data, run = DataLayout(settings.data_dir), RunLayout(settings.run_dir)
         async with contextlib.AsyncExitStack() as stack:
@@ -60,9 +60,9 @@ class Installation:
             token = _ensure_token(data, address)
 
             database = Database(data.database)
-            await database.open()
-            stack.push_async_callback(database.close)
-            ids = await database.write(ensure_installation)
+            database.open()
+            stack.callback(database.close)
+            ids = await load_installation(database)
             drivers = choose_drivers(settings, data, run, ids)
             stack.push_async_callback(drivers.close)
             if drivers.gateway is not None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
-from typing import Any, cast
+from typing import Any
 
 import uvicorn
 
@@ -27,7 +27,7 @@ class Server:
         self._listening = listening
         self._server = _QuietServer(
             uvicorn.Config(
-                cast(Any, application),
+                application,
                 loop="none",
                 http="httptools",
                 lifespan="off",

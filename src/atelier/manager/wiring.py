@@ -11,7 +11,7 @@ from pathlib import Path
 from atelier.api.services import Services
 from atelier.config.settings import ServerMode, Settings
 from atelier.db.engine import Database
-from atelier.db.settings import Installation
+from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
 from atelier.drivers.guest.fake import FakeGuests
 from atelier.drivers.guest.interface import GuestDriver
@@ -27,6 +27,8 @@ from atelier.drivers.storage.qcow2 import Qcow2Storage
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
+from atelier.host.memory import memory_bytes
+from atelier.lifecycle.admission import Capacity
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.model.layout import DataLayout, RunLayout
@@ -34,6 +36,10 @@ from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.images import ImageService
 from atelier.services.sandboxes import SandboxService
+
+_HOST_RESERVE_MIB = 512
+"""What the host itself, manager and gateway keep of its memory."""
+_MOCK_MEMORY_MIB = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Drivers:
     images: ImageDriver
     guests: GuestDriver
     gateway: GatewayProcess | None
+    capacity: Capacity
     close: Callable[[], Awaitable[None]]
 
 
@@ -83,6 +90,7 @@ def build_lifecycle(
         run=run,
         installation_id=ids.installation_id,
         host_id=ids.host_id,
+        capacity=drivers.capacity,
     )
 
 
@@ -96,6 +104,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        capacity=Capacity(memory_mib=memory_bytes("MemTotal") // 2**20 - _HOST_RESERVE_MIB),
         close=guests.close,
     )
 
@@ -109,5 +118,6 @@ def _mock_drivers() -> Drivers:
         images=FakeImages(),
         guests=guests,
         gateway=None,
+        capacity=Capacity(memory_mib=_MOCK_MEMORY_MIB),
         close=guests.close,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from atelier.db.engine import Database
-from atelier.db.sandboxes import SandboxListing, get_sandbox, list_sandboxes
+from atelier.db.sandboxes import SandboxRepository
 from atelier.drivers.images.interface import ImageDriver
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.errors import ConflictError, NotFoundError
@@ -19,6 +19,7 @@ _NAME_TRIES = 5
 class SandboxService:
     def __init__(self, database: Database, images: ImageDriver, lifecycle: SandboxLifecycle) -> None:
         self._database = database
+        self._sandboxes = SandboxRepository()
         self._images = images
         self._lifecycle = lifecycle
 
@@ -53,14 +54,14 @@ class SandboxService:
     def get(self, reference: str) -> Sandbox:
         """By id or name. Raises NotFoundError (``sandbox_not_found``)."""
         with self._database.read() as connection:
-            return get_sandbox(connection, reference)
+            return self._sandboxes.get(connection, reference)
 
-    def list_page(self, limit: int, cursor: str, state: SandboxState | None, labels: dict[str, str]) -> SandboxListing:
+    def list_page(
+        self, limit: int, cursor: str, state: SandboxState | None, labels: dict[str, str]
+    ) -> tuple[list[Sandbox], str | None]:
         """Newest first, with the cursor of the next page. Raises InvalidRequestError (``invalid_cursor``)."""
         with self._database.read() as connection:
-            return list_sandboxes(
-                connection, limit=limit, cursor=cursor or None, states=[state] if state else [], labels=labels
-            )
+            return self._sandboxes.list_page(connection, limit, cursor or None, state, labels)
 
     async def destroy(self, reference: str, wait_seconds: float | None) -> bool:
         """Destroy whatever the sandbox is doing. True when nothing of it is left; False when that takes longer than

@@ -66,8 +66,8 @@ async def list_sandboxes(
         if not separator or not key:
             raise InvalidRequestError(f"the label filter {pair!r} is not of the form key=value", hint="?label=team=web")
         labels[key] = value
-    page = services_of(request).sandboxes.list_page(limit, cursor, state, labels)
-    return SandboxPage(items=[render_sandbox(row) for row in page.items], next_cursor=page.next_cursor)
+    rows, next_cursor = services_of(request).sandboxes.list_page(limit, cursor, state, labels)
+    return SandboxPage(items=[render_sandbox(row) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/{sandbox}", operation_id="get_sandbox")

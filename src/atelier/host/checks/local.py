@@ -15,6 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from atelier.host.files import free_bytes
+from atelier.host.memory import memory_bytes
 from atelier.model.errors import HostError
 from atelier.model.layout import RunLayout, check_socket_path
 
@@ -137,8 +138,7 @@ def _kvm() -> CheckResult:
 
 
 def _memory() -> CheckResult:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = memory_bytes("MemAvailable")
     message = f"{available // 2**20} MiB available"
     if available >= _NEEDED_MEMORY_BYTES:
         return CheckResult("memory", CheckStatus.OK, message)
