@@ -334,6 +334,31 @@ async def test_a_requested_unwinding_ends_the_waiting_between_retries(world: Wor
     assert world.calls.count("do b") == 1
 
 
+async def test_a_request_during_an_unwinding_has_all_undos_know(world: World, bench: Bench) -> None:
+    reached, leave = asyncio.Event(), asyncio.Event()
+
+    async def slow(context: StepContext) -> None:
+        reached.set()
+        await leave.wait()
+        await world.undo("a")(context)
+
+    world.do_errors["b"] = [ValueError("broken")]
+    definition = world.definition(steps=(Step("a", world.do("a"), slow), world.step("b")))
+    executor = bench.executor(definition)
+    executor.insert(bench.log, "test", "s1", "subject")
+    executor.start("s1")
+    await reached.wait()
+    assert not world.seen["undo b"].unwind_requested
+    await executor.request_unwind("s1")
+    leave.set()
+    record = await executor.wait("s1")
+    assert record is not None
+    assert (record.status, record.unwind_requested) == (SagaStatus.UNWOUND, True)
+    assert world.seen["undo b"].unwind_requested
+    assert world.seen["undo a"].unwind_requested
+    assert [(name, hooked.unwind_requested) for name, hooked in world.hooks] == [("unwound", True)]
+
+
 async def test_a_completed_saga_opens_again_for_unwinding(world: World, bench: Bench) -> None:
     await bench.run(world.definition())
     await bench.executors[0].request_unwind("s1")

@@ -22,7 +22,7 @@ from atelier.saga.definition import (
     Step,
     StepContext,
 )
-from atelier.saga.log import Change, Hook, SagaGoneError, SagaLog, SagaRecord, SagaStatus, TransactionT
+from atelier.saga.log import Hook, SagaGoneError, SagaLog, SagaRecord, SagaStatus, TransactionT
 from atelier.saga.retry import RetryPolicies
 from atelier.telemetry.logs import log_context
 
@@ -332,35 +332,32 @@ class Executor(Generic[TransactionT]):
     async def _unwind(self, run: _Run, definition: SagaDefinition[TransactionT], record: SagaRecord) -> None:
         """Undo from the furthest step back to the first; then ``unwound``, or ``stuck`` at an undo that keeps failing.
 
-        Undos leave no trace in the log until all are done: each may run twice.
+        Undos leave no trace in the log until all are done: each may run twice. When the unwinding of a failure turns
+        out to have been asked for meanwhile, all run once more, for good.
         """
-        for step in reversed(definition.steps[: definition.index(record.step) + 1]):
-            if step.undo is None:
-                continue
-            error = await self._undo(run, step.name, step.undo, record)
-            if error is not None:
-                _logger.error("the undo of step %s keeps failing, the saga is stuck: %s", step.name, error)
-                await self._mark_stuck(definition, record, SagaStatus.STUCK_UNWINDING, error)
-                return
-
-        def change(stored: SagaRecord) -> SagaRecord:
-            # ``failure`` again, for the case that the turn to unwinding could not be written.
-            failure = stored.failure or ({} if stored.unwind_requested else record.failure)
-            return replace(stored, status=SagaStatus.UNWOUND, failure=failure, error={})
-
-        await self._end_unwinding(definition, record, change)
+        ended = False
+        while not ended:
+            requested = record.unwind_requested or run.unwind_requested.is_set()
+            for step in reversed(definition.steps[: definition.index(record.step) + 1]):
+                if step.undo is None:
+                    continue
+                error = await self._undo(step.name, step.undo, _context(record, unwind_requested=requested))
+                if error is not None:
+                    _logger.error("the undo of step %s keeps failing, the saga is stuck: %s", step.name, error)
+                    await self._mark_stuck(definition, record, SagaStatus.STUCK_UNWINDING, error)
+                    return
+            ended = await self._end_unwinding(definition, record, requested=requested)
+            record = replace(record, unwind_requested=True)
 
     async def _undo(
-        self, run: _Run, name: str, undo: Callable[[StepContext], Awaitable[None]], record: SagaRecord
+        self, name: str, undo: Callable[[StepContext], Awaitable[None]], context: StepContext
     ) -> Exception | None:
         """Run an undo until it succeeds, or return its last error when the attempts are used up."""
         for delay in (*self._policies.undo.delays_seconds(), None):
-            # Read again each time: a requested unwinding may join one that a failure began.
-            unwind_requested = record.unwind_requested or run.unwind_requested.is_set()
             limit = asyncio.timeout(self._undo_timeout_seconds)
             try:
                 async with limit:
-                    await undo(_context(record, unwind_requested=unwind_requested))
+                    await undo(context)
                 return None
             except Exception as caught:
                 error = caught
@@ -403,20 +400,33 @@ class Executor(Generic[TransactionT]):
         return True
 
     async def _end_unwinding(
-        self, definition: SagaDefinition[TransactionT], record: SagaRecord, change: Change
-    ) -> None:
-        """Write the end of an unwinding, however long the log refuses: what was acquired is free already."""
+        self, definition: SagaDefinition[TransactionT], record: SagaRecord, *, requested: bool
+    ) -> bool:
+        """Write the end of an unwinding, however long the log refuses: what was acquired is free already. False when
+        the unwinding was asked for and the undos did not know."""
+
+        def change(stored: SagaRecord) -> SagaRecord:
+            if stored.unwind_requested and not requested:
+                return stored
+            # The failure again, for the case that the turn to unwinding could not be written.
+            failure = stored.failure or ({} if stored.unwind_requested else record.failure)
+            return replace(stored, status=SagaStatus.UNWOUND, failure=failure, error={})
+
+        def also(transaction: TransactionT, stored: SagaRecord) -> None:
+            if stored.status is SagaStatus.UNWOUND and definition.on_unwound is not None:
+                definition.on_unwound(transaction, stored)
+
         for attempt in itertools.count(1):
             try:
-                await self._log.update(record.id, change, definition.on_unwound)
-                return
+                return (await self._log.update(record.id, change, also)).status is SagaStatus.UNWOUND
             except SagaGoneError:
                 raise
             except Exception as error:
                 _logger.exception("the end of the unwinding could not be written, tried again in %g s", self._log_pause)
                 if attempt % _LOG_ATTEMPTS == 0 and await self._try_mark_stuck(record.id, error):
-                    return
+                    return True
             await asyncio.sleep(self._log_pause)
+        return True
 
 
 def _context(record: SagaRecord, *, unwind_requested: bool | None = None) -> StepContext:
