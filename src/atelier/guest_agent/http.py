@@ -217,6 +217,7 @@ class Router:
 
     def __init__(self) -> None:
         self._routes: dict[str, dict[str, Route]] = {}
+        self._later: list[Callable[[], None]] = []
 
     def add(self, method: str, path: str, endpoint: Endpoint, *, is_public: bool = False, form: int = PLAIN) -> None:
         routes = self._routes.setdefault(path, {})
@@ -224,9 +225,21 @@ class Router:
             raise ValueError(f"{method} {path} has an endpoint already")
         routes[method] = Route(endpoint, form, is_public)
 
+    def register_later(self, register: Callable[[], None]) -> None:
+        """``register`` adds routes (and imports what they need) at ``load_rest``, or when an unknown path is asked for."""
+        self._later.append(register)
+
+    def load_rest(self) -> None:
+        """Add the routes that are still missing."""
+        while self._later:
+            self._later.pop()()
+
     def get(self, method: str, path: str) -> Route:
         """Raises HttpError 404 for an unknown path, 405 for a method that it does not have."""
         routes = self._routes.get(path)
+        if routes is None and self._later:
+            self.load_rest()
+            routes = self._routes.get(path)
         if routes is None:
             raise HttpError(404, "not_found", f"no such path: {path[:200]}")
         route = routes.get(method)

@@ -16,6 +16,7 @@ from atelier.guest_protocol.connect import (
     CONTENT_TYPE_STREAM,
     CONTENT_TYPE_UNARY,
     FLAG_END_STREAM,
+    HEADER_BYTES,
     MAX_MESSAGE_BYTES,
     ConnectError,
     EnvelopeReader,
@@ -31,7 +32,7 @@ ServerStreamProcedure = Callable[[Message, Request], AsyncIterator[Message | byt
 """Yields messages, or bytes that are JSON already."""
 ClientStreamProcedure = Callable[[AsyncIterator[Message], Request], Awaitable[Message]]
 
-_STREAM_HEADERS: Final = {"content-type": CONTENT_TYPE_STREAM}
+STREAM_HEADERS: Final = {"content-type": CONTENT_TYPE_STREAM}
 _MAX_TIMEOUT_DIGITS: Final = 10
 
 
@@ -45,13 +46,8 @@ def add_unary(router: Router, path: str, procedure: UnaryProcedure) -> None:
 
 def add_server_stream(router: Router, path: str, procedure: ServerStreamProcedure) -> None:
     async def endpoint(request: Request) -> Response:
-        _check_type(request, CONTENT_TYPE_STREAM)
-        reader = EnvelopeReader()
-        messages = [payload for _, payload in reader.feed(await request.read(MAX_MESSAGE_BYTES + 64))]
-        reader.finish()
-        if len(messages) != 1:
-            raise ConnectError("invalid_argument", f"one request message is needed, not {len(messages)}")
-        return Response(200, _STREAM_HEADERS, _envelopes(procedure(decode_json(messages[0]), request)))
+        message = await read_stream_request(request)
+        return Response(200, STREAM_HEADERS, _envelopes(procedure(message, request)))
 
     router.add("POST", path, endpoint, form=STREAM)
 
@@ -60,9 +56,20 @@ def add_client_stream(router: Router, path: str, procedure: ClientStreamProcedur
     async def endpoint(request: Request) -> Response:
         _check_type(request, CONTENT_TYPE_STREAM)
         answer = await procedure(_incoming(request), request)
-        return Response(200, _STREAM_HEADERS, encode_envelope(encode_json(answer)) + encode_end_stream())
+        return Response(200, STREAM_HEADERS, encode_envelope(encode_json(answer)) + encode_end_stream())
 
     router.add("POST", path, endpoint, form=STREAM)
+
+
+async def read_stream_request(request: Request) -> Message:
+    """The one message that opens a server stream. Raises ConnectError."""
+    _check_type(request, CONTENT_TYPE_STREAM)
+    reader = EnvelopeReader()
+    messages = [payload for _, payload in reader.feed(await request.read(MAX_MESSAGE_BYTES + HEADER_BYTES))]
+    reader.finish()
+    if len(messages) != 1:
+        raise ConnectError("invalid_argument", f"one request message is needed, not {len(messages)}")
+    return decode_json(messages[0])
 
 
 def timeout_seconds(request: Request) -> float | None:

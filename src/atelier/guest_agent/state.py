@@ -17,8 +17,7 @@ DEFAULT_USER: Final = "user"
 
 
 class AgentState:
-    """``touches_system`` is False on a development host: ``/init`` then keeps off clock, hostname and machine-id.
-    ``is_development``: control services are offered to a loopback listener too."""
+    """``touches_system`` is False on a development host: ``/init`` then keeps off clock, hostname and machine-id."""
 
     def __init__(
         self,
@@ -27,14 +26,12 @@ class AgentState:
         default_user: str = DEFAULT_USER,
         default_directory: str = "",
         touches_system: bool = True,
-        is_development: bool = False,
         users: UserDirectory | None = None,
     ) -> None:
         self.default_user = default_user
         self.default_directory = default_directory
         self.environment: dict[str, str] = {}
         self.touches_system = touches_system
-        self.is_development = is_development
         self.users = users or UserDirectory()
         self._token = token
 

@@ -1,0 +1,133 @@
+"""What only the host may ask: ``/init`` (who the guest is) and ``atelier.v1.Control/Shutdown``.
+
+Registered by ``program`` for the guest channel; never for a listener, unless in development. ``/init`` has E2B's
+fields (accessToken, envVars, timestamp, defaultUser, defaultWorkdir) and ours (hostname, machineId, entropy in base64,
+hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect.
+"""
+
+from __future__ import annotations
+
+from binascii import Error as BinasciiError
+from binascii import a2b_base64
+from typing import Any, Final, cast
+
+from atelier.guest_agent.http import Request, Response, Router
+from atelier.guest_agent.rpc import Message, add_unary
+from atelier.guest_agent.state import AgentState
+from atelier.guest_protocol.connect import ConnectError, decode_json
+
+MAX_INIT_BYTES: Final = 1024 * 1024
+
+_MAX_ENTROPY_BYTES: Final = 4096
+_HEX: Final = frozenset("0123456789abcdef")
+_LABEL: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-.")
+
+
+class Identity:
+    """A checked ``/init`` request. None: the field was absent."""
+
+    def __init__(self, message: Message) -> None:
+        self.token = _text(message, "accessToken")
+        self.default_user = _text(message, "defaultUser")
+        self.default_directory = _text(message, "defaultWorkdir")
+        self.hostname = _text(message, "hostname")
+        self.machine_id = _text(message, "machineId")
+        self.environment = _environment(message.get("envVars"))
+        self.entropy = _entropy(_text(message, "entropy"))
+        self.time_ns = _time_ns(message)
+        if self.hostname is not None and not (
+            1 <= len(self.hostname) <= 63 and _LABEL.issuperset(self.hostname) and self.hostname[0] not in "-."
+        ):
+            raise ConnectError("invalid_argument", "hostname must be 1 to 63 letters, digits, hyphens or dots")
+        if self.machine_id is not None and not (len(self.machine_id) == 32 and _HEX.issuperset(self.machine_id)):
+            raise ConnectError("invalid_argument", "machineId must be 32 lower-case hexadecimal digits")
+
+
+def register(router: Router, state: AgentState) -> None:
+    async def initialize(request: Request) -> Response:
+        identity = Identity(decode_json(await request.read(MAX_INIT_BYTES)))
+        if state.touches_system:
+            from atelier.guest_agent import identity as system
+
+            if identity.time_ns is not None:
+                system.set_clock(identity.time_ns)
+            if identity.entropy is not None:
+                system.add_entropy(identity.entropy)
+            if identity.hostname is not None:
+                system.set_hostname(identity.hostname)
+            if identity.machine_id is not None:
+                system.set_machine_id(identity.machine_id)
+        if identity.environment is not None:
+            state.environment = identity.environment
+        if identity.default_user:
+            state.default_user = identity.default_user
+        if identity.default_directory is not None:
+            state.default_directory = identity.default_directory
+        if identity.token is not None:
+            state.set_token(identity.token)
+        return Response(204, {"cache-control": "no-store"})
+
+    async def shut_down(message: Message, request: Request) -> Message:
+        if not state.touches_system:
+            raise ConnectError("failed_precondition", "this agent was told to keep off the system")
+        from atelier.guest_agent import shutdown
+
+        shutdown.begin()
+        return {}
+
+    router.add("POST", "/init", initialize)
+    add_unary(router, "/atelier.v1.Control/Shutdown", shut_down)
+
+
+def _text(message: Message, name: str) -> str | None:
+    value = message.get(name)
+    if value is not None and (not isinstance(value, str) or "\0" in value):
+        raise ConnectError("invalid_argument", f"{name} must be text")
+    return value
+
+
+def _environment(value: object) -> dict[str, str] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ConnectError("invalid_argument", "envVars must be an object")
+    variables = cast("dict[str, Any]", value)
+    for name, content in variables.items():
+        if not isinstance(content, str) or not name or "=" in name or "\0" in name or "\0" in content:
+            raise ConnectError("invalid_argument", f"envVars: {name[:100]!r} is no variable with a text")
+    return variables
+
+
+def _entropy(encoded: str | None) -> bytes | None:
+    if encoded is None:
+        return None
+    try:
+        entropy = a2b_base64(encoded)
+    except (BinasciiError, ValueError):
+        raise ConnectError("invalid_argument", "entropy is no base64") from None
+    if not 0 < len(entropy) <= _MAX_ENTROPY_BYTES:
+        raise ConnectError("invalid_argument", f"entropy must be 1 to {_MAX_ENTROPY_BYTES} bytes")
+    return entropy
+
+
+def _time_ns(message: Message) -> int | None:
+    """hostTimeNs (a number, or its text: it is an int64), else E2B's timestamp (RFC 3339)."""
+    value: object = message.get("hostTimeNs")
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 19:
+        value = int(value)
+    if value is None:
+        timestamp = _text(message, "timestamp")
+        if timestamp is None:
+            return None
+        from datetime import datetime
+
+        try:
+            moment = datetime.fromisoformat(timestamp)
+        except ValueError:
+            raise ConnectError("invalid_argument", "timestamp is no RFC 3339 time") from None
+        if moment.tzinfo is None:
+            raise ConnectError("invalid_argument", "timestamp needs a time zone")
+        value = round(moment.timestamp() * 1_000_000) * 1000
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+        raise ConnectError("invalid_argument", "hostTimeNs must be nanoseconds since the epoch")
+    return value
