@@ -1,0 +1,125 @@
+"""Bare QEMU: the same kernel, initramfs, tools image, disk overlay and options as a sandbox's, and nothing around it."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from atelier.drivers.network.addresses import mac_address_of
+from atelier.drivers.vmm.qemu_arguments import (
+    GUEST_PORT_NAME,
+    AcceleratorKind,
+    OpenDisk,
+    kernel_command_line,
+    machine_arguments,
+)
+from atelier.drivers.vmm.run_folder import RunFolder, opened, opened_machine
+from atelier.host.tsc import cached_tsc_khz
+from atelier.model.image import Image
+from atelier.model.machine import (
+    ROOT_DISK_SERIAL,
+    TOOLS_DISK_SERIAL,
+    BootFiles,
+    Disk,
+    DiskFile,
+    NetworkAttachment,
+)
+from atelier.model.sandbox import DEFAULT_DISK_MIB, DEFAULT_MEMORY_MIB, DEFAULT_VCPU_COUNT
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+RAW_PORT_NAME = "raw"
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What both sides boot."""
+
+    boot: BootFiles
+    image: Image
+    accelerator: AcceleratorKind
+    cache_dir: Path
+
+
+@dataclass(frozen=True)
+class BareMachine:
+    folder: RunFolder
+    raw_socket: Path
+    """A second virtio-serial port, without any framing."""
+
+    def await_socket(self) -> None:
+        deadline = time.monotonic() + 30
+        while not self.raw_socket.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"QEMU did not come up: {self.folder.stderr.read_text(errors='replace')}")
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def bare_machine(folder: Path, ingredients: Ingredients, *, with_raw_port: bool = False) -> Generator[BareMachine]:
+    """Make an overlay, start QEMU, and end both with the block. ``with_raw_port`` adds the one thing that a sandbox's
+    machine has not got."""
+    folder.mkdir(mode=0o700, parents=True)
+    run_folder, raw_socket = RunFolder(folder), folder / "raw.sock"
+    overlay = folder / "root.qcow2"
+    base = DiskFile(ingredients.image.path, "raw")
+    subprocess.run(
+        [
+            *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
+            *("-F", "raw", "-b", str(base.path), str(overlay), f"{DEFAULT_DISK_MIB}M"),
+        ],
+        check=True,
+    )
+    root = Disk(ROOT_DISK_SERIAL, DiskFile(overlay, "qcow2"), (base,))
+    tools = Disk(TOOLS_DISK_SERIAL, DiskFile(ingredients.boot.tools, "raw"), read_only=True)
+    tsc_khz = 0
+    if ingredients.accelerator == "tcg":
+        tsc_khz = cached_tsc_khz(ingredients.cache_dir / "tsc.json")
+    with contextlib.ExitStack() as stack:
+        descriptors = stack.enter_context(opened_machine(run_folder, ingredients.boot))
+        disks = [
+            OpenDisk(root, (_open(stack, overlay, writable=True), _open(stack, base.path))),
+            OpenDisk(tools, (_open(stack, tools.top.path),)),
+        ]
+        arguments = machine_arguments(
+            Path(QEMU),
+            f"bench-{folder.name}",
+            accelerator=ingredients.accelerator,
+            vcpu_count=DEFAULT_VCPU_COUNT,
+            memory_mib=DEFAULT_MEMORY_MIB,
+            command_line=kernel_command_line(ingredients.accelerator, tsc_khz),
+            descriptors=descriptors,
+            disks=tuple(disks),
+            network=NetworkAttachment("user_restricted", mac_address_of("benchmarkaaa")),
+        )
+        if with_raw_port:
+            _add_raw_port(arguments, raw_socket)
+        inherited = [*asdict(descriptors).values(), *(number for disk in disks for number in disk.descriptors)]
+        with run_folder.stderr.open("wb") as stderr:
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=inherited
+            )
+    try:
+        yield BareMachine(run_folder, raw_socket)
+    finally:
+        process.kill()
+        process.wait()
+        for name in folder.iterdir():
+            name.unlink()
+        folder.rmdir()
+
+
+def _open(stack: contextlib.ExitStack, path: Path, *, writable: bool = False) -> int:
+    return stack.enter_context(opened(path, 2 if writable else 0))
+
+
+def _add_raw_port(arguments: list[str], raw_socket: Path) -> None:
+    arguments[arguments.index("virtio-serial-device,max_ports=2")] = "virtio-serial-device,max_ports=3"
+    behind_agent = arguments.index(f"virtserialport,chardev=guest,name={GUEST_PORT_NAME}") + 1
+    arguments[behind_agent:behind_agent] = [
+        *("-chardev", f"socket,id=raw,path={raw_socket},server=on,wait=off"),
+        *("-device", f"virtserialport,chardev=raw,name={RAW_PORT_NAME}"),
+    ]
