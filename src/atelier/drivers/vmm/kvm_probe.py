@@ -30,6 +30,7 @@ _KVM_NODE = Path("/dev/kvm")
 _TIME_LIMIT_SECONDS = 3.0
 _MEMORY_MIB = 128
 _CONSOLE_LIMIT_BYTES = 64 * 1024
+_FALLBACK_HINT = "software emulation is used instead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ async def boot_tiny_guest(executable: Path, boot: BootFiles, users: UserRange | 
                 return KvmAnswer(
                     False,
                     f"a guest under KVM did not come up within {_TIME_LIMIT_SECONDS:g} s",
-                    "software emulation is used instead",
+                    _FALLBACK_HINT,
                 )
             finally:
                 await kill_and_wait(identity)
@@ -123,5 +124,6 @@ async def boot_tiny_guest(executable: Path, boot: BootFiles, users: UserRange | 
             return KvmAnswer(False, f"a guest under KVM could not be started: {error.message}", error.hint)
         if PROBE_ANSWER in read_tail(folder.console, _CONSOLE_LIMIT_BYTES):
             return KvmAnswer(True, "a guest booted under KVM")
-        said = read_tail(folder.stderr, 1000).decode(errors="replace").strip()
-        return KvmAnswer(False, f"a guest under KVM ended without an answer: {said or 'QEMU said nothing'}")
+        said = read_tail(folder.stderr, 1000).decode(errors="replace").splitlines()
+        first = said[0] if said else "QEMU said nothing"
+        return KvmAnswer(False, f"a guest under KVM ended without an answer: {first}", _FALLBACK_HINT)

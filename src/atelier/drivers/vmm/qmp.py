@@ -103,7 +103,8 @@ class QmpConnection:
             # broken VMM has stopped reading, this raises BlockingIOError, which is an OSError as any other.
             sent = socket.send_fds(self._socket, [message], list(descriptors))
             message = message[sent:]
-        await asyncio.get_running_loop().sock_sendall(self._socket, message)
+        if message:
+            await asyncio.get_running_loop().sock_sendall(self._socket, message)
 
     async def _line(self) -> JsonObject:
         while (end := self._received.find(b"\n")) < 0:
