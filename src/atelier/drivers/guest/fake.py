@@ -1,0 +1,247 @@
+"""Guests that are not there: files in memory and a fixed few programs. For mock mode and tests; cheap by the thousand.
+
+Made by ``manager.wiring`` in mock mode. Passes the same contract suite as the real driver. Faults come from ``faults``;
+``boot_delay_seconds`` is how long a guest takes from ``ensure_channel`` until it answers, ``never_ready`` makes it
+never do so. It starts no process and touches no file of the host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from atelier.drivers.faults import Faults
+from atelier.drivers.guest.fake_files import FakeFiles
+from atelier.drivers.guest.fake_processes import FakeProcess
+from atelier.model.errors import GuestUnreachableError, InvalidRequestError, NotFoundError, TimeoutExceededError
+from atelier.model.guest import (
+    FileEntry,
+    GuestIdentity,
+    GuestMetrics,
+    ProcessEvent,
+    ProcessSpec,
+    ProcessSummary,
+    TerminalSize,
+)
+from atelier.model.machine import GuestEndpoint
+
+_PIECE_BYTES = 256 * 1024
+_FIRST_PID = 100
+_ENDED_KEPT = 16
+_MIB = 1024 * 1024
+
+
+@dataclass(slots=True)
+class _Guest:
+    """One fake guest. ``files`` is made when first needed."""
+
+    answers_at: float
+    token: str
+    identity: GuestIdentity | None = None
+    own_files: FakeFiles | None = None
+    next_pid: int = _FIRST_PID
+    running: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
+    ended: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
+
+    @property
+    def files(self) -> FakeFiles:
+        if self.own_files is None:
+            self.own_files = FakeFiles()
+        return self.own_files
+
+    def start(self, spec: ProcessSpec) -> FakeProcess:
+        process = FakeProcess(self.next_pid, spec, self.files, self._note_end)
+        self.running[process.pid] = process
+        self.next_pid += 1
+        return process
+
+    def _note_end(self, process: FakeProcess) -> None:
+        self.running.pop(process.pid, None)
+        self.ended[process.pid] = process
+        if len(self.ended) > _ENDED_KEPT:
+            del self.ended[next(iter(self.ended))]
+
+    def process(self, pid: int, *, with_ended: bool = False) -> FakeProcess:
+        process = self.running.get(pid) or (self.ended.get(pid) if with_ended else None)
+        if process is None:
+            raise NotFoundError(f"no process with the pid {pid} runs", code="process_not_found")
+        return process
+
+
+class FakeGuests:
+    """GuestDriver without guests. A sandbox has one from ``ensure_channel`` to ``ensure_channel_absent``; what it
+    holds is kept when its channel is offered again. Operations in ``faults`` bear the names of the methods."""
+
+    def __init__(
+        self, faults: Faults | None = None, *, boot_delay_seconds: float = 0.0, never_ready: bool = False
+    ) -> None:
+        self.faults = faults or Faults()
+        self.boot_delay_seconds = boot_delay_seconds
+        self.never_ready = never_ready
+        self._guests: dict[str, _Guest] = {}
+
+    @property
+    def sandbox_ids(self) -> list[str]:
+        """Whose channels are offered."""
+        return list(self._guests)
+
+    def identity(self, sandbox_id: str) -> GuestIdentity | None:
+        """What ``initialize`` was last given, for tests."""
+        return self._guests[sandbox_id].identity
+
+    async def close(self) -> None:
+        """All guests end."""
+        for sandbox_id in list(self._guests):
+            await self._end(sandbox_id)
+
+    async def _guest(self, sandbox_id: str, operation: str) -> _Guest:
+        await self.faults.before(operation)
+        guest = self._guests.get(sandbox_id)
+        if guest is None or self.never_ready or asyncio.get_running_loop().time() < guest.answers_at:
+            raise GuestUnreachableError(f"the fake guest of sandbox {sandbox_id} does not answer")
+        return guest
+
+    async def _end(self, sandbox_id: str) -> None:
+        guest = self._guests.pop(sandbox_id, None)
+        if guest is not None:
+            for process in list(guest.running.values()):
+                await process.close()
+
+    # The channel.
+
+    async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
+        await self.faults.before("ensure_channel")
+        guest = self._guests.get(sandbox_id)
+        if guest is None:
+            answers_at = asyncio.get_running_loop().time() + self.boot_delay_seconds
+            guest = self._guests[sandbox_id] = _Guest(answers_at, token)
+        guest.token = token
+
+    async def ensure_channel_absent(self, sandbox_id: str) -> None:
+        await self.faults.before("ensure_channel_absent")
+        await self._end(sandbox_id)
+
+    async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.faults.before("wait_ready")
+                guest = self._guests.get(sandbox_id)
+                if guest is None or self.never_ready:
+                    await asyncio.Event().wait()
+                else:
+                    await asyncio.sleep(guest.answers_at - asyncio.get_running_loop().time())
+        except TimeoutError as error:
+            raise TimeoutExceededError(
+                f"the guest agent of sandbox {sandbox_id} did not answer within {timeout_seconds:g} s",
+                code="guest_not_ready",
+            ) from error
+
+    async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
+        (await self._guest(sandbox_id, "initialize")).identity = identity
+
+    async def metrics(self, sandbox_id: str) -> GuestMetrics:
+        guest = await self._guest(sandbox_id, "metrics")
+        uptime = asyncio.get_running_loop().time() - guest.answers_at
+        return GuestMetrics(1, 1.0, 512 * _MIB, 64 * _MIB, 4096 * _MIB, guest.files.used_bytes, uptime)
+
+    # Processes.
+
+    @asynccontextmanager
+    async def _follow(self, process: FakeProcess, *, replay: bool) -> AsyncGenerator[AsyncIterator[ProcessEvent]]:
+        reader = process.attach(replay=replay)
+        try:
+            yield reader.follow()
+        finally:
+            process.detach(reader)
+
+    def start_process(
+        self, sandbox_id: str, spec: ProcessSpec
+    ) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
+        if not spec.arguments:
+            raise InvalidRequestError("a process needs a program to run")
+        return self._start_process(sandbox_id, spec)
+
+    @asynccontextmanager
+    async def _start_process(self, sandbox_id: str, spec: ProcessSpec) -> AsyncGenerator[AsyncIterator[ProcessEvent]]:
+        guest = await self._guest(sandbox_id, "start_process")
+        async with self._follow(guest.start(spec), replay=False) as events:
+            yield events
+
+    @asynccontextmanager
+    async def connect_process(self, sandbox_id: str, pid: int) -> AsyncGenerator[AsyncIterator[ProcessEvent]]:
+        process = (await self._guest(sandbox_id, "connect_process")).process(pid, with_ended=True)
+        async with self._follow(process, replay=True) as events:
+            yield events
+
+    async def list_processes(self, sandbox_id: str) -> list[ProcessSummary]:
+        guest = await self._guest(sandbox_id, "list_processes")
+        return [process.summary for process in guest.running.values()]
+
+    async def send_input(self, sandbox_id: str, pid: int, data: bytes, *, terminal: bool = False) -> None:
+        await (await self._guest(sandbox_id, "send_input")).process(pid).send_input(data, terminal=terminal)
+
+    async def close_input(self, sandbox_id: str, pid: int) -> None:
+        (await self._guest(sandbox_id, "close_input")).process(pid).close_input()
+
+    async def send_signal(self, sandbox_id: str, pid: int, signal_number: int) -> None:
+        (await self._guest(sandbox_id, "send_signal")).process(pid).send_signal(signal_number)
+
+    async def resize_terminal(self, sandbox_id: str, pid: int, size: TerminalSize) -> None:
+        (await self._guest(sandbox_id, "resize_terminal")).process(pid).resize(size)
+
+    # Files.
+
+    async def _files(self, sandbox_id: str, operation: str) -> FakeFiles:
+        return (await self._guest(sandbox_id, operation)).files
+
+    async def stat(self, sandbox_id: str, path: bytes, user: str = "") -> FileEntry:
+        files = await self._files(sandbox_id, "stat")
+        return files.stat(files.resolve(path, user))
+
+    async def list_directory(self, sandbox_id: str, path: bytes, user: str = "", depth: int = 1) -> list[FileEntry]:
+        files = await self._files(sandbox_id, "list_directory")
+        return files.list(files.resolve(path, user), depth)
+
+    async def make_directory(self, sandbox_id: str, path: bytes, user: str = "") -> FileEntry:
+        files = await self._files(sandbox_id, "make_directory")
+        return files.make_directory(files.resolve(path, user))
+
+    async def move(self, sandbox_id: str, source: bytes, destination: bytes, user: str = "") -> FileEntry:
+        files = await self._files(sandbox_id, "move")
+        return files.move(files.resolve(source, user), files.resolve(destination, user))
+
+    async def remove(self, sandbox_id: str, path: bytes, user: str = "") -> None:
+        files = await self._files(sandbox_id, "remove")
+        files.remove(files.resolve(path, user))
+
+    @asynccontextmanager
+    async def read_file(
+        self, sandbox_id: str, path: bytes, user: str = "", *, offset: int = 0, length: int | None = None
+    ) -> AsyncGenerator[tuple[int, AsyncIterator[bytes]]]:
+        files = await self._files(sandbox_id, "read_file")
+        content = files.read(files.resolve(path, user))
+        end = len(content) if length is None else min(offset + length, len(content))
+        yield len(content), _pieces(content, offset, end)
+
+    async def write_file(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> FileEntry:
+        files = await self._files(sandbox_id, "write_file")
+        content = b"".join([chunk async for chunk in chunks])
+        return files.write(files.resolve(path, user), content)
+
+    @asynccontextmanager
+    async def read_archive(self, sandbox_id: str, path: bytes, user: str = "") -> AsyncGenerator[AsyncIterator[bytes]]:
+        files = await self._files(sandbox_id, "read_archive")
+        content = files.pack(files.resolve(path, user))
+        yield _pieces(content, 0, len(content))
+
+    async def write_archive(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> None:
+        files = await self._files(sandbox_id, "write_archive")
+        content = b"".join([chunk async for chunk in chunks])
+        files.unpack(files.resolve(path, user), content)
+
+
+async def _pieces(content: bytes, start: int, end: int) -> AsyncIterator[bytes]:
+    for position in range(start, end, _PIECE_BYTES):
+        yield content[position : min(position + _PIECE_BYTES, end)]
