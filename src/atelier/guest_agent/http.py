@@ -497,7 +497,7 @@ async def _stream(connection: Connection, body: AsyncIterator[bytes | memoryview
         writer.transport.abort()
         raise ConnectionResetError("the response broke off") from None
     finally:
-        watch.stop()
+        await watch.stop()
         close = getattr(body, "aclose", None)
         if close is not None:
             await close()
@@ -516,11 +516,13 @@ class _ClientWatch:
         self.client_is_gone = False
         self._timer = asyncio.get_running_loop().call_later(_WATCH_AFTER_SECONDS, self._start)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         self._timer.cancel()
-        if self._watching is not None:
-            # Cancelling a StreamReader.read() loses nothing: it takes bytes only when it returns.
+        if self._watching is not None and not self._watching.done():
+            # Cancelling a StreamReader.read() loses nothing: it takes bytes only when it returns. But it must be out
+            # of it before the next request is read.
             self._watching.cancel()
+            await asyncio.wait((self._watching,))
 
     def _start(self) -> None:
         self._watching = asyncio.get_running_loop().create_task(self._watch())
