@@ -266,7 +266,6 @@ async def test_installation_ids_are_made_once(database: Database) -> None:
     first = await installation.load_installation(database)
     assert (len(first.installation_id), len(first.host_id)) == (4, 12)
     assert await installation.load_installation(database) == first
-    assert await installation.load_installation_id(database) == first.installation_id
     with database.read() as connection:
         assert installation.find_token_hash(connection) is None
     await database.write(lambda connection: installation.set_token_hash(connection, "aa"))

@@ -21,6 +21,8 @@ KEPT_EVENTS = 10_000
 _PRUNE_EVERY = 256
 _TOPIC = "outbox"
 
+_INSERT = insert(outbox)
+
 
 @dataclass(frozen=True, slots=True)
 class OutboxEvent:
@@ -41,9 +43,8 @@ class Outbox:
 
     def append(self, connection: Connection, kind: str, sandbox_id: str | None, payload: dict[str, Any]) -> int:
         """Add an event; returns its id. Prunes now and then."""
-        result = connection.execute(
-            insert(outbox).values(at=datetime.now(UTC), kind=kind, sandbox_id=sandbox_id, payload=payload)
-        )
+        values = {"at": datetime.now(UTC), "kind": kind, "sandbox_id": sandbox_id, "payload": payload}
+        result = connection.execute(_INSERT, values)
         assert result.inserted_primary_key is not None
         event_id = int(result.inserted_primary_key[0])
         if event_id % _PRUNE_EVERY == 0:

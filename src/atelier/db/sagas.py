@@ -8,11 +8,16 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from atelier.db.engine import Database
 from atelier.db.tables import sagas
 from atelier.saga.log import OPEN_STATUSES, STUCK_STATUSES, Change, Hook, SagaGoneError, SagaRecord, SagaStatus
+
+# Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
+_FIND = select(sagas).where(sagas.c.id == bindparam("saga_id"))
+_INSERT = insert(sagas)
+_UPDATE = update(sagas).where(sagas.c.id == bindparam("saga_id"))
 
 
 class SagaStore:
@@ -23,7 +28,14 @@ class SagaStore:
 
     def insert(self, transaction: Connection, record: SagaRecord) -> None:
         now = datetime.now(UTC)
-        transaction.execute(insert(sagas).values(**_to_values(record), created_at=now, updated_at=now))
+        values = {
+            "id": record.id,
+            "kind": record.kind,
+            "subject_id": record.subject_id,
+            "inputs": record.inputs,
+            "created_at": now,
+        }
+        transaction.execute(_INSERT, {**values, **_changing_values(record, now)})
 
     def find(self, saga_id: str) -> SagaRecord | None:
         with self._database.read() as connection:
@@ -41,8 +53,7 @@ class SagaStore:
                 raise SagaGoneError(saga_id)
             record = change(stored)
             if record != stored:
-                values = {**_to_values(record), "updated_at": datetime.now(UTC)}
-                connection.execute(update(sagas).where(sagas.c.id == saga_id).values(values))
+                connection.execute(_UPDATE, {"saga_id": saga_id, **_changing_values(record, datetime.now(UTC))})
             if also is not None:
                 also(connection, record)
             return record
@@ -61,22 +72,19 @@ def delete_sagas_of(connection: Connection, subject_id: str) -> None:
 
 
 def _find(connection: Connection, saga_id: str) -> SagaRecord | None:
-    row = connection.execute(select(sagas).where(sagas.c.id == saga_id)).one_or_none()
+    row = connection.execute(_FIND, {"saga_id": saga_id}).one_or_none()
     return None if row is None else _to_record(row)
 
 
-def _to_values(record: SagaRecord) -> dict[str, Any]:
+def _changing_values(record: SagaRecord, now: datetime) -> dict[str, Any]:
     return {
-        "id": record.id,
-        "kind": record.kind,
-        "subject_id": record.subject_id,
         "status": record.status.value,
         "step": record.step,
         "unwind_requested": record.unwind_requested,
-        "inputs": record.inputs,
         "outputs": record.outputs,
         "failure": record.failure,
         "error": record.error,
+        "updated_at": now,
     }
 
 

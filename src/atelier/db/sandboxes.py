@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from atelier.db.tables import sandboxes
@@ -41,6 +41,12 @@ class Usage:
     disk_mib: int
 
 
+# Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
+_INSERT = insert(sandboxes)
+_FIND_BY_ID = select(sandboxes).where(sandboxes.c.id == bindparam("reference"))
+_FIND_BY_NAME = select(sandboxes).where(sandboxes.c.name == bindparam("reference"))
+_UPDATE = update(sandboxes).where(sandboxes.c.id == bindparam("sandbox_id"))
+
 _WITHOUT_VMM = (SandboxState.STOPPED, SandboxState.PAUSED, SandboxState.FAILED)
 
 
@@ -52,28 +58,29 @@ class SandboxRepository:
         spec = sandbox.spec
         try:
             connection.execute(
-                insert(sandboxes).values(
-                    id=sandbox.id,
-                    name=sandbox.name,
-                    host_id=sandbox.host_id,
-                    state=sandbox.state.value,
-                    image=spec.image,
-                    image_id=spec.image_id,
-                    vcpu_count=spec.vcpu_count,
-                    memory_mib=spec.memory_mib,
-                    disk_mib=spec.disk_mib,
-                    environment=spec.environment,
-                    labels=spec.labels,
-                    guest_token=secrets.token,
-                    machine_id=secrets.machine_id,
-                    holds_volume=True,
-                    failure_code=sandbox.failure_code,
-                    failure_message=sandbox.failure_message,
-                    failure_hint=sandbox.failure_hint,
-                    console_tail=sandbox.console_tail,
-                    created_at=sandbox.created_at,
-                    updated_at=sandbox.updated_at,
-                )
+                _INSERT,
+                {
+                    "id": sandbox.id,
+                    "name": sandbox.name,
+                    "host_id": sandbox.host_id,
+                    "state": sandbox.state.value,
+                    "image": spec.image,
+                    "image_id": spec.image_id,
+                    "vcpu_count": spec.vcpu_count,
+                    "memory_mib": spec.memory_mib,
+                    "disk_mib": spec.disk_mib,
+                    "environment": spec.environment,
+                    "labels": spec.labels,
+                    "guest_token": secrets.token,
+                    "machine_id": secrets.machine_id,
+                    "holds_volume": True,
+                    "failure_code": sandbox.failure_code,
+                    "failure_message": sandbox.failure_message,
+                    "failure_hint": sandbox.failure_hint,
+                    "console_tail": sandbox.console_tail,
+                    "created_at": sandbox.created_at,
+                    "updated_at": sandbox.updated_at,
+                },
             )
         except IntegrityError as error:
             if "sandboxes.name" not in str(error.orig):
@@ -85,8 +92,8 @@ class SandboxRepository:
             ) from error
 
     def find(self, connection: Connection, id_or_name: str) -> Sandbox | None:
-        column = sandboxes.c.id if is_sandbox_id(id_or_name) else sandboxes.c.name
-        row = connection.execute(select(sandboxes).where(column == id_or_name)).one_or_none()
+        query = _FIND_BY_ID if is_sandbox_id(id_or_name) else _FIND_BY_NAME
+        row = connection.execute(query, {"reference": id_or_name}).one_or_none()
         return None if row is None else _to_sandbox(row)
 
     def get(self, connection: Connection, id_or_name: str) -> Sandbox:
@@ -168,23 +175,23 @@ class SandboxRepository:
         console_tail: str = "",
     ) -> None:
         connection.execute(
-            update(sandboxes)
-            .where(sandboxes.c.id == sandbox_id)
-            .values(
-                state=state.value,
-                updated_at=updated_at,
-                failure_code=failure_code,
-                failure_message=failure_message,
-                failure_hint=failure_hint,
-                console_tail=console_tail,
-            )
+            _UPDATE,
+            {
+                "sandbox_id": sandbox_id,
+                "state": state.value,
+                "updated_at": updated_at,
+                "failure_code": failure_code,
+                "failure_message": failure_message,
+                "failure_hint": failure_hint,
+                "console_tail": console_tail,
+            },
         )
 
     def set_image_id(self, connection: Connection, sandbox_id: str, image_id: str) -> None:
-        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(image_id=image_id))
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "image_id": image_id})
 
     def set_holds_volume(self, connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
-        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(holds_volume=holds_volume))
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "holds_volume": holds_volume})
 
     def set_vmm_process(self, connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
         values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
@@ -194,7 +201,7 @@ class SandboxRepository:
                 "vmm_start_time_ticks": identity.start_time_ticks,
                 "vmm_boot_id": identity.boot_id,
             }
-        connection.execute(update(sandboxes).where(sandboxes.c.id == sandbox_id).values(values))
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, **values})
 
     def find_vmm_process(self, connection: Connection, sandbox_id: str) -> ProcessIdentity | None:
         """The VMM that was started last, as far as the row knows; whether it lives is the VMM driver's to say."""
