@@ -1,4 +1,7 @@
-"""Parameters that several routes share."""
+"""Parameters that several routes share.
+
+All are coroutines, though none waits: FastAPI would run plain functions in threads, and the database is the loop's.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ def services_of(request: Request) -> Services:
     return services
 
 
-def session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
+async def session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
     """The running sandbox that the path names."""
     return services_of(request).sessions.enter(sandbox)
 
 
-def guest_path(
+async def guest_path(
     request: Request,
     path: Annotated[str, Query(description="path in the guest; percent-encoded bytes, so that any name can be said")],
 ) -> bytes:

@@ -271,7 +271,7 @@ class GuestChannel:
             return
         multiplexer = self._multiplexer
         try:
-            count = connection.recv_into(multiplexer.receive_buffer.space(), _READ_BYTES_PER_TURN)
+            count = connection.recv_into(multiplexer.receive_buffer.space()[:_READ_BYTES_PER_TURN])
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

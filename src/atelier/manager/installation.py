@@ -123,7 +123,8 @@ def _make_run_folders(run: RunLayout) -> None:
 
 def _remove_run_folders(run: RunLayout) -> None:
     """Remove what is empty by now; what a failed unwinding left stays for the next start to find."""
-    run.gateway_socket.unlink(missing_ok=True)
+    for file in (run.gateway_socket, *run.channels.glob("*.lock")):
+        file.unlink(missing_ok=True)
     for folder in (run.sandboxes, run.channels, run.root, run.root.parent):
         with contextlib.suppress(OSError):
             folder.rmdir()
