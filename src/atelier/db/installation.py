@@ -37,8 +37,6 @@ async def load_installation(database: Database) -> Installation:
     return await database.write(load)
 
 
-
-
 def find_token_hash(connection: Connection) -> str | None:
     """SHA-256 of the local token, in hex."""
     return _find(connection, _TOKEN_HASH)
