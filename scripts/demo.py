@@ -152,7 +152,7 @@ class OwnAtelier:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise AtelierError(f"Atelier did not start:\n{self.log_tail()}", hint=f"try {ATELIER} doctor")
+                raise AtelierError("Atelier did not start", hint=f"try {ATELIER} doctor")
             with contextlib.suppress(OSError, ValueError, KeyError, AtelierError):
                 found = json.loads((self.data_dir / "token.json").read_bytes())
                 endpoint = Endpoint(found["api_url"], found["api_key"])
@@ -160,7 +160,7 @@ class OwnAtelier:
                     connection.send(calls.health())
                 return endpoint
             time.sleep(0.05)
-        raise AtelierError(f"Atelier did not answer within {START_SECONDS:g} s:\n{self.log_tail()}")
+        raise AtelierError(f"Atelier did not answer within {START_SECONDS:g} s")
 
     def log_tail(self) -> str:
         with contextlib.suppress(OSError):
@@ -261,9 +261,11 @@ def main() -> int:
         console.print()
         status = 0 if str(stopped) == "SIGINT" and not options.once else 130
     except AtelierError as error:
-        console.print(f"[red]error:[/] {error.message}", style=None)
+        console.print("[red]error:[/]", end=" ")
+        console.print(error.message, markup=False)
         if error.hint:
-            console.print(f"[yellow]hint:[/] {error.hint}")
+            console.print("[yellow]hint:[/]", end=" ")
+            console.print(error.hint, markup=False)
         if tail := own.log_tail():
             console.print(f"the manager's last words:\n{textwrap.indent(tail, '    ')}", markup=False)
         status = 1
