@@ -33,8 +33,8 @@ ANSWER_SECONDS: Final = 60.0
 STALL_SECONDS: Final = 60.0
 """How long a file transfer may stand still."""
 _ORIGIN: Final = b"guest"
-_CUT_OFF: Final = "peer closed connection"
-"""How h11 begins to say that a body ended before its end; it has no class of its own for that."""
+_CUT_OFF: Final = ("Server disconnected", "peer closed connection")
+"""How httpcore and h11 begin to say that an answer ended before its end; they have no class of its own for that."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -45,7 +45,7 @@ def translate(error: Exception, what: str) -> AtelierError:
         return GuestUnreachableError(f"{what}: the guest does not answer", hint="the sandbox may be overloaded")
     if isinstance(error, httpcore.RemoteProtocolError):
         reason = str(error)
-        if error.__cause__ is not None and not reason.startswith(_CUT_OFF):
+        if not reason.startswith(_CUT_OFF):
             return GuestProtocolError(f"{what}: the guest breaks HTTP: {plain(reason)}")
         return GuestUnreachableError(f"{what}: the guest broke the connection off")
     return GuestUnreachableError(f"{what}: the guest channel does not answer: {plain(str(error))}")
