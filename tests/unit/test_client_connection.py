@@ -13,7 +13,7 @@ from atelier.client import calls
 from atelier.client.connection import AsyncConnection, Connection
 from atelier.client.environment import Endpoint
 from atelier.client.events import follow_events
-from atelier.client.sandbox import SandboxFailedError
+from atelier.client.sandbox_failures import SandboxFailedError
 from atelier.model.errors import AtelierError, NotFoundError, TimeoutExceededError, TransientError
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessStarted
 

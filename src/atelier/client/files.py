@@ -141,7 +141,7 @@ class Files:
         self._lease.connection.send(calls.remove_file(self._sandbox, path, user))
 
     def make_directory(self, path: RemotePath, *, user: str = "") -> FileEntry:
-        """Make a folder and the folders above it."""
+        """Make a folder and the folders above it. Raises ConflictError (``already_exists``) if it is there."""
         return self._lease.connection.send(calls.make_directory(self._sandbox, path, user))
 
     def move(self, source: RemotePath, destination: RemotePath, *, user: str = "") -> FileEntry:
@@ -267,7 +267,7 @@ class AsyncFiles:
         await self._lease.connection.send(calls.remove_file(self._sandbox, path, user))
 
     async def make_directory(self, path: RemotePath, *, user: str = "") -> FileEntry:
-        """Make a folder and the folders above it."""
+        """Make a folder and the folders above it. Raises ConflictError (``already_exists``) if it is there."""
         return await self._lease.connection.send(calls.make_directory(self._sandbox, path, user))
 
     async def move(self, source: RemotePath, destination: RemotePath, *, user: str = "") -> FileEntry:

@@ -27,7 +27,8 @@ from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Con
 from atelier.client.environment import Endpoint, find_endpoint
 from atelier.client.files import AsyncFiles, Files
 from atelier.client.processes import AsyncExecution, AsyncProcesses, Execution, Processes
-from atelier.model.errors import AtelierError, GuestError, NotFoundError, TimeoutExceededError
+from atelier.client.sandbox_failures import SandboxFailedError, not_gone_in_time, not_in_time, program_failed
+from atelier.model.errors import AtelierError, NotFoundError
 from atelier.model.guest import TerminalSize
 from atelier.model.ids import new_sandbox_name
 from atelier.model.states import SandboxState
@@ -43,43 +44,6 @@ T = TypeVar("T")
 DEFAULT_CREATE_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 _PAGE = 500
-
-
-class SandboxFailedError(AtelierError):
-    """A sandbox ended as ``failed`` instead of running. ``code`` and ``hint`` are those of the reason that the manager
-    recorded; ``details`` is its row, with the last lines of its console."""
-
-    default_code = "sandbox_failed"
-
-    def __init__(self, details: SandboxDetails) -> None:
-        cause = details.failure
-        super().__init__(
-            f"the sandbox {details.name} failed" + (f": {cause.message}" if cause else ""),
-            hint=(cause.hint if cause else "")
-            or f"see `atelier logs {details.name}`, then `atelier rm {details.name}`",
-            code=cause.code if cause else "",
-        )
-        self.details = details
-
-
-def _not_in_time(details: SandboxDetails, seconds: float) -> TimeoutExceededError:
-    return TimeoutExceededError(
-        f"the sandbox {details.name} did not run within {seconds:g} s",
-        hint=f"it is still being made: `atelier get {details.name}` shows it, `atelier rm {details.name}` gives it up",
-    )
-
-
-def _not_gone_in_time(name: str) -> TimeoutExceededError:
-    return TimeoutExceededError(
-        f"the sandbox {name} was not gone within {calls.WAIT_AT_MOST_SECONDS:g} s",
-        hint="its removal goes on; `atelier ls` shows it until it is done",
-    )
-
-
-def _program_failed(command: Command, result: RunResult) -> GuestError:
-    reason = "was ended by its time limit" if result.error == "timeout" else f"exited with status {result.exit_code}"
-    end = result.stderr.strip()[-2000:]
-    return GuestError(f"{calls.to_arguments(command)[0]} {reason}" + (f": {end}" if end else ""), code="program_failed")
 
 
 class Sandbox:
@@ -128,7 +92,7 @@ class Sandbox:
                 details = lease.connection.send(call)
                 while wait and details.state is SandboxState.CREATING:
                     if time.monotonic() > deadline:
-                        raise _not_in_time(details, timeout_seconds)
+                        raise not_in_time(details, timeout_seconds)
                     time.sleep(_POLL_SECONDS)
                     details = lease.connection.send(calls.get_sandbox(details.id))
             except KeyboardInterrupt:
@@ -222,7 +186,7 @@ class Sandbox:
         )  # fmt: skip
         result = self._lease.connection.send(call)
         if check and result.exit_code != 0:
-            raise _program_failed(command, result)
+            raise program_failed(command, result)
         return result
 
     def exec(
@@ -273,7 +237,7 @@ class Sandbox:
         with contextlib.suppress(NotFoundError):
             gone = self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
             if wait and not gone:
-                raise _not_gone_in_time(self.name)
+                raise not_gone_in_time(self.name)
 
     def close(self) -> None:
         """Close the connection; the sandbox lives on."""
@@ -335,7 +299,7 @@ class AsyncSandbox:
                 details = await lease.connection.send(call)
                 while wait and details.state is SandboxState.CREATING:
                     if time.monotonic() > deadline:
-                        raise _not_in_time(details, timeout_seconds)
+                        raise not_in_time(details, timeout_seconds)
                     await asyncio.sleep(_POLL_SECONDS)
                     details = await lease.connection.send(calls.get_sandbox(details.id))
             except asyncio.CancelledError:
@@ -425,7 +389,7 @@ class AsyncSandbox:
         )  # fmt: skip
         result = await self._lease.connection.send(call)
         if check and result.exit_code != 0:
-            raise _program_failed(command, result)
+            raise program_failed(command, result)
         return result
 
     async def exec(
@@ -476,7 +440,7 @@ class AsyncSandbox:
         with contextlib.suppress(NotFoundError):
             gone = await self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
             if wait and not gone:
-                raise _not_gone_in_time(self.name)
+                raise not_gone_in_time(self.name)
 
     async def close(self) -> None:
         """Close the connection; the sandbox lives on."""

@@ -45,7 +45,8 @@ def create(
       box=$(atelier create --label team=web)
     """
     from atelier.cli.output import print_line, print_model, print_note, printable_block
-    from atelier.client.sandbox import Sandbox, SandboxFailedError
+    from atelier.client.sandbox import Sandbox
+    from atelier.client.sandbox_failures import SandboxFailedError
 
     with invocation.connect() as connection:
         try:
