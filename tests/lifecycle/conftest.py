@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -17,14 +17,14 @@ from atelier.db.outbox import Outbox, OutboxEvent
 from atelier.db.sagas import SagaStore
 from atelier.db.sandboxes import SandboxRepository
 from atelier.drivers.faults import Faults
-from atelier.drivers.guest.interface import GuestDriver
+from atelier.drivers.guest.fake import FakeGuests
 from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.lifecycle.sandbox_create import create_saga_id
 from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
-from atelier.model.guest import GuestIdentity, ProcessEnded, ProcessOutput, ProcessSpec, ProcessStarted
+from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.image import BuildProgress, Image
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.model.machine import BootFiles, GuestEndpoint
@@ -67,43 +67,37 @@ class StubImages:
 
     async def ensure_image(self, name: str, report: Callable[[BuildProgress], None], *, refresh: bool = False) -> Image:
         await self.faults.before("ensure_image")
-        for number in range(1000):
-            await asyncio.to_thread(report, BuildProgress("image", f"package {number}", number / 1000)) if (
-                number == 0
-            ) else report(BuildProgress("image", f"package {number}", number / 1000))
+
+        def tell() -> None:  # builders report from threads of theirs, and often
+            for number in range(1000):
+                report(BuildProgress("image", f"package {number}", number / 1000))
+
+        await asyncio.to_thread(tell)
         return Image(
             f"{name}-0123456789abcdef", name, self.folder / f"{name}.ext4", self.size_mib, 1, datetime.now(UTC)
         )
 
 
-class StubGuests:
-    """What creation asks of a guest, and nothing more."""
+class Guests(FakeGuests):
+    """Fake guests that also know resize2fs, which ends as it is told to, and remember what they were asked."""
 
     def __init__(self, faults: Faults) -> None:
-        self.faults = faults
+        super().__init__(faults)
         self.channels: dict[str, tuple[GuestEndpoint, str]] = {}
-        self.identities: dict[str, GuestIdentity] = {}
         self.processes: list[ProcessSpec] = []
         self.exit_code = 0
         self.output = b""
 
     async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
-        await self.faults.before("ensure_channel")
+        await super().ensure_channel(sandbox_id, endpoint, token)
         self.channels[sandbox_id] = (endpoint, token)
 
     async def ensure_channel_absent(self, sandbox_id: str) -> None:
-        await self.faults.before("ensure_channel_absent")
+        await super().ensure_channel_absent(sandbox_id)
         self.channels.pop(sandbox_id, None)
 
-    async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
-        await self.faults.before("wait_ready")
-
-    async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
-        await self.faults.before("initialize")
-        self.identities[sandbox_id] = identity
-
     @asynccontextmanager
-    async def start_process(self, sandbox_id: str, spec: ProcessSpec) -> AsyncIterator[AsyncIterator[Any]]:
+    async def start_process(self, sandbox_id: str, spec: ProcessSpec) -> AsyncGenerator[AsyncIterator[Any], None]:
         await self.faults.before("start_process")
         self.processes.append(spec)
 
@@ -129,7 +123,7 @@ class Host:
         self.storage = FakeStorage(self.faults)
         self.network = FakeNetwork(self.faults)
         self.images = StubImages(self.faults, self.folder)
-        self.guests = StubGuests(self.faults)
+        self.guests = Guests(self.faults)
         self.data = DataLayout(self.folder / "data")
         self.run = RunLayout(self.folder / "run")
         self.database = Database(self.data.database)
@@ -142,7 +136,7 @@ class Host:
             storage=self.storage,
             network=self.network,
             images=cast(ImageDriver, self.images),
-            guests=cast(GuestDriver, self.guests),
+            guests=self.guests,
             data=self.data,
             run=self.run,
             installation_id="abcd",

@@ -40,7 +40,8 @@ async def test_a_sandbox_is_created(host: Host) -> None:
     assert sandbox.spec.image_id == "base-0123456789abcdef"
     assert host.row(sandbox.id) == sandbox
     assert host.states() == ["creating", "running"]
-    identity = host.guests.identities[sandbox.id]
+    identity = host.guests.identity(sandbox.id)
+    assert identity is not None
     assert (identity.hostname, identity.environment) == ("one", {"A": "1"})
     assert len(identity.entropy) >= 32
     assert len(identity.machine_id) == 32
