@@ -14,13 +14,13 @@ import fcntl
 import os
 import signal
 import stat
-import subprocess
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from atelier.guest_agent.credentials import acting_as
 from atelier.guest_agent.entries import errors_about, make_parents, show
 from atelier.guest_agent.http import HttpError, Request, Response, Router, json_response
+from atelier.guest_agent.spawn import DEFAULT_PATH, spawn
 from atelier.guest_agent.state import AgentState
 from atelier.guest_agent.users import User
 
@@ -28,7 +28,6 @@ BUSYBOX: Final = "/opt/shared/bin/busybox"
 _PIECE_BYTES: Final = 256 * 1024
 _PIPE_BYTES: Final = 1024 * 1024
 _COMPLAINT_MAX_BYTES: Final = 2000
-_SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def register(router: Router, state: AgentState) -> None:
@@ -40,7 +39,7 @@ def register(router: Router, state: AgentState) -> None:
 def _tar_command() -> list[str]:
     if os.access(BUSYBOX, os.X_OK):
         return [BUSYBOX, "tar"]
-    for folder in _SEARCH_PATH.split(":"):
+    for folder in DEFAULT_PATH.split(":"):
         if os.access(f"{folder}/tar", os.X_OK):
             return [f"{folder}/tar"]
     raise HttpError(501, "unimplemented", "there is neither the tools image's busybox nor a tar in this sandbox")
@@ -63,7 +62,7 @@ class Archives:
             if not stat.S_ISDIR(os.stat(path).st_mode):
                 raise HttpError(400, "invalid_argument", f"cannot pack {show(path)}: it is no folder")
             os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-        tar = TarProcess([*_tar_command(), "-c", "-f", "-", "-C", path, "."], user, writes=True)
+        tar = TarProcess([*_tar_command(), "-c", "-f", "-", "."], path, user)
         try:
             first = await tar.read()
             if not first:
@@ -79,7 +78,7 @@ class Archives:
         with errors_about("unpack into", path), acting_as(user):
             make_parents(path)
         # -o: what is unpacked belongs to the user, root included, whatever the archive says.
-        tar = TarProcess([*_tar_command(), "-x", "-o", "-f", "-", "-C", path], user, writes=False)
+        tar = TarProcess([*_tar_command(), "-x", "-o", "-f", "-"], path, user)
         try:
             async for piece in request.iterate():
                 if not await tar.write(piece):
@@ -115,76 +114,64 @@ def _set(ready: asyncio.Future[None]) -> None:
 
 
 class TarProcess:
-    """A tar whose output (``writes``) or input is a pipe of ours. Its end is seen through a pidfd, so that no other
-    part of the agent that waits for children is concerned."""
+    """A tar in the folder ``directory``; one that packs leaves its input alone, one that unpacks its output. Its end is
+    seen through a pidfd, so that no other part of the agent that waits for children is concerned."""
 
-    def __init__(self, command: list[str | bytes], user: User, *, writes: bool) -> None:
+    def __init__(self, command: list[str], directory: bytes, user: User) -> None:
+        """Raises ConnectError when it cannot be started there."""
         self._loop = asyncio.get_running_loop()
-        ours, theirs = os.pipe2(os.O_CLOEXEC) if writes else reversed(os.pipe2(os.O_CLOEXEC))
-        complaints, complaints_end = os.pipe2(os.O_CLOEXEC)
-        self._pipe, self._complaints = ours, complaints
         self._said = bytearray()
-        self._pidfd = -1
-        try:
-            os.set_blocking(ours, False)
-            os.set_blocking(complaints, False)
+        self._status: int | None = None
+        environment = {"PATH": DEFAULT_PATH, "HOME": user.home, "LC_ALL": "C"}
+        spawned = spawn(command, environment, directory, user, with_stdin=True)
+        self._pid = spawned.pid
+        self._input, self._output, self._complaints = spawned.stdin, spawned.stdout, spawned.stderr
+        self._pidfd = os.pidfd_open(self._pid)
+        for pipe in (self._input, self._output):
             with contextlib.suppress(OSError):
-                # Fewer turns for both sides; a user at the pipe limit gets the ordinary size.
-                fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            switches = user.uid != os.geteuid()
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL if writes else theirs,
-                stdout=theirs if writes else subprocess.DEVNULL,
-                stderr=complaints_end,
-                cwd="/",
-                env={"PATH": _SEARCH_PATH, "HOME": user.home, "LC_ALL": "C"},
-                user=user.uid if switches else None,
-                group=user.gid if switches else None,
-                extra_groups=list(user.groups) if switches else None,
-                umask=0o022,
-                start_new_session=True,
-            )
-            self._pidfd = os.pidfd_open(self._process.pid)
-        except BaseException:
-            os.close(ours)
-            os.close(complaints)
-            raise
-        finally:
-            os.close(theirs)
-            os.close(complaints_end)
-        self._loop.add_reader(complaints, self._hear)
+                # Fewer turns for both sides; at the limit for pipes the ordinary size must do.
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._loop.add_reader(self._complaints, self._hear)
 
     async def read(self) -> bytes:
         """The next piece of output, empty at its end."""
         while True:
             try:
-                return os.read(self._pipe, _PIECE_BYTES)
+                return os.read(self._output, _PIECE_BYTES)
             except BlockingIOError:
-                await self._ready(self._loop.add_reader, self._loop.remove_reader, self._pipe)
+                await self._ready(self._loop.add_reader, self._loop.remove_reader, self._output)
 
     async def write(self, piece: bytes | memoryview) -> bool:
         """Hand ``piece`` over; False when tar takes no more."""
         rest = memoryview(piece)
         while rest:
             try:
-                rest = rest[os.write(self._pipe, rest) :]
+                rest = rest[os.write(self._input, rest) :]
             except BlockingIOError:
-                await self._ready(self._loop.add_writer, self._loop.remove_writer, self._pipe)
+                await self._ready(self._loop.add_writer, self._loop.remove_writer, self._input)
             except BrokenPipeError:
                 return False
         return True
 
     def end_input(self) -> None:
-        descriptor, self._pipe = self._pipe, -1
+        descriptor, self._input = self._input, -1
         os.close(descriptor)
 
     async def wait(self) -> int:
         """The exit status; -N after signal N."""
-        while self._process.poll() is None:
+        while self._status is None:
             await self._ready(self._loop.add_reader, self._loop.remove_reader, self._pidfd)
+            self._reap(os.WNOHANG)
         self._hear()
-        return self._process.returncode
+        return self._status
+
+    def _reap(self, options: int) -> None:
+        try:
+            pid, status = os.waitpid(self._pid, options)
+        except ChildProcessError:
+            pid, status = self._pid, 255 << 8  # somebody else has reaped it: its status is lost, so it is no success
+        if pid:
+            self._status = os.waitstatus_to_exitcode(status)
 
     def complaint(self, status: int) -> str:
         said = self._said.decode(errors="replace").strip()
@@ -192,16 +179,17 @@ class TarProcess:
 
     def close(self) -> None:
         """Let go of everything; a tar that still runs is killed with its group."""
-        if self._process.poll() is None:
+        if self._pidfd < 0:
+            return
+        if self._status is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        if self._complaints >= 0:
-            self._loop.remove_reader(self._complaints)
-        for descriptor in (self._pipe, self._complaints, self._pidfd):
+                os.killpg(self._pid, signal.SIGKILL)
+            self._reap(0)
+        self._loop.remove_reader(self._complaints)
+        for descriptor in (self._input, self._output, self._complaints, self._pidfd):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._pipe = self._complaints = self._pidfd = -1
+        self._input = self._output = self._complaints = self._pidfd = -1
 
     def _hear(self) -> None:
         """Keep the beginning of what tar complains of, and let it go on complaining."""
