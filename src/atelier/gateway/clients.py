@@ -30,7 +30,7 @@ _REQUEST_MAX_BYTES: Final = 32
 _EARLY_BYTES: Final = 64 * 1024
 _ACCEPT_SECONDS: Final = 15.0
 _NO_DESCRIPTORS_PAUSE_SECONDS: Final = 0.2
-_SWEEP_SECONDS: Final = 5.0
+_SWEEP_SECONDS: Final = 2.0
 
 
 class _Refusal(Exception):

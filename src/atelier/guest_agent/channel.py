@@ -164,7 +164,7 @@ class _GuestChannel:
         self._dirty = True
         self._knock_nonce = os.urandom(NONCE_BYTES)
         self._knock_timer: asyncio.TimerHandle | None = None
-        self._connecting: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, descriptor: int) -> bool:
         """Serve until the host's side closes (True) or the port is gone (False)."""
@@ -182,7 +182,7 @@ class _GuestChannel:
 
     def end(self) -> None:
         self._multiplexer.end_epoch()
-        for task in self._connecting:
+        for task in self._tasks:
             task.cancel()
 
     def _let_go(self) -> None:
@@ -334,14 +334,16 @@ class _GuestChannel:
     def _accept_stream(self, stream: Stream) -> None:
         server = self._local.get(stream.port)
         if server is not None:
-            serve_locally(self._loop, stream, server)
+            self._track(serve_locally(self._loop, stream, server))
             return
         splice = SocketSplice(self._loop)
         stream.end = splice
         splice.join(stream)
-        task = self._loop.create_task(self._connect(stream, splice))
-        self._connecting.add(task)
-        task.add_done_callback(self._connecting.discard)
+        self._track(self._loop.create_task(self._connect(stream, splice)))
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _connect(self, stream: Stream, splice: SocketSplice) -> None:
         reason = CLOSED_UNREACHABLE

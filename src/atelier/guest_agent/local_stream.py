@@ -173,21 +173,24 @@ class LocalTransport(asyncio.Transport):
         return self._protocol
 
 
-def serve_locally(loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer) -> None:
+def serve_locally(loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer) -> asyncio.Task[None]:
     """Hand ``stream`` to ``server`` in a task of its own; what it raises is written to stderr and ends its stream."""
+    reader = asyncio.StreamReader(limit=_READER_LIMIT_BYTES, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    transport = LocalTransport(loop, stream, protocol)
+    writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 
-    async def run(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def run() -> None:
         try:
             await server(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         except Exception:
             traceback.print_exc(file=sys.stderr)
-            writer.transport.abort()
+            transport.abort()
         finally:
             writer.close()
 
-    reader = asyncio.StreamReader(limit=_READER_LIMIT_BYTES, loop=loop)
-    protocol = asyncio.StreamReaderProtocol(reader, run, loop=loop)
     stream.accept()
-    stream.end = LocalTransport(loop, stream, protocol)
+    stream.end = transport
+    return loop.create_task(run())

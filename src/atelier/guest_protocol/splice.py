@@ -42,6 +42,8 @@ class SocketSplice:
         self._socket: socket.socket | None = None
         self._backlog = bytearray()
         self._early = b""
+        self._passed_on_bytes = 0
+        self._stalled_at = -1
         self._reading = False
         self._writing = False
         self._socket_ended = False
@@ -65,13 +67,20 @@ class SocketSplice:
         self._flush_backlog()
 
     def drop_if_hung_up(self) -> None:
-        """Let go if the client of a unix socket, which had only ended its sending, has gone by now. To be called now
-        and then: an event loop cannot wait for this without spinning."""
+        """Let go if the client of a unix socket has gone while it was not read from. To be called every few seconds:
+        an event loop cannot wait for this without spinning."""
         connected = self._socket
-        if connected is None or connected.family != socket.AF_UNIX or not self._socket_ended or self._stream_ended:
-            return
-        if _is_hung_up(connected):
-            self.finish(CLOSED_DONE)
+        if connected is None or self._reading or connected.family != socket.AF_UNIX or not _is_hung_up(connected):
+            self._stalled_at = -1
+        elif self._socket_ended:
+            # It had only ended its sending before.
+            if not self._stream_ended:
+                self.finish(CLOSED_DONE)
+        elif self._stalled_at == self._passed_on_bytes:
+            # What it has left behind is not taken, and nobody waits for an answer.
+            self.finish(CLOSED_RESET)
+        else:
+            self._stalled_at = self._passed_on_bytes
 
     def finish(self, reason: int) -> None:
         """Let go of both sides at once; ``reason`` is told to the peer, and to ``on_gone``."""
@@ -139,6 +148,7 @@ class SocketSplice:
                 self._on_socket_end(stream, connected)
                 return
             stream.send(received)
+            self._passed_on_bytes += len(received)
             if len(received) < room:
                 return
 
