@@ -1,6 +1,6 @@
 """Whether a guest reaches ports of the host: listeners that note who came, and the guest's script that tries.
 
-Run as a program it boots one guest inside the network namespace that it finds itself in, and prints what came as JSON.
+Run as a program (``open`` or ``restricted``, kernel, initramfs) it boots one guest inside the network namespace that it finds itself in, and prints what came as JSON.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.real_machines import INIT_PREPARES, get_boot_files, with_init
+from tests.real_machines import INIT_PREPARES, with_init
 
 from atelier.drivers.network.user import UserNetwork
 from atelier.drivers.vmm.qemu_arguments import kernel_command_line, machine_arguments
 from atelier.drivers.vmm.run_folder import RunFolder, opened_machine
 from atelier.host.tsc import measure_tsc_khz
+from atelier.model.machine import BootFiles
 
 FINISHED = "EVERYTHING TRIED"
 GUEST_LIMIT_SECONDS = 90
@@ -86,8 +87,8 @@ def listening() -> Iterator[Listeners]:
 def try_everything(targets: Sequence[str], port: int) -> str:
     """The guest's init: take the network's addresses, try each target by TCP and UDP, say so, end."""
     attempts = "\n".join(
-        f'(echo "tcp {target}" | timeout 12 nc -w 10 {target} {port}) >/dev/null 2>&1 &\n'
-        f'timeout 12 tftp -g -l /dev/null -r "udp {target}" {target} {port} >/dev/null 2>&1 &'
+        f'(echo "tcp {target}" | timeout 7 nc -w 6 {target} {port}) >/dev/null 2>&1 &\n'
+        f'timeout 7 tftp -g -l /dev/null -r "udp {target}" {target} {port} >/dev/null 2>&1 &'
         for target in targets
     )
     return f"""{INIT_PREPARES}
@@ -100,11 +101,11 @@ ip route add default via 10.0.2.2
 ip -6 route add default via fec0::2
 # The host's own loopback address, sent out by the network card instead of staying in the guest.
 echo 1 >/proc/sys/net/ipv4/conf/all/route_localnet
-ip route flush table local 127.0.0.0/8
-ip link set lo down
+ip link set lo up
+ip addr del 127.0.0.1/8 dev lo
 ip route add 127.0.0.1/32 via 10.0.2.2 src 10.0.2.15
 # Until the neighbours have found each other; on a network without IPv6 they never do.
-for try in 1 2 3 4; do ping6 -c 1 -W 1 fec0::2 >/dev/null 2>&1 && break; done
+for try in 1 2 3; do ping6 -c 1 -W 1 fec0::2 >/dev/null 2>&1 && echo 'IPV6 NEIGHBOUR FOUND' && break; done
 {attempts}
 nslookup -timeout=3 localhost 10.0.2.3 2>&1 | grep -q 'Name:' && echo 'NAME SERVER ANSWERED'
 wait
@@ -127,7 +128,7 @@ def host_addresses() -> list[str]:
     ]
 
 
-async def _boot_in_this_namespace(restricted: bool) -> dict[str, object]:
+async def _boot_in_this_namespace(kernel: Path, initramfs: Path, restricted: bool) -> dict[str, object]:
     for command in (
         ["ip", "link", "set", "lo", "up"],
         *(["ip", "addr", "add", address, "dev", "lo"] for address in NAMESPACE_ADDRESSES),
@@ -136,7 +137,8 @@ async def _boot_in_this_namespace(restricted: bool) -> dict[str, object]:
     network = await UserNetwork().ensure_slot("aaaaaaaaaaaa")
     with tempfile.TemporaryDirectory(prefix="atelier-net-") as directory, listening() as listeners:
         targets = (*GATEWAYS, "127.0.0.1", *NAMESPACE_ADDRESSES)
-        boot = with_init(await get_boot_files(), try_everything(targets, listeners.port), Path(directory))
+        given = BootFiles(kernel, initramfs, tools=initramfs, kernel_release="", tools_id="")
+        boot = with_init(given, try_everything(targets, listeners.port), Path(directory))
         folder = RunFolder(Path(directory))
         with opened_machine(folder, boot) as descriptors:
             arguments = machine_arguments(
@@ -164,4 +166,5 @@ async def _boot_in_this_namespace(restricted: bool) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(_boot_in_this_namespace(restricted=sys.argv[1] == "restricted"))))
+    told = _boot_in_this_namespace(Path(sys.argv[2]), Path(sys.argv[3]), restricted=sys.argv[1] == "restricted")
+    print(json.dumps(asyncio.run(told)))

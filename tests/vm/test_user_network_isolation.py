@@ -44,12 +44,12 @@ def folder() -> Iterator[Path]:
 
 
 def _in_namespace(how: str) -> dict[str, Any]:
-    # Built here if need be: in the namespace there is no network to fetch them from.
-    asyncio.run(get_boot_files())
+    # Built here if need be: in the namespace there is no network to fetch anything from.
+    boot = asyncio.run(get_boot_files())
     if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode != 0:
         pytest.skip("this user may not make network namespaces")
     ran = subprocess.run(
-        [*NAMESPACE, sys.executable, "-m", "tests.vm.reachability", how],
+        [*NAMESPACE, sys.executable, "-m", "tests.vm.reachability", how, str(boot.kernel), str(boot.initramfs)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
