@@ -57,12 +57,12 @@ class RunLayout:
         return self.root / "sandboxes"
 
     def vmm_directory(self, sandbox_id: str) -> Path:
-        """Owned by the VMM's uid when the manager is root: sockets and console of one VMM."""
+        """Sockets and console of one VMM, which receives them open: the folder is the manager's own."""
         return self.sandboxes / sandbox_id
 
     @property
     def channels(self) -> Path:
-        """The gateway's: one socket per sandbox, out of reach of any VMM's uid."""
+        """The gateway's: one socket per sandbox."""
         return self.root / "channels"
 
     def channel_socket(self, sandbox_id: str) -> Path:

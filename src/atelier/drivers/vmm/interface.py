@@ -20,7 +20,8 @@ class VmmDriver(Protocol):
         ...
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
-        """Make the VMM's folder, closed to all others and owned by the uid that the VMM will run as."""
+        """Make the VMM's folder, closed to all others, the VMM's own user included where it has one: what the VMM needs
+        of it is handed over open."""
         ...
 
     async def ensure_run_directory_absent(self, run_directory: Path) -> None:
