@@ -273,8 +273,9 @@ class Connection:
     async def read_some(self, limit: int) -> bytes:
         buffer = self.buffer
         if buffer:
-            piece = bytes(buffer[:limit])
-            del buffer[:limit]
+            with memoryview(buffer) as view:  # a slice of the buffer itself would be copied twice
+                piece = bytes(view[:limit])
+            del buffer[: len(piece)]
             return piece
         if self.owes_continue:
             self.owes_continue = False
@@ -286,6 +287,18 @@ class Connection:
 
     async def read_line(self, limit: int) -> bytes:
         """One line without its CRLF (a bare LF is taken too). Raises HttpError 400 if it is longer than ``limit``."""
+        if not self.buffer and not self.owes_continue:
+            # The way of large bodies in chunks: what follows the line stays in the reader and is copied once less.
+            try:
+                line = await self.reader.readuntil(b"\n")
+            except asyncio.IncompleteReadError:
+                raise ConnectionResetError("the client went away inside a request's body") from None
+            except asyncio.LimitOverrunError:
+                line = bytes(limit + 3)
+            if len(line) <= limit + 2:
+                return line[:-1].removesuffix(b"\r")
+            self.is_broken = True
+            raise HttpError(400, "invalid_argument", f"a line in the body is longer than {limit} bytes")
         while True:
             end = self.buffer.find(b"\n", 0, limit + 2)
             if end >= 0:
