@@ -85,8 +85,9 @@ def ensure_private_folder(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Replace ``path`` with ``content``: a reader, also one after a power cut, sees the old or the new whole.
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
+    """Replace ``path`` with ``content``: a reader sees the old or the new whole, with ``durable`` also after a power
+    cut (which waits for the disk; without it the file is for this boot only).
 
     Raises DiskFullError.
     """
@@ -97,7 +98,8 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
                 os.fchmod(file.fileno(), mode)
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)

@@ -34,7 +34,7 @@ def cached_tsc_khz(cache_file: Path) -> int:
         pass  # absent or spoilt: measured anew
     tsc_khz = measure_tsc_khz()
     cache_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache_file, json.dumps({"boot_id": boot_id(), "tsc_khz": tsc_khz}).encode())
+    write_atomically(cache_file, json.dumps({"boot_id": boot_id(), "tsc_khz": tsc_khz}).encode(), durable=False)
     return tsc_khz
 
 

@@ -56,7 +56,7 @@ async def probe_kvm(
             return KvmAnswer(**kept["answer"])
     answer = await boot_tiny_guest(executable, boot, users)
     cache_file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(cache_file, json.dumps({"key": key, "answer": asdict(answer)}).encode())
+    write_atomically(cache_file, json.dumps({"key": key, "answer": asdict(answer)}).encode(), durable=False)
     return answer
 
 

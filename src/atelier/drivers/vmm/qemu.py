@@ -33,7 +33,7 @@ from atelier.host.disk_files import virtual_size_bytes
 from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
 from atelier.host.processes import ResourceLimits
 from atelier.host.tsc import cached_tsc_khz
-from atelier.model.errors import MissingProgramError, VmmError
+from atelier.model.errors import CommandError, MissingProgramError, VmmError
 from atelier.model.layout import check_socket_path
 from atelier.model.machine import BootFiles, Disk, GuestEndpoint, MachineSpec, ProcessIdentity
 
@@ -115,9 +115,12 @@ class QemuVmm:
     async def _start(self, spec: MachineSpec) -> ProcessIdentity:
         folder = RunFolder(spec.run_directory)
         folder.stderr.unlink(missing_ok=True)
-        identity = await self._spawn(spec, folder)
         try:
-            write_atomically(folder.identity, json.dumps(asdict(identity)).encode())
+            identity = await self._spawn(spec, folder)
+        except CommandError as error:
+            raise self._failure(spec, folder, error.message) from error
+        try:
+            write_atomically(folder.identity, json.dumps(asdict(identity)).encode(), durable=False)
             async with await QmpConnection.open(
                 folder.control_socket, timeout_seconds=_START_TIMEOUT_SECONDS
             ) as control:
