@@ -7,9 +7,7 @@ installs nothing and never touches apt's own folders.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +45,7 @@ class DebianArchive:
         Raises HostError (``no_debian_sources``).
         """
         candidates = find_debian_sources(self._apt_directory, self._suite)
-        origins = await self._known_origins(["apt-get"])
+        origins = await _known_origins(["apt-get"])
         return [
             source
             for source in candidates
@@ -187,22 +185,8 @@ Dir::Etc::preferencesparts "{self._directory / "preferences.d"}";
 """
         )
 
-    async def _known_origins(self, apt_get: Sequence[str]) -> dict[tuple[str, str], str]:
-        """(archive, suite) -> signed Origin, "" where apt has not fetched the archive yet."""
-        result = await command.run(
-            [*apt_get, "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(ORIGIN)", "Created-By: Packages"],
-            timeout_seconds=_QUERY_SECONDS,
-            package_hint="apt",
-        )
-        found: dict[tuple[str, str], str] = {}
-        for line in result.stdout.decode(errors="replace").splitlines():
-            uri, _, rest = line.partition("|")
-            suite, _, origin = rest.partition("|")
-            found[uri.rstrip("/"), suite] = "" if origin.startswith("$(") else origin
-        return found
-
     async def _refuse_foreign_origins(self) -> None:
-        for (uri, suite), origin in (await self._known_origins(self._apt_get)).items():
+        for (uri, suite), origin in (await _known_origins(self._apt_get)).items():
             if origin not in ("Debian", ""):
                 raise ImageBuildError(
                     f"{uri} {suite} says that it is by {origin}, not Debian",
@@ -210,6 +194,16 @@ Dir::Etc::preferencesparts "{self._directory / "preferences.d"}";
                 )
 
 
-async def remove_tree(directory: Path) -> None:
-    """Remove a folder of ours, off the event loop; absent is fine."""
-    await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+async def _known_origins(apt_get: Sequence[str]) -> dict[tuple[str, str], str]:
+    """(archive, suite) -> signed Origin, "" where apt has not fetched the archive yet."""
+    result = await command.run(
+        [*apt_get, "indextargets", "--format", "$(REPO_URI)|$(RELEASE)|$(ORIGIN)", "Created-By: Packages"],
+        timeout_seconds=_QUERY_SECONDS,
+        package_hint="apt",
+    )
+    found: dict[tuple[str, str], str] = {}
+    for line in result.stdout.decode(errors="replace").splitlines():
+        uri, _, rest = line.partition("|")
+        suite, _, origin = rest.partition("|")
+        found[uri.rstrip("/"), suite] = "" if origin.startswith("$(") else origin
+    return found

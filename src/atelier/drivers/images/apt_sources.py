@@ -119,10 +119,5 @@ def parse_one_line(text: str) -> list[PackageSource]:
     return found
 
 
-def without_credentials(uri: str) -> str:
-    """The URI without ``user:password@``, for a place that others read."""
-    return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]*://)[^/@]*@", r"\1", uri)
-
-
 def _without_comments(text: str) -> list[str]:
     return [line for line in text.splitlines() if not line.startswith("#")]

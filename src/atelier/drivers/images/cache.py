@@ -16,10 +16,11 @@ import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-from atelier.host.files import disk_full, disk_full_as_error, write_atomically
-from atelier.model.errors import AtelierError, CommandError, ImageBuildError
+from atelier.host.files import disk_full, disk_full_as_error, free_bytes, write_atomically
+from atelier.model.errors import AtelierError, CommandError, DiskFullError, ImageBuildError
 
 KEY_DIGITS = 16
+_MESSAGE_CHARACTERS = 2000
 
 
 def key_of(*parts: object) -> str:
@@ -51,6 +52,17 @@ def hash_tree(directory: Path, *, pattern: str = "*") -> str:
         elif stat.S_ISREG(found.st_mode):
             digest.update(hash_file(path).encode())
     return digest.hexdigest()
+
+
+def check_room(folder: Path, needed_mib: int, doing: str) -> None:
+    """Raises DiskFullError if less is free below ``folder`` (made if absent); ``doing`` as for ``work_folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free_mib = free_bytes(folder) // (1024 * 1024)
+    if free_mib < needed_mib:
+        raise DiskFullError(
+            f"{doing} needs {needed_mib} MiB in {folder}, {free_mib} MiB are free",
+            hint="free some space, or choose another folder with ATELIER_CACHE_DIR",
+        )
 
 
 @contextlib.contextmanager
@@ -107,4 +119,5 @@ def as_build_error(doing: str, error: CommandError) -> AtelierError:
     """A failed command of a build as DiskFullError or ImageBuildError; ``doing`` is like "building the image base"."""
     if "No space left on device" in error.message or "Disk quota exceeded" in error.message:
         return disk_full(doing)
-    return ImageBuildError(f"{doing} failed: {error.message}", hint=error.hint)
+    # The command line may hold a whole script; what the program said last is at the end.
+    return ImageBuildError(f"{doing} failed: {error.message[-_MESSAGE_CHARACTERS:]}", hint=error.hint)

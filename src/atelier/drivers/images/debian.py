@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atelier.drivers.images.apt import DebianArchive
 from atelier.drivers.images.cache import (
+    check_room,
     publish,
     read_manifest,
     remove_left_over_work,
@@ -21,7 +22,7 @@ from atelier.drivers.images.cache import (
 )
 from atelier.drivers.images.kernel import GuestKernel, KernelBuilder
 from atelier.drivers.images.recipe import ImageRecipe, get_recipe, list_recipe_names
-from atelier.drivers.images.root_file_system import build_root_image
+from atelier.drivers.images.root_file_system import TREE_NAME, build_root_image, remove_built_tree
 from atelier.drivers.images.tools import ToolsBuilder, ToolsImage
 from atelier.host.file_lock import hold_lock
 from atelier.model.errors import HostError
@@ -33,6 +34,9 @@ _FORMAT = 1
 
 _SUITE = "bookworm"
 """Where kernel, busybox and the guest agent's Python come from."""
+
+_NEEDED_MIB = 1024
+"""Packages, tree and image of the base recipe, with something to spare."""
 
 _ARCHITECTURES = {"x86_64": "amd64"}
 
@@ -77,7 +81,10 @@ class DebianImages:
             if found and (not refresh or found.built_at > asked_at):
                 return found
             # The lock is one recipe's, so is the folder that is cleared.
-            remove_left_over_work(self._images / f"{name}.work")
+            work_parent = self._images / f"{name}.work"
+            for tree in work_parent.glob(f"*/{TREE_NAME}"):
+                await remove_built_tree(tree)
+            remove_left_over_work(work_parent)
             return await self._build(recipe, report, generation=found.id if found else "")
 
     async def ensure_boot_files(self, report: ProgressReporter) -> BootFiles:
@@ -92,6 +99,7 @@ class DebianImages:
 
     async def _build(self, recipe: ImageRecipe, report: ProgressReporter, *, generation: str) -> Image:
         """``generation`` is the id of the image that this one supersedes, so that their ids differ."""
+        check_room(self._images, _NEEDED_MIB, f"building the image {recipe.name}")
         began_at = datetime.now(UTC)
         key = recipe.key(_FORMAT, self._architecture, generation)
         image_id = f"{recipe.name}-{key}"

@@ -66,7 +66,7 @@ class KernelBuilder:
 
     async def ensure(self, report: ProgressReporter) -> GuestKernel:
         """Build what is missing. Raises ImageBuildError, HostError, MissingProgramError, DiskFullError."""
-        if found := self.find():
+        if found := await asyncio.to_thread(self.find):
             return found
 
         def waiting() -> None:

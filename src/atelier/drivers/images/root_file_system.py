@@ -8,8 +8,8 @@ in which the cache's owner is root: so owners come out right and everything left
 from __future__ import annotations
 
 import os
+import pwd
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from atelier.drivers.images.apt import DebianArchive
@@ -22,6 +22,7 @@ from atelier.model.image import BuildProgress, ProgressReporter
 
 _MMDEBSTRAP_SECONDS = 3600.0
 _TAR_SECONDS = 600.0
+TREE_NAME = "tree"
 
 # What mmdebstrap says when a phase begins -> (phase, message, share of the whole before it, share after it); the shares
 # are those of a build on a fast line.
@@ -57,7 +58,7 @@ async def build_root_image(
     root = os.geteuid() == 0
     _check_user_namespace(root)
     namespace = user_namespace(whole_range=True)
-    tree = work / "tree"
+    tree = work / TREE_NAME
     made = tree if root else work / "tree.tar"
     follow = PhaseFollower(report)
     try:
@@ -84,13 +85,25 @@ async def build_root_image(
     except CommandError as error:
         raise as_build_error(f"building the image {recipe.name}", error) from error
     finally:
-        if not root and tree.exists():
-            # Files of other uids can only be removed from inside.
-            await command.run([*namespace, "rm", "-rf", str(tree)], timeout_seconds=_TAR_SECONDS)
+        await remove_built_tree(tree)
+
+
+async def remove_built_tree(tree: Path) -> None:
+    """Remove an unpacked tree; absent is fine. An ordinary user can only do it inside the namespace, since the files
+    belong to the user's subordinate uids."""
+    if tree.exists():
+        await command.run(
+            [*user_namespace(whole_range=True), "rm", "-rf", "--one-file-system", "--", str(tree)],
+            timeout_seconds=_TAR_SECONDS,
+        )
 
 
 def _mmdebstrap(recipe: ImageRecipe, architecture: str, connection: list[str], *, root: bool) -> list[str]:
+    # As root it mounts /proc, /sys and parts of /dev into the tree. In namespaces of its own these mounts and every
+    # process end with it, however it ends; otherwise removing the tree of a killed build could reach the machine's /dev.
+    confined = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"] if root else []
     arguments = [
+        *confined,
         "mmdebstrap",
         "--verbose",
         "--variant=minbase",
@@ -142,16 +155,14 @@ class PhaseFollower:
             self._report(BuildProgress(phase, message, per_cent / 100))
 
 
-def _check_user_namespace(root: bool, *, read_text: Callable[[Path], str] = Path.read_text) -> None:
+def _check_user_namespace(root: bool) -> None:
     """Raises HostError in words where an ordinary user cannot have a namespace with uids of its own."""
     if root:
         return
-    import pwd
-
     user = pwd.getpwuid(os.geteuid()).pw_name
     for file in (Path("/etc/subuid"), Path("/etc/subgid")):
         try:
-            names = {line.split(":")[0] for line in read_text(file).splitlines()}
+            names = {line.split(":")[0] for line in file.read_text().splitlines()}
         except OSError:
             names = set[str]()
         if not names & {user, str(os.geteuid())}:

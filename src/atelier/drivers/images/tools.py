@@ -92,7 +92,7 @@ class ToolsBuilder:
 
     async def ensure(self, report: ProgressReporter) -> ToolsImage:
         """Build what is missing. Raises ImageBuildError, HostError, MissingProgramError, DiskFullError."""
-        if found := self.find():
+        if found := await asyncio.to_thread(self.find):
             return found
 
         def waiting() -> None:
