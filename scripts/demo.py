@@ -38,7 +38,7 @@ STOP_SECONDS = 120.0
 PAYLOAD_BYTES = 4 * 1024 * 1024
 ATELIER = Path(sys.prefix) / "bin" / "atelier"
 
-PIPELINE = "seq 1 200000 | grep 7 | awk '{ sum += $1 } END { print NR \" numbers, sum \" sum }'"
+PIPELINE = "seq 1 200000 | grep 7 | awk '{ sum += $1 } END { printf(\"%d numbers, sum %d\\n\", NR, sum) }'"
 PROGRAM = textwrap.dedent(
     """\
     import os, platform, sys
@@ -141,7 +141,11 @@ class OwnAtelier:
         self.folder.chmod(0o711)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(ATELIER), "up", "--data-dir", str(self.data_dir), "--listen", "127.0.0.1:0"],
+                # However this program ends, its manager is told to end too.
+                [
+                    *("setpriv", "--pdeathsig", "INT", str(ATELIER), "up"),
+                    *("--data-dir", str(self.data_dir), "--listen", "127.0.0.1:0"),
+                ],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -168,16 +172,15 @@ class OwnAtelier:
         return ""
 
     def stop(self) -> None:
-        """End the manager in good order (it destroys its sandboxes), then remove every trace of it."""
+        """End the manager in good order (it destroys its sandboxes), then remove every trace of it. Twice is once."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             try:
                 self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                console.print(f"[red]Atelier did not stop within {STOP_SECONDS:g} s:[/]")
-                console.print(self.log_tail(), markup=False)
-                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.kill()
                 self._process.wait()
+                raise AtelierError(f"Atelier did not stop within {STOP_SECONDS:g} s:\n{self.log_tail()}") from None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def left_behind(self) -> list[str]:
@@ -273,7 +276,11 @@ def main() -> int:
         # A second Ctrl-C would leave a half-removed sandbox; the way out is bounded by STOP_SECONDS.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        with phases.phase("stop Atelier, remove everything"):
+        try:
+            with phases.phase("stop Atelier, remove everything"):
+                own.stop()
+        finally:
+            # Once more, if a terminal that is gone kept the phase from being shown.
             own.stop()
     if left := own.left_behind():
         console.print(f"[red]left behind:[/] {', '.join(left)}")
