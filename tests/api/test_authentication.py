@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
 import httpx
 import pytest
+from tests.running_manager import RunningManager
 from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.sync.client import connect
-
-from .conftest import RunningManager
 
 
 def test_health_and_documentation_are_open(manager: RunningManager) -> None:
@@ -53,6 +56,14 @@ def test_websocket_refuses_a_stranger(manager: RunningManager, sandbox: str) -> 
         socket.recv(timeout=10)
 
 
-def test_oversized_body_is_refused(api: httpx.Client, sandbox: str) -> None:
-    answer = api.post(f"/api/v1/sandboxes/{sandbox}/run", headers={"Content-Length": str(2**30)}, content=b"")
-    assert (answer.status_code, answer.json()["code"]) == (413, "body_too_large")
+def test_oversized_body_is_refused(manager: RunningManager, sandbox: str) -> None:
+    address = urlsplit(manager.url)
+    connection = HTTPConnection(address.hostname or "", address.port)
+    # Only promised, never sent: the answer must come on the promise alone.
+    connection.putrequest("POST", f"/api/v1/sandboxes/{sandbox}/run")
+    connection.putheader("Authorization", f"Bearer {manager.key}")
+    connection.putheader("Content-Length", str(2**30))
+    connection.endheaders()
+    answer = connection.getresponse()
+    assert (answer.status, json.load(answer)["code"]) == (413, "body_too_large")
+    connection.close()

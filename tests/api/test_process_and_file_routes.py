@@ -8,9 +8,8 @@ import threading
 from collections.abc import Iterator
 
 import httpx
+from tests.running_manager import RunningManager
 from websockets.sync.client import connect
-
-from .conftest import RunningManager
 
 
 def run(api: httpx.Client, sandbox: str, *command: str, **options: object) -> dict[str, object]:

@@ -66,9 +66,11 @@ def server_sent_events(events: AsyncIterator[Event]) -> StreamingResponse:
     """``text/event-stream`` with a comment every 15 s, so that proxies and clients see a live connection."""
 
     async def lines() -> AsyncIterator[bytes]:
-        yield b": connected\n\n"
+        # Begun before the client is told that it is connected: what happens from then on is in the stream.
         pending = asyncio.ensure_future(anext(events))
         try:
+            await asyncio.sleep(0)
+            yield b": connected\n\n"
             while True:
                 done, _ = await asyncio.wait({pending}, timeout=_HEARTBEAT_SECONDS)
                 if not done:

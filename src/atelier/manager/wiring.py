@@ -4,6 +4,7 @@ drivers. A mode is nothing else than what stands here; no other file asks which 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.host.memory import memory_bytes
 from atelier.lifecycle.admission import Capacity
-from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.services.events import EventService
@@ -39,6 +40,8 @@ from atelier.services.sandboxes import SandboxService
 
 _HOST_RESERVE_MIB = 512
 """What the host itself, manager and gateway keep of its memory."""
+_GUEST_READY_SECONDS = 120.0
+"""A boot takes 3 s under emulation on an idle machine; on one that is overloaded it takes its time."""
 _MOCK_MEMORY_MIB = 1_000_000
 
 
@@ -53,6 +56,7 @@ class Drivers:
     guests: GuestDriver
     gateway: GatewayProcess | None
     capacity: Capacity
+    concurrent_boots: int | None
     close: Callable[[], Awaitable[None]]
 
 
@@ -91,6 +95,7 @@ def build_lifecycle(
         installation_id=ids.installation_id,
         host_id=ids.host_id,
         capacity=drivers.capacity,
+        limits=LifecycleLimits(guest_ready_seconds=_GUEST_READY_SECONDS, concurrent_boots=drivers.concurrent_boots),
     )
 
 
@@ -104,6 +109,8 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        # More at once than there are processors only makes each of them late.
+        concurrent_boots=max(2, os.cpu_count() or 1),
         capacity=Capacity(memory_mib=memory_bytes("MemTotal") // 2**20 - _HOST_RESERVE_MIB),
         close=guests.close,
     )
@@ -118,6 +125,7 @@ def _mock_drivers() -> Drivers:
         images=FakeImages(),
         guests=guests,
         gateway=None,
+        concurrent_boots=None,
         capacity=Capacity(memory_mib=_MOCK_MEMORY_MIB),
         close=guests.close,
     )

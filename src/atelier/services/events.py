@@ -29,6 +29,7 @@ class EventService:
                 lost = {"first_lost_id": after + 1, "last_lost_id": position}
                 yield Event(id=position, at=datetime.now(UTC), kind="stream.gap", payload=dict(lost))
             while True:
+                news.clear()
                 with self._database.read() as connection:
                     page = self._outbox.read_after(connection, position, _PAGE)
                 for event in page:
