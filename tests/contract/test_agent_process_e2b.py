@@ -127,14 +127,18 @@ def test_another_user_is_taken_on_wholly(agent: RunningAgent) -> None:
     result = agent.commands.run("id -u; id -g; id -G; grep -E '^(Uid|Gid|CapEff)' /proc/self/status", user="nobody")
     uid, gid, _, *lines = result.stdout.splitlines()
     assert uid == "65534"
-    assert lines == [f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}", f"Gid:\t{gid}\t{gid}\t{gid}\t{gid}", "CapEff:\t0000000000000000"]
+    assert lines == [
+        f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}",
+        f"Gid:\t{gid}\t{gid}\t{gid}\t{gid}",
+        "CapEff:\t0000000000000000",
+    ]
     assert agent.commands.run("id -u").stdout == "0\n", "the agent is itself again"
 
 
 @needs_root
 def test_a_folder_closed_to_the_user_is_refused(agent: RunningAgent, tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    with pytest.raises(SandboxException, match="permission_denied|closed to the user"):
+    with pytest.raises(SandboxException, match="closed to the user"):
         agent.commands.run("true", user="nobody", cwd=str(tmp_path))
 
 

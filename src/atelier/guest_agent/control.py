@@ -102,7 +102,7 @@ def _entropy(encoded: str | None) -> bytes | None:
     if encoded is None:
         return None
     try:
-        entropy = a2b_base64(encoded)
+        entropy = a2b_base64(encoded, strict_mode=True)
     except (BinasciiError, ValueError):
         raise ConnectError("invalid_argument", "entropy is no base64") from None
     if not 0 < len(entropy) <= _MAX_ENTROPY_BYTES:

@@ -340,6 +340,7 @@ class HttpServer:
             request, keep_alive = _parse_head(head, connection)
         except HttpError as error:
             await _send(connection, _error_response(error, PLAIN), keep_alive=False)
+            await _linger(connection)
             return False
         form = PLAIN
         try:

@@ -171,7 +171,7 @@ class ProcessService:
         if not isinstance(encoded, str):
             raise ConnectError("invalid_argument", "input needs stdin or pty, in base64")
         try:
-            data = a2b_base64(encoded)
+            data = a2b_base64(encoded, strict_mode=True)
         except (BinasciiError, ValueError):
             raise ConnectError("invalid_argument", f"{kind} is no base64") from None
         await process.write_input(data, to_terminal=kind == "pty")

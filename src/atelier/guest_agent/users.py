@@ -112,7 +112,7 @@ def basic_user(authorization: str | None) -> str | None:
     if scheme.lower() != "basic":
         return None
     try:
-        name = a2b_base64(encoded).decode().partition(":")[0]
+        name = a2b_base64(encoded, strict_mode=True).decode().partition(":")[0]
     except (BinasciiError, ValueError):
         raise ConnectError("unauthenticated", "the Authorization header is no valid Basic one") from None
     return name or None
