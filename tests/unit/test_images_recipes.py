@@ -85,10 +85,10 @@ def test_progress_only_grows_and_ends_before_the_file_system_is_made() -> None:
         "I: creating tarball...",
     ):
         follow(line)
-    fractions = [report.fraction for report in reports]
-    assert None not in fractions
-    assert fractions == sorted(fractions, key=float)  # pyright: ignore[reportArgumentType]
-    assert fractions[-1] is not None and fractions[-1] < 0.9
+    fractions = [report.fraction for report in reports if report.fraction is not None]
+    assert len(fractions) == len(reports)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] < 0.9
     assert [report.phase for report in reports][:2] == ["download", "download"]
     assert {"download", "unpack", "install", "pack"} == {report.phase for report in reports}
 

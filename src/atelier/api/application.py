@@ -23,8 +23,8 @@ _DESCRIPTION = """Self-hosted microVM sandboxes. Every route but `/health` and t
 `Authorization: Bearer <key>`. Errors always have the form `{code, message, hint}`."""
 
 
-def describe_api() -> FastAPI:
-    """The routes without anything behind them: enough for the OpenAPI document."""
+def describe_api(mode: str = "") -> FastAPI:
+    """The routes without anything behind them: enough for the OpenAPI document. ``mode``: what ``/health`` says."""
     app = FastAPI(
         title="Atelier",
         version=atelier.__version__,
@@ -38,18 +38,19 @@ def describe_api() -> FastAPI:
     for module in (sandboxes, processes, terminals, file_routes, images, events):
         api.include_router(module.router)
     app.include_router(api)
+
+    @app.get("/health", operation_id="get_health", tags=["health"])
+    async def get_health() -> Health:
+        """Whether the manager answers, and which one it is."""
+        return Health(status="ok", version=atelier.__version__, mode=mode)
+
     return app
 
 
 def create_application(services: Services, token: str, host_names: frozenset[str] = frozenset()) -> Application:
     """The ASGI application. ``token``: the bearer that every route but the open ones wants."""
-    app = describe_api()
+    app = describe_api(services.mode)
     app.state.services = services
-
-    @app.get("/health", operation_id="get_health", tags=["health"])
-    async def get_health() -> Health:
-        """Whether the manager answers, and which one it is."""
-        return Health(status="ok", version=atelier.__version__, mode=services.mode)
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
     # nobody else learns who reads it.

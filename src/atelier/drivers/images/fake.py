@@ -11,8 +11,9 @@ from atelier.drivers.faults import Faults
 from atelier.model.errors import NotFoundError
 from atelier.model.image import BuildProgress, Image, ProgressReporter
 from atelier.model.machine import BootFiles
+from atelier.model.sandbox import DEFAULT_DISK_MIB
 
-_SIZE_MIB = 1
+_SIZE_MIB = DEFAULT_DISK_MIB
 
 
 class FakeImages:
