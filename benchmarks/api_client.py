@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlsplit
+
+_KEPT_SECONDS = 2.0
 
 
 class ApiClient:
@@ -16,6 +19,7 @@ class ApiClient:
     def __init__(self, api_url: str, api_key: str) -> None:
         parts = urlsplit(api_url)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=600)
+        self._used_at = time.monotonic()
         self._headers = {"Authorization": f"Bearer {api_key}"}
 
     def __enter__(self) -> ApiClient:
@@ -35,9 +39,13 @@ class ApiClient:
         if body is not None and not isinstance(body, bytes) and not hasattr(body, "read"):
             payload = json.dumps(body).encode()
             sent["Content-Type"] = "application/json"
+        if time.monotonic() - self._used_at > _KEPT_SECONDS:
+            # The server may have let an idle connection go; this one opens itself anew.
+            self._connection.close()
         self._connection.request(method, f"/api/v1{path}", payload, sent)
         response = self._connection.getresponse()
         content = response.read()
+        self._used_at = time.monotonic()
         if response.status >= 400:
             raise RuntimeError(f"{method} {path}: {response.status}: {content[:2000].decode(errors='replace')}")
         return response.status, content

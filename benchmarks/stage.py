@@ -44,8 +44,13 @@ class Stage:
         settings = self._settings
         images = DebianImages(settings.cache_dir, settings.recipes_dir, Path(atelier.__file__).parent)
 
+        told: set[str] = set()
+
         def report(progress: BuildProgress) -> None:
-            say(f"images: {progress.phase}: {progress.message}")
+            line = f"images: {progress.phase}: {progress.message}"
+            if line not in told:
+                told.add(line)
+                say(line)
 
         boot = await images.ensure_boot_files(report)
         image = await images.ensure_image("base", report)
