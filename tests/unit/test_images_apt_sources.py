@@ -17,7 +17,7 @@ from atelier.model.errors import HostError
 DEBIAN = """\
 Types: deb deb-src
 # a comment in the middle
-URIs: http://deb.debian.org/debian
+URIs: http://mirror.example.org/debian
 Suites: bookworm bookworm-updates bookworm-backports
 Components: main contrib non-free-firmware
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
@@ -29,7 +29,7 @@ Suites: bookworm
 Components: main
 
 Types: deb
-URIs: http://deb.debian.org/debian-security
+URIs: http://mirror.example.org/debian-security
 Suites: bookworm-security
 Components: main
 Signed-By:
@@ -43,7 +43,7 @@ THIRD_PARTY = """\
 deb [arch=amd64 signed-by=/etc/apt/keyrings/docker.asc] https://download.docker.com/linux/debian bookworm stable
 deb https://deb.nodesource.com/node_20.x nodistro main
 # deb http://commented.example/debian bookworm main
-deb-src http://deb.debian.org/debian bookworm main
+deb-src http://mirror.example.org/debian bookworm main
 """
 
 
@@ -58,9 +58,9 @@ def test_only_debians_own_suites_and_the_main_component_are_taken(tmp_path: Path
     apt = _machine(tmp_path, debian_sources=DEBIAN, other_list=THIRD_PARTY)
     found = find_debian_sources(apt, "bookworm")
     assert [(source.uri, source.suite, source.components) for source in found] == [
-        ("http://deb.debian.org/debian", "bookworm", ("main",)),
-        ("http://deb.debian.org/debian", "bookworm-updates", ("main",)),
-        ("http://deb.debian.org/debian-security", "bookworm-security", ("main",)),
+        ("http://mirror.example.org/debian", "bookworm", ("main",)),
+        ("http://mirror.example.org/debian", "bookworm-updates", ("main",)),
+        ("http://mirror.example.org/debian-security", "bookworm-security", ("main",)),
     ]
 
 

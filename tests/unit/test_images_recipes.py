@@ -68,11 +68,11 @@ def test_progress_only_grows_and_ends_before_the_file_system_is_made() -> None:
     follow = PhaseFollower(reports.append)
     for line in (
         "I: running apt-get update...",
-        "Get:1 http://deb.debian.org/debian bookworm InRelease [151 kB]",
+        "Get:1 http://mirror.example.org/debian bookworm InRelease [151 kB]",
         "I: downloading packages with apt...",
         "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded.",
-        "Get:1 http://deb.debian.org/debian bookworm/main amd64 libc6 amd64 2.36 [2759 kB]",
-        "Get:2 http://deb.debian.org/debian bookworm/main amd64 bash amd64 5.2 [1491 kB]",
+        "Get:1 http://mirror.example.org/debian bookworm/main amd64 libc6 amd64 2.36 [2759 kB]",
+        "Get:2 http://mirror.example.org/debian bookworm/main amd64 bash amd64 5.2 [1491 kB]",
         "I: extracting archives...",
         "I: installing essential packages...",
         "I: installing remaining packages inside the chroot...",
