@@ -17,6 +17,7 @@ printf '127.0.0.1\tlocalhost sandbox\n::1\tlocalhost ip6-localhost ip6-loopback\
 # The build machine's name servers and its way through a proxy are none of a sandbox's business.
 printf '' >"$root/etc/resolv.conf"
 rm -f "$root/etc/apt/apt.conf.d/99mmdebstrap"
+sed -i '/^force-unsafe-io$/d' "$root/etc/dpkg/dpkg.cfg.d/99mmdebstrap"
 for sources in "$root"/etc/apt/sources.list "$root"/etc/apt/sources.list.d/*; do
     [ -f "$sources" ] && sed -i 's#://[^/@ ]*@#://#g' "$sources"
 done

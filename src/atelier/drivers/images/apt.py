@@ -27,7 +27,7 @@ _QUERY_SECONDS = 60.0
 class DebianArchive:
     """``directory`` is ours alone, inside the cache: sources, package lists and downloaded packages."""
 
-    def __init__(self, directory: Path, suite: str, architecture: str, *, apt_directory: Path = Path("/etc/apt")):
+    def __init__(self, directory: Path, suite: str, architecture: str, *, apt_directory: Path):
         self._directory = directory
         self._suite = suite
         self._architecture = architecture
@@ -103,6 +103,29 @@ class DebianArchive:
             if relation.endswith("Depends") and re.fullmatch(pattern, name):
                 return name
         raise ImageBuildError(f"the Debian package {package} depends on nothing that matches {pattern}")
+
+    async def check_packages(self, packages: Sequence[str]) -> None:
+        """Raises ImageBuildError that names the packages which the archive has not got: in seconds, where a build would
+        take half a minute to come to it. ``update`` comes first."""
+        if not packages:
+            return
+        try:
+            result = await command.run(
+                ["apt-cache", f"--config-file={self._configuration}", "show", "--no-all-versions", *packages],
+                timeout_seconds=_QUERY_SECONDS,
+                package_hint="apt",
+            )
+            shown = result.stdout.decode(errors="replace")
+        except CommandError:
+            shown = ""  # it fails only if it knows none of them
+        found = set(re.findall(r"^Package: (\S+)$", shown, re.MULTILINE))
+        # A recipe may ask for a version, a suite or an architecture: name=1.0, name/suite, name:any.
+        missing = [package for package in packages if re.split("[=/:]", package)[0] not in found]
+        if missing:
+            raise ImageBuildError(
+                f"Debian {self._suite} has no package {', '.join(missing)}",
+                hint="correct the image's recipe; apt-cache search finds packages by words",
+            )
 
     async def download(self, packages: Sequence[str], directory: Path, report: ProgressReporter) -> list[Path]:
         """Fetch packages, verified by apt, into ``directory`` (made; must be empty). ``update`` comes first.

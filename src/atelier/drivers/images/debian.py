@@ -38,6 +38,9 @@ _SUITE = "bookworm"
 _NEEDED_MIB = 1024
 """Packages, tree and image of the base recipe, with something to spare."""
 
+APT_DIRECTORY = Path("/etc/apt")
+"""Where the machine's own package sources are described."""
+
 _ARCHITECTURES = {"x86_64": "amd64"}
 
 
@@ -158,7 +161,9 @@ class DebianImages:
         return recipe.key(_FORMAT, self._architecture)
 
     def _archive(self, suite: str) -> DebianArchive:
-        return DebianArchive(self._cache_dir / "packages" / suite, suite, self._architecture)
+        return DebianArchive(
+            self._cache_dir / "packages" / suite, suite, self._architecture, apt_directory=APT_DIRECTORY
+        )
 
     def _kernel_builder(self) -> KernelBuilder:
         return KernelBuilder(

@@ -54,6 +54,8 @@ async def build_root_image(
 
     Raises ImageBuildError with the end of the builder's output, HostError, MissingProgramError, DiskFullError.
     """
+    await archive.update(report)
+    await archive.check_packages(recipe.packages)
     sources = "\n".join(source.render() for source in await archive.find_sources())
     root = os.geteuid() == 0
     _check_user_namespace(root)
@@ -110,10 +112,13 @@ def _mmdebstrap(recipe: ImageRecipe, architecture: str, connection: list[str], *
         f"--mode={'root' if root else 'unshare'}",
         f"--format={'directory' if root else 'tar'}",
         f"--architectures={architecture}",
-        f"--include={','.join(recipe.packages)}",
         '--aptopt=APT::Install-Recommends "false"',
     ]
+    # A power cut in the middle of a build costs the build, nothing else: dpkg need not wait for the disk.
+    arguments.append("--dpkgopt=force-unsafe-io")
     arguments += [f"--aptopt={setting}" for setting in connection]
+    if recipe.packages:
+        arguments.append(f"--include={','.join(recipe.packages)}")
     arguments += [f"--dpkgopt=path-exclude={path}" for path in recipe.excluded_paths]
     if recipe.customize:
         arguments.append(f"--customize-hook={recipe.customize}")
