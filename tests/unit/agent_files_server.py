@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 
 from atelier.guest_agent import archive, files, filesystem, watch
-from atelier.guest_agent.http import HttpServer, Router
+from atelier.guest_agent.http import Router
+from atelier.guest_agent.http_server import HttpServer
 from atelier.guest_agent.state import AgentState
 from atelier.guest_agent.users import UserDirectory
 

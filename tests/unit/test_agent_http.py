@@ -12,13 +12,13 @@ import pytest
 from atelier.guest_agent.http import (
     MAX_HEAD_BYTES,
     HttpError,
-    HttpServer,
     Request,
     Response,
     Router,
     json_response,
     percent_decode,
 )
+from atelier.guest_agent.http_server import HttpServer
 from atelier.guest_agent.rpc import Message, add_client_stream, add_server_stream, add_unary
 from atelier.guest_agent.state import AgentState
 from atelier.guest_protocol.connect import (

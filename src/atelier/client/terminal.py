@@ -7,6 +7,7 @@ Closing a terminal leaves its program running; ``pid`` attaches to it again.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -50,6 +51,14 @@ def _address(endpoint: Endpoint, path: str) -> _Address:
         # The name stays in the URL (and so in the Host header); the way leads to this machine, past any proxy.
         options |= {"host": target.connect_host, "port": target.port, "proxy": None}
     return _Address("ws" + endpoint.api_url.removeprefix("http") + path, options)
+
+
+def _with_socket(options: dict[str, Any]) -> dict[str, Any]:
+    """The blocking client takes a connected socket where the other takes host and port."""
+    rest = {name: value for name, value in options.items() if name not in ("host", "port")}
+    if "host" in options:
+        rest["sock"] = socket.create_connection((options["host"], options["port"]), _OPEN_SECONDS)
+    return rest
 
 
 def _refused(endpoint: Endpoint, operation: str, error: Exception) -> AtelierError:
@@ -96,7 +105,7 @@ class Terminal:
         self._parse = process_event_parser(operation)
         address = _address(endpoint, path)
         try:
-            self._socket: Socket = connect(address.url, **address.options)
+            self._socket: Socket = connect(address.url, **_with_socket(address.options))
         except (OSError, InvalidHandshake, WebSocketException) as error:
             raise _refused(endpoint, operation, error) from error
 

@@ -13,7 +13,8 @@ import os
 import sys
 from typing import Final
 
-from atelier.guest_agent.http import HttpServer, Router
+from atelier.guest_agent.http import Router
+from atelier.guest_agent.http_server import HttpServer
 from atelier.guest_agent.state import DEFAULT_USER, AgentState
 from atelier.guest_protocol import GUEST_AGENT_PORT
 
