@@ -1,0 +1,115 @@
+"""The manager as a program: what it refuses to start with, and what it leaves when it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.running_manager import RunningManager, start_manager, stop_manager
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="atl-") as made:  # short: sockets lie below it
+        yield Path(made)
+
+
+def run_manager(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "atelier.manager", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_second_manager_on_the_same_data_is_refused(manager: RunningManager) -> None:
+    second = run_manager(manager.environment, "--listen", "127.0.0.1:0")
+    assert second.returncode == 1
+    assert second.stderr.startswith("error: ")
+    assert "hint: " in second.stderr
+    assert httpx.get(f"{manager.url}/health").status_code == 200, "the first one goes on"
+
+
+def test_a_taken_port_is_named(folder: Path) -> None:
+    environment = {**os.environ, "ATELIER_DATA_DIR": str(folder / "data"), "ATELIER_RUN_DIR": str(folder / "run")}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused = run_manager(environment, "--mode", "mock", "--listen", f"127.0.0.1:{port}")
+    assert refused.returncode == 1
+    assert f"127.0.0.1:{port} is in use" in refused.stderr
+    assert "--listen" in refused.stderr
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--mode", "imaginary", "local, mock"),
+        ("--listen", "nonsense", "ADDRESS:PORT"),
+        ("--listen", "127.0.0.1:99999", ""),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(folder: Path, option: str, value: str, words: str) -> None:
+    environment = {**os.environ, "ATELIER_DATA_DIR": str(folder / "data"), "ATELIER_RUN_DIR": str(folder / "run")}
+    refused = run_manager(environment, option, value)
+    assert refused.returncode == 1
+    assert value in refused.stderr
+    assert words in refused.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_an_end_destroys_the_sandboxes_and_says_so(folder: Path) -> None:
+    running = start_manager(folder)
+    with running.client() as client:
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "left-over"}).raise_for_status()
+    assert stop_manager(running) == 0
+    assert "destroyed sandbox left-over" in running.log.read_text()
+    assert not running.run_dir.exists()
+    again = start_manager(folder)
+    try:
+        assert again.key == running.key, "the key outlives the manager"
+        with again.client() as client:
+            assert client.get("/api/v1/sandboxes").json()["items"] == []
+    finally:
+        stop_manager(again)
+
+
+def test_a_killed_manager_leaves_nothing_that_the_next_one_does_not_settle(folder: Path) -> None:
+    running = start_manager(folder)
+    with running.client() as client:
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "orphan"}).raise_for_status()
+    running.process.kill()
+    running.process.wait()
+    again = start_manager(folder)
+    try:
+        with again.client() as client:
+            (row,) = client.get("/api/v1/sandboxes").json()["items"]
+            assert row["name"] == "orphan"
+            assert row["state"] == "failed", "the fake VMM lived in the manager's memory"
+            assert row["failure"]["message"]
+            assert client.delete("/api/v1/sandboxes/orphan", params={"wait": True}).status_code == 204
+    finally:
+        stop_manager(again)
+
+
+def test_doctor_answers_without_a_manager(folder: Path) -> None:
+    environment = {**os.environ, "ATELIER_DATA_DIR": str(folder / "data"), "ATELIER_RUN_DIR": str(folder / "run")}
+    answer = run_manager(environment, "--mode", "local", "--doctor", "--json")
+    checks = {check["name"]: check for check in json.loads(answer.stdout)["checks"]}
+    assert {"qemu-system-x86_64", "mmdebstrap", "kvm", "memory", "listen address"} <= set(checks)
+    failed = [check for check in checks.values() if check["status"] == "failed"]
+    assert answer.returncode == (1 if failed else 0)
+    assert all(check["remedy"] for check in failed)
+    assert not (folder / "data").exists(), "it only looks"
+
+
+def test_doctor_names_the_remedy_for_missing_programs(folder: Path) -> None:
+    environment = {"ATELIER_DATA_DIR": str(folder / "data"), "ATELIER_RUN_DIR": str(folder / "run"), "PATH": "/nowhere"}
+    answer = run_manager(environment, "--mode", "local", "--doctor")
+    assert answer.returncode == 1
+    assert "apt-get install qemu-system-x86" in answer.stdout

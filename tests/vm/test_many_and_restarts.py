@@ -1,0 +1,97 @@
+"""Ten real sandboxes at once, all removed without a trace; a gateway that is killed while guests work."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from tests.real_machines import NO_QEMU
+from tests.running_manager import RunningManager, start_manager, stop_manager
+
+from atelier import Sandbox
+from atelier.model.errors import AtelierError
+from atelier.model.guest import ProcessOutput
+
+COUNT = 10
+
+
+@pytest.fixture(scope="module")
+def own_manager() -> Iterator[RunningManager]:
+    if NO_QEMU:
+        pytest.skip(NO_QEMU)
+    with tempfile.TemporaryDirectory(prefix="atl-") as folder:
+        Path(folder).chmod(0o711)
+        running = start_manager(Path(folder), mode="local")
+        try:
+            yield running
+        finally:
+            assert stop_manager(running) == 0
+            assert not running.run_dir.exists(), "sockets and folders are gone with the manager"
+            assert processes_naming(str(folder)) == []
+
+
+def processes_naming(text: str) -> list[str]:
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if text in line:
+                found.append(line)
+    return found
+
+
+def create(manager: RunningManager, name: str) -> Sandbox:
+    return Sandbox.create(name=name, memory_mib=256, api_url=manager.url, api_key=manager.key, timeout_seconds=900)
+
+
+def test_ten_at_once_and_nothing_left(own_manager: RunningManager) -> None:
+    with ThreadPoolExecutor(COUNT) as pool:
+        sandboxes = list(pool.map(lambda number: create(own_manager, f"many-{number}"), range(COUNT)))
+        names = list(pool.map(lambda sandbox: sandbox.run(["hostname"]).stdout.strip(), sandboxes))
+        assert names == [f"many-{number}" for number in range(COUNT)]
+        identities = set(pool.map(lambda sandbox: sandbox.run(["cat", "/etc/machine-id"]).stdout, sandboxes))
+        assert len(identities) == COUNT
+        ids = [sandbox.id for sandbox in sandboxes]
+        assert all(len(processes_naming(sandbox_id)) == 1 for sandbox_id in ids)
+        list(pool.map(lambda sandbox: sandbox.destroy(), sandboxes))
+    for sandbox_id in ids:
+        assert processes_naming(sandbox_id) == []
+        left = [path for root in (own_manager.run_dir, own_manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
+        assert left == []
+
+
+def gateway_pid(manager: RunningManager) -> int:
+    (control,) = manager.run_dir.glob("*/gateway.sock")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(control))
+        connection.sendall(b'{"operation": "ping"}\n')
+        return int(json.loads(connection.makefile().readline())["pid"])
+
+
+def test_a_killed_gateway_is_replaced_and_guests_work_on(own_manager: RunningManager) -> None:
+    with create(own_manager, "steady") as sandbox:
+        with sandbox.exec("echo begun; exec sleep 7654") as program:
+            assert any(isinstance(event, ProcessOutput) for event in program if not hasattr(event, "pid"))
+        before = gateway_pid(own_manager)
+        os.kill(before, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        answered = ""
+        while time.monotonic() < deadline and not answered:
+            try:
+                answered = sandbox.run(["pgrep", "-af", "sleep 7654"]).stdout
+            except AtelierError:
+                time.sleep(0.2)
+        assert "sleep 7654" in answered
+        assert gateway_pid(own_manager) != before
