@@ -7,6 +7,7 @@ a pipe that never ends) and must never keep this process from ending when the pr
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
 import signal
@@ -201,7 +202,7 @@ def _read_stdin() -> asyncio.Queue[bytes]:
                 piece = b""
             try:
                 asyncio.run_coroutine_threadsafe(pieces.put(piece), loop).result()
-            except (RuntimeError, asyncio.CancelledError, TimeoutError):
+            except (RuntimeError, concurrent.futures.CancelledError):
                 return  # the loop has ended
 
     threading.Thread(target=read, name="stdin", daemon=True).start()

@@ -133,7 +133,7 @@ class FolderWriter:
                 case MemberKind.HARD_LINK:
                     self._make_hard_link(parts, member)
                 case MemberKind.DEVICE | MemberKind.FIFO | MemberKind.OTHER:
-                    self.report.skip(member.name, f"a {member.kind.value} is not copied")
+                    self.report.skip(b"/".join(parts), f"a {member.kind.value} is not copied")
 
     def write(self, data: memoryview) -> None:
         if self._file is None or self._member is None:
@@ -178,7 +178,7 @@ class FolderWriter:
     def _make_symlink(self, parts: tuple[bytes, ...], member: TarMember) -> None:
         reason = self._why_link_leads_outside(parts, member.link_target)
         if reason:
-            self.report.skip(member.name, f"a link to {shown_name(member.link_target)}: {reason}")
+            self.report.skip(b"/".join(parts), f"a link to {shown_name(member.link_target)}: {reason}")
             return
         parent = self._open_folder(parts[:-1])
         self._clear_way(parent, parts[-1], member.name)
@@ -242,7 +242,7 @@ class FolderWriter:
                 found = os.lstat(source[-1], dir_fd=source_folder)
             except FileNotFoundError:
                 self.report.skip(
-                    member.name, f"a hard link to {shown_name(member.link_target)}, which did not come before"
+                    b"/".join(parts), f"a hard link to {shown_name(member.link_target)}, which did not come before"
                 )
                 return
             if not stat.S_ISREG(found.st_mode) or found.st_ino not in self._made_inodes:
