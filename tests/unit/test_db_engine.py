@@ -266,9 +266,3 @@ async def test_installation_ids_are_made_once(database: Database) -> None:
     first = await installation.load_installation(database)
     assert (len(first.installation_id), len(first.host_id)) == (4, 12)
     assert await installation.load_installation(database) == first
-    with database.read() as connection:
-        assert installation.find_token_hash(connection) is None
-    await database.write(lambda connection: installation.set_token_hash(connection, "aa"))
-    await database.write(lambda connection: installation.set_token_hash(connection, "bb"))
-    with database.read() as connection:
-        assert installation.find_token_hash(connection) == "bb"

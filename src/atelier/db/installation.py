@@ -1,6 +1,6 @@
-"""What an installation knows of itself: its id, its host's id, the hash of the local token. Written once, read at start.
+"""What an installation knows of itself: its id and its host's id. Written once, read by the manager at each start.
 
-Called by ``manager`` (the ids) and ``services`` (the token). Settings that people choose are ``config``'s, not these.
+Settings that people choose are ``config``'s, not these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from atelier.model.ids import new_installation_id, new_sandbox_id
 
 _INSTALLATION_ID = "installation_id"
 _HOST_ID = "host_id"
-_TOKEN_HASH = "local_token_sha256"  # noqa: S105  the name of a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +34,6 @@ async def load_installation(database: Database) -> Installation:
         return Installation(installation_id, _ensure(connection, _HOST_ID, new_sandbox_id()))
 
     return await database.write(load)
-
-
-def find_token_hash(connection: Connection) -> str | None:
-    """SHA-256 of the local token, in hex."""
-    return _find(connection, _TOKEN_HASH)
-
-
-def set_token_hash(connection: Connection, sha256_hex: str) -> None:
-    statement = insert(settings).values(name=_TOKEN_HASH, value=sha256_hex)
-    connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"value": sha256_hex}))
 
 
 def _find(connection: Connection, name: str) -> str | None:
