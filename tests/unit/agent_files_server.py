@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from atelier.guest_agent import archive, files, filesystem, watch
+from atelier.guest_agent.direct_reader import DirectReader
 from atelier.guest_agent.http import Router
 from atelier.guest_agent.http_server import HttpServer
 from atelier.guest_agent.state import AgentState
@@ -31,14 +32,21 @@ def write_users(folder: Path, home: Path) -> UserDirectory:
 
 @asynccontextmanager
 async def file_services(
-    folder: Path, home: Path, *, default_user: str, token: str = ""
+    folder: Path, home: Path, *, default_user: str, token: str = "", direct: bool = True
 ) -> AsyncIterator[httpx.AsyncClient]:
     state = AgentState(default_user=default_user, touches_system=False, users=write_users(folder, home), token=token)
     router = Router()
     for service in (filesystem, watch, files, archive):
         service.register(router, state)
     path = str(folder / "agent.sock")
-    server = await asyncio.start_unix_server(HttpServer(router, state.authorize).serve, path)
+    serve = HttpServer(router, state.authorize).serve
+    loop = asyncio.get_running_loop()
+
+    def protocol() -> asyncio.StreamReaderProtocol:
+        reader = DirectReader(limit=256 * 1024, loop=loop) if direct else asyncio.StreamReader(limit=65536, loop=loop)
+        return asyncio.StreamReaderProtocol(reader, serve, loop=loop)
+
+    server = await loop.create_unix_server(protocol, path)
     headers = {"x-access-token": token} if token else {}
     transport = httpx.AsyncHTTPTransport(uds=path)
     async with server, httpx.AsyncClient(transport=transport, base_url="http://guest", headers=headers) as client:

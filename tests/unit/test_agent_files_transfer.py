@@ -31,9 +31,10 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-@pytest.fixture
-async def client(tmp_path: Path, home: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with file_services(tmp_path, home, default_user=ME) as client:
+@pytest.fixture(params=["direct", "ordinary"])
+async def client(request: pytest.FixtureRequest, tmp_path: Path, home: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Once as over the guest channel, where bodies are poured out of the reader, once as over a plain socket."""
+    async with file_services(tmp_path, home, default_user=ME, direct=request.param == "direct") as client:
         yield client
 
 

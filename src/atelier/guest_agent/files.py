@@ -20,6 +20,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from atelier.guest_agent.credentials import acting_as
+from atelier.guest_agent.direct_reader import Take
 from atelier.guest_agent.entries import describe, errors_about, set_metadata, show
 from atelier.guest_agent.http import HttpError, Request, Response, Router, json_response
 from atelier.guest_agent.multipart import MultipartError, MultipartReader, PartBegins, PartBytes, header_parameters
@@ -207,10 +208,10 @@ def _metadata(request: Request) -> dict[str, str]:
     }
 
 
-def _write_all(descriptor: int, piece: bytes | memoryview) -> None:
+def _write_all(descriptor: int, piece: memoryview) -> None:
     written = os.write(descriptor, piece)
     while written < len(piece):
-        written += os.write(descriptor, memoryview(piece)[written:])
+        written += os.write(descriptor, piece[written:])
 
 
 class _Upload:
@@ -224,10 +225,10 @@ class _Upload:
 
     async def receive_one(self, request: Request, path: bytes) -> None:
         staged = self._begin(path)
+        descriptor = staged.descriptor
         with errors_about("write", staged.path):
             self._check_room(staged, request)
-            async for piece in _decoded(request):
-                _write_all(staged.descriptor, piece)
+            await _pour_decoded(request, lambda piece: _write_all(descriptor, piece))
             self._complete(staged)
 
     async def receive_parts(self, request: Request, boundary: bytes, path: bytes | None) -> None:
@@ -235,18 +236,20 @@ class _Upload:
         staged: StagedFile | None = None
         try:
             reader = MultipartReader(boundary)
-            async for piece in _decoded(request):
+
+            def take(piece: memoryview) -> None:
+                nonlocal staged
                 for event in reader.feed(piece):
-                    if isinstance(event, PartBytes):
-                        if staged is not None:
-                            with errors_about("write", staged.path):
-                                _write_all(staged.descriptor, event.content)
-                    elif isinstance(event, PartBegins):
+                    if isinstance(event, PartBegins):
                         staged = self._begin_part(event, path)
                     elif staged is not None:
                         with errors_about("write", staged.path):
-                            self._complete(staged)
-                        staged = None
+                            if isinstance(event, PartBytes):
+                                _write_all(staged.descriptor, event.content)
+                            else:
+                                self._complete(staged)
+
+            await _pour_decoded(request, take)
             reader.finish()
         except MultipartError as error:
             raise HttpError(400, "invalid_argument", f"the multipart body is broken: {error}") from error
@@ -310,24 +313,26 @@ class _Upload:
                 staged.discard()
 
 
-async def _decoded(request: Request) -> AsyncIterator[bytes | memoryview]:
-    """The body's pieces, inflated if it is sent gzipped."""
+async def _pour_decoded(request: Request, take: Take) -> None:
+    """Hand the body to ``take``, inflated if it is sent gzipped."""
     coding = request.headers.get("content-encoding", "identity").lower()
     if coding == "identity":
-        async for piece in request.iterate():
-            yield piece
+        await request.pour(take)
         return
     if coding != "gzip":
         raise HttpError(415, "invalid_argument", f"content-encoding {coding[:40]!r} is not known here, gzip is")
     import zlib
 
     inflate = zlib.decompressobj(wbits=31)
+
+    def take_gzip(piece: memoryview) -> None:
+        rest: bytes | memoryview = piece
+        while rest and not inflate.eof:
+            take(memoryview(inflate.decompress(rest, _INFLATED_PIECE_BYTES)))
+            rest = inflate.unconsumed_tail
+
     try:
-        async for piece in request.iterate():
-            rest: bytes | memoryview = piece
-            while rest and not inflate.eof:
-                yield inflate.decompress(rest, _INFLATED_PIECE_BYTES)
-                rest = inflate.unconsumed_tail
+        await request.pour(take_gzip)
     except zlib.error as error:
         raise HttpError(400, "invalid_argument", "the body is no gzip stream") from error
     if not inflate.eof:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
+from atelier.guest_agent.direct_reader import BodyIntake, DirectReader, Take
 from atelier.guest_protocol.connect import (
     CONTENT_TYPE_UNARY,
     ConnectError,
@@ -99,6 +100,20 @@ class Request:
             piece = await connection.read_some(min(self._remaining, READ_BYTES))
             self._remaining -= len(piece)
             yield piece
+
+    async def pour(self, take: Take) -> None:
+        """Hand the whole body to ``take``, piece by piece as it comes and with as few copies as the connection allows.
+        A piece is valid only until ``take`` returns, and ``take`` must not wait.
+
+        Raises what ``take`` raises, ConnectError for a broken body, ConnectionError when it breaks off; the connection
+        is closed after the answer then.
+        """
+        try:
+            await self._connection.pour(BodyIntake(take, self._remaining))
+        except BaseException:
+            self._connection.is_broken = True
+            raise
+        self._remaining = 0
 
     async def _iterate_chunks(self) -> AsyncIterator[bytes]:
         connection = self._connection
@@ -234,6 +249,24 @@ class Connection:
         data = await self.reader.read(READ_BYTES)
         self.buffer += data
         return bool(data)
+
+    async def pour(self, intake: BodyIntake) -> None:
+        if self.owes_continue:
+            self.owes_continue = False
+            self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.buffer:
+            with memoryview(self.buffer) as view:
+                used = intake.feed(view)
+            del self.buffer[:used]
+        if isinstance(self.reader, DirectReader):
+            await self.reader.pour(intake)
+            return
+        while not intake.is_complete:
+            piece = await self.reader.read(READ_BYTES)
+            if not piece:
+                raise ConnectionResetError("the client went away inside a request's body")
+            used = intake.feed(memoryview(piece))
+            self.buffer += piece[used:]
 
     async def read_some(self, limit: int) -> bytes:
         buffer = self.buffer

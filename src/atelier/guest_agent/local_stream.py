@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+from atelier.guest_agent.direct_reader import DirectReader
 from atelier.guest_protocol.frames import CLOSED_DONE, CLOSED_RESET
 from atelier.guest_protocol.multiplexer import Stream
 
@@ -175,7 +176,7 @@ class LocalTransport(asyncio.Transport):
 
 def serve_locally(loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer) -> asyncio.Task[None]:
     """Hand ``stream`` to ``server`` in a task of its own; what it raises is written to stderr and ends its stream."""
-    reader = asyncio.StreamReader(limit=_READER_LIMIT_BYTES, loop=loop)
+    reader = DirectReader(limit=_READER_LIMIT_BYTES, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport = LocalTransport(loop, stream, protocol)
     writer = asyncio.StreamWriter(transport, protocol, reader, loop)
