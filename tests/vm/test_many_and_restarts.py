@@ -28,7 +28,6 @@ def own_manager() -> Iterator[RunningManager]:
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        Path(folder).chmod(0o711)
         running = start_manager(Path(folder), mode="local")
         try:
             yield running

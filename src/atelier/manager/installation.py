@@ -113,12 +113,9 @@ def _bind(address: ListenAddress) -> socket.socket:
 
 
 def _make_run_folders(run: RunLayout) -> None:
-    ensure_private_folder(run.root)
-    ensure_private_folder(run.sandboxes)
-    ensure_private_folder(run.channels)
-    # A VMM under a user of its own reaches its own folder by name, and can list none of these.
-    for folder in (run.root.parent, run.root, run.sandboxes):
-        folder.chmod(0o711)
+    # Closed to everybody else, VMMs under users of their own too: they inherit their sockets.
+    for folder in (run.root, run.sandboxes, run.channels):
+        ensure_private_folder(folder)
 
 
 def _remove_run_folders(run: RunLayout) -> None:
