@@ -34,6 +34,28 @@ class ApiClient:
         self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
         """``body``: bytes or an open file are sent as they are, anything else as JSON. Raises for a status >= 400."""
+        response = self._answered(method, path, body, headers)
+        content = response.read()
+        self._used_at = time.monotonic()
+        if response.status >= 400:
+            raise RuntimeError(f"{method} {path}: {response.status}: {content[:2000].decode(errors='replace')}")
+        return response.status, content
+
+    def receive_into(self, path: str, target: memoryview) -> None:
+        """GET ``path`` into memory of exactly the answer's size."""
+        response = self._answered("GET", path)
+        if response.status != 200:
+            raise RuntimeError(f"GET {path}: {response.status}: {response.read(2000).decode(errors='replace')}")
+        received = 0
+        while count := response.readinto(target[received:]):
+            received += count
+        self._used_at = time.monotonic()
+        if received != len(target) or response.read():
+            raise RuntimeError(f"GET {path}: {received} bytes or more, {len(target)} expected")
+
+    def _answered(
+        self, method: str, path: str, body: object = None, headers: Mapping[str, str] | None = None
+    ) -> http.client.HTTPResponse:
         sent = {**self._headers, **(headers or {})}
         payload: Any = body
         if body is not None and not isinstance(body, bytes) and not hasattr(body, "read"):
@@ -43,12 +65,7 @@ class ApiClient:
             # The server may have let an idle connection go; this one opens itself anew.
             self._connection.close()
         self._connection.request(method, f"/api/v1{path}", payload, sent)
-        response = self._connection.getresponse()
-        content = response.read()
-        self._used_at = time.monotonic()
-        if response.status >= 400:
-            raise RuntimeError(f"{method} {path}: {response.status}: {content[:2000].decode(errors='replace')}")
-        return response.status, content
+        return self._connection.getresponse()
 
     def json(self, method: str, path: str, body: object = None) -> Any:
         return json.loads(self.request(method, path, body)[1])

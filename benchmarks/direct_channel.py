@@ -111,10 +111,10 @@ class DirectChannel:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError("the guest agent did not answer")
-            chunk = self._multiplexer.next_chunk()
-            readable, writable, _ = select.select([self._socket], [self._socket] if chunk else [], [], left)
-            if writable and chunk:
-                self._multiplexer.wrote(self._socket.send(chunk))
+            pieces = self._multiplexer.next_pieces()
+            readable, writable, _ = select.select([self._socket], [self._socket] if pieces else [], [], left)
+            if writable and pieces:
+                self._multiplexer.wrote(self._socket.sendmsg(pieces))
                 self._multiplexer.offer_room()
             if readable:
                 count = self._socket.recv_into(self._multiplexer.receive_buffer.space(), MAX_FRAME_BYTES)

@@ -1,7 +1,7 @@
 """Runs inside a guest, as a script: answers on a raw virtio-serial port in the plainest way there is.
 
 This is what Atelier's own path is measured against. Requests are lines: ``ping``, ``spawn``, ``put BYTES PATH`` (the
-bytes follow), ``get PATH``, ``hash PATH``, ``remove PATH``. Each answer is one line; ``get``'s is followed by the bytes.
+bytes follow once it has said ``go``), ``get PATH``, ``hash PATH``, ``remove PATH``. Each answer is one line; ``get``'s is followed by the bytes.
 """
 
 import hashlib
@@ -39,6 +39,8 @@ def answer(port: int, line: bytes) -> None:
         length, _, path = rest.partition(b" ")
         left = int(length)
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        # Without this a read of the request line could take the first bytes with it.
+        write_all(port, b"go\n")
         buffer = memoryview(bytearray(PIECE_BYTES))
         while left:
             # One read gives at most 4 KiB; the file gets them by the quarter megabyte.

@@ -19,9 +19,11 @@ class RawPort:
         self._socket = connection
 
     def ask(self, line: str, payload: memoryview | None = None) -> str:
-        """Send a line (and bytes after it), return the answer's line."""
+        """Send a line (and bytes once the guest wants them), return the answer's line."""
         self._socket.sendall(line.encode() + b"\n")
         if payload is not None:
+            if (answer := self.read_line()) != "go":
+                raise RuntimeError(f"the raw guest does not take the payload: {answer}")
             self._socket.sendall(payload)
         return self.read_line()
 
