@@ -1,7 +1,7 @@
 """One end of one guest channel: many streams over one port, each with its own flow control. Pure, no I/O, no clock.
 
 The gateway (which opens streams) and the guest agent (which accepts them) each hold one ``Multiplexer`` per port, put
-received bytes into ``receive_buffer``, call ``process()``, and write what ``next_chunk()`` gives. Below it lies
+received bytes into ``receive_buffer``, call ``process()``, and write what ``next_pieces()`` gives. Below it lies
 ``frames``; above it whatever implements ``StreamEnd``. It must never trust the peer: every rule of the protocol is
 checked, what breaks one raises ProtocolViolation, and what is kept for a peer is bounded (streams by ``max_streams``,
 bytes by the windows). A violation ends the epoch; the owner of the port decides what comes then.
@@ -54,6 +54,13 @@ WIDENED_BUDGET_BYTES: Final = 32 * 1024 * 1024
 _OUTPUT_HIGH_BYTES: Final = 2 * MAX_FRAME_BYTES
 _OUTPUT_LOW_BYTES: Final = MAX_FRAME_BYTES
 _GATHER_BYTES: Final = 32 * 1024
+_COPIED_BYTES: Final = 8 * 1024
+"""A payload up to this size is copied in between the small frames: one more piece to write would cost more."""
+_PIECES_BYTES: Final = 256 * 1024
+_PIECES: Final = 16
+
+
+Piece = bytes | bytearray | memoryview
 
 
 class StreamEnd(Protocol):
@@ -128,7 +135,7 @@ class Stream:
         return min(self._send_credit, MAX_PAYLOAD_BYTES)
 
     def send(self, payload: bytes | memoryview) -> None:
-        """Send 1 to ``sendable_bytes()`` bytes."""
+        """Send 1 to ``sendable_bytes()`` bytes. A large payload that cannot change is not copied."""
         length = len(payload)
         if self.end_sent or self.close_sent:
             return
@@ -269,8 +276,11 @@ class Multiplexer:
         self._streams: dict[int, Stream] = {}
         self._last_identifier = 0
         self._widened_bytes = 0
-        self._output: deque[bytes] = deque()
-        self._chunk: memoryview | None = None
+        self._output: deque[Piece] = deque()
+        self._written_bytes = 0
+        """How much of the first piece of the output has been written."""
+        self._gathering: bytearray | None = None
+        """The last piece of the output, while small frames may still be added to it."""
         self._waiting: deque[Stream] = deque()
 
     @property
@@ -298,7 +308,8 @@ class Multiplexer:
             if end is not None:
                 end.closed(CLOSED_RESET)
         self._output.clear()
-        self._chunk = None
+        self._written_bytes = 0
+        self._gathering = None
         self.output_bytes = 0
 
     def open(self, port: int, end: StreamEnd) -> Stream | None:
@@ -408,40 +419,62 @@ class Multiplexer:
             self._append(FRAME_HEADER.pack(self.epoch, kind, reason, identifier, value, MAGIC))
 
     def put_data(self, identifier: int, payload: bytes | memoryview, length: int) -> None:
+        """Queue a DATA frame; a large payload itself instead of a copy, if nobody can change it any more."""
         header = FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC)
-        self._append(b"".join((header, payload, self._trailer)))
+        if length <= _COPIED_BYTES or not (isinstance(payload, bytes) or payload.readonly):
+            self._append(b"".join((header, payload, self._trailer)))
+            return
+        self._append(header)
+        self._gathering = None
+        self._output.append(payload)
+        self.output_bytes += length
+        self._append(self._trailer)
 
     def put_raw(self, data: bytes) -> None:
         """Queue padding or a greeting."""
         self._append(data)
 
     def _append(self, data: bytes) -> None:
+        """Small pieces become one: each that is written costs an emulated guest as much as a few KiB do."""
         was_empty = self.output_bytes == 0
-        self._output.append(data)
         self.output_bytes += len(data)
+        gathering = self._gathering
+        if gathering is not None and len(gathering) + len(data) <= _GATHER_BYTES:
+            gathering += data
+        elif len(data) <= _GATHER_BYTES:
+            self._gathering = bytearray(data)
+            self._output.append(self._gathering)
+        else:
+            self._gathering = None
+            self._output.append(data)
         if was_empty:
             self._on_output()
 
-    def next_chunk(self) -> memoryview | None:
-        """The bytes to write next (small frames joined), None if there are none. ``wrote`` says how many were."""
-        if self._chunk is None and self._output:
-            output = self._output
-            first = output.popleft()
-            if output and len(first) + len(output[0]) <= _GATHER_BYTES:
-                pieces, size = [first], len(first)
-                while output and size + len(output[0]) <= _GATHER_BYTES:
-                    size += len(output[0])
-                    pieces.append(output.popleft())
-                first = b"".join(pieces)
-            self._chunk = memoryview(first)
-        return self._chunk
+    def next_pieces(self) -> list[Piece]:
+        """What to write next, in order, empty if there is nothing. ``wrote`` says how much of it was written."""
+        # What has been handed out is not added to: its memory is lent.
+        self._gathering = None
+        pieces: list[Piece] = []
+        size = 0
+        for piece in self._output:
+            pieces.append(piece)
+            size += len(piece)
+            if size >= _PIECES_BYTES or len(pieces) >= _PIECES:
+                break
+        if self._written_bytes:
+            pieces[0] = memoryview(pieces[0])[self._written_bytes :]
+        return pieces
 
     def wrote(self, count: int) -> None:
-        chunk = self._chunk
-        if chunk is None or count > len(chunk):
+        """``count`` bytes of what ``next_pieces`` gave have been written."""
+        if count > self.output_bytes:
             raise ValueError("more written than was given")
         self.output_bytes -= count
-        self._chunk = chunk[count:] if count < len(chunk) else None
+        output = self._output
+        count += self._written_bytes
+        while output and count >= len(output[0]):
+            count -= len(output.popleft())
+        self._written_bytes = count
 
     def offer_room(self) -> None:
         """Let streams that wait for room in the output go on, in turn. The port's owner calls it after writing."""
