@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -57,7 +58,8 @@ def _with_socket(options: dict[str, Any]) -> dict[str, Any]:
     """The blocking client takes a connected socket where the other takes host and port."""
     rest = {name: value for name, value in options.items() if name not in ("host", "port")}
     if "host" in options:
-        rest["sock"] = socket.create_connection((options["host"], options["port"]), _OPEN_SECONDS)
+        rest["sock"] = sock = socket.create_connection((options["host"], options["port"]), _OPEN_SECONDS)
+        sock.settimeout(None)  # the limit was for connecting; a terminal may be quiet for hours
     return rest
 
 
@@ -104,8 +106,11 @@ class Terminal:
         self._operation = operation
         self._parse = process_event_parser(operation)
         address = _address(endpoint, path)
+        # As a context manager: newer versions of websockets open the connection so, older ones take it as well.
+        self._open = ExitStack()
         try:
-            self._socket: Socket = connect(address.url, **_with_socket(address.options))
+            opened: Socket = connect(address.url, **_with_socket(address.options))
+            self._socket = self._open.enter_context(opened)
         except (OSError, InvalidHandshake, WebSocketException) as error:
             raise _refused(endpoint, operation, error) from error
 
@@ -137,7 +142,7 @@ class Terminal:
             raise _lost(self._operation) from error
 
     def close(self) -> None:
-        self._socket.close()
+        self._open.close()
 
     def __enter__(self) -> Terminal:
         return self
