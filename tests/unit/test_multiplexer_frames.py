@@ -20,9 +20,9 @@ def hello(token: str = "t") -> Greeting:
     return Greeting(frames.HELLO, 1, os.urandom(16), os.urandom(16), token)
 
 
-def test_a_frame_is_a_whole_number_of_port_buffers():
+def test_a_payload_is_a_whole_number_of_port_buffers():
     assert frames.MAX_PAYLOAD_BYTES + frames.HEADER_BYTES + frames.TRAILER_BYTES == frames.MAX_FRAME_BYTES
-    assert frames.MAX_FRAME_BYTES % (32 * 1024) == 0
+    assert frames.MAX_PAYLOAD_BYTES % (32 * 1024) == 0
     assert frames.FRAME_HEADER.size == frames.HEADER_BYTES
 
 

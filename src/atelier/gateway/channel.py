@@ -325,11 +325,11 @@ class GuestChannel:
             return
         budget = _WRITE_BYTES_PER_TURN
         while budget > 0:
-            chunk = multiplexer.next_chunk()
-            if chunk is None:
+            pieces = multiplexer.next_pieces()
+            if not pieces:
                 break
             try:
-                count = connection.send(chunk)
+                count = connection.sendmsg(pieces)
             except (BlockingIOError, InterruptedError):
                 if not self._writing:
                     self._writing = True
@@ -342,7 +342,7 @@ class GuestChannel:
             self.sent_bytes += count
             budget -= count
             multiplexer.offer_room()
-        if multiplexer.next_chunk() is None:
+        if not multiplexer.output_bytes:
             if self._writing:
                 self._writing = False
                 self._loop.remove_writer(connection)

@@ -38,7 +38,7 @@ from atelier.guest_protocol.frames import (
     ProtocolViolation,
     encode_greeting,
 )
-from atelier.guest_protocol.multiplexer import Multiplexer, Stream
+from atelier.guest_protocol.multiplexer import Multiplexer, Piece, Stream
 from atelier.guest_protocol.splice import SocketSplice
 
 PORT_NAME: Final = "atelier"
@@ -142,6 +142,18 @@ async def _host_returns(descriptor: int) -> None:
             for _, events in edges.poll(0):
                 if not events & select.EPOLLHUP or events & select.EPOLLERR:
                     return
+
+
+def _cut(pieces: list[Piece]) -> list[Piece]:
+    """The same bytes in pieces that the kernel takes whole: a writev goes on only behind a piece that was."""
+    cut: list[Piece] = []
+    for piece in pieces:
+        if len(piece) <= _WRITE_BYTES:
+            cut.append(piece)
+        else:
+            view = memoryview(piece)
+            cut += [view[at : at + _WRITE_BYTES] for at in range(0, len(piece), _WRITE_BYTES)]
+    return cut
 
 
 class _GuestChannel:
@@ -290,19 +302,14 @@ class _GuestChannel:
         multiplexer = self._multiplexer
         budget = _WRITE_BYTES_PER_TURN
         while budget > 0 and self._descriptor >= 0:
-            chunk = multiplexer.next_chunk()
-            if chunk is None:
-                multiplexer.offer_room()
-                if multiplexer.next_chunk() is None:
-                    break
-                continue
+            pieces = multiplexer.next_pieces()
+            if not pieces:
+                break
             try:
-                if len(chunk) <= _WRITE_BYTES:
-                    count = os.write(self._descriptor, chunk)
+                if len(pieces) == 1 and len(pieces[0]) <= _WRITE_BYTES:
+                    count = os.write(self._descriptor, pieces[0])
                 else:
-                    count = os.writev(
-                        self._descriptor, [chunk[at : at + _WRITE_BYTES] for at in range(0, len(chunk), _WRITE_BYTES)]
-                    )
+                    count = os.writev(self._descriptor, _cut(pieces))
             except (BlockingIOError, InterruptedError):
                 if not self._writing:
                     self._writing = True
@@ -319,7 +326,7 @@ class _GuestChannel:
             multiplexer.wrote(count)
             budget -= count
             multiplexer.offer_room()
-        if multiplexer.next_chunk() is None:
+        if not multiplexer.output_bytes:
             self._stop_writing()
         elif not self._writing and self._flushing is None:
             self._flushing = self._loop.call_soon(self._flush)

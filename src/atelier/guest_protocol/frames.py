@@ -26,9 +26,10 @@ TRAILER: Final = struct.Struct(">I")
 TRAILER_BYTES: Final = 4
 MAGIC: Final = 0xA7E1
 
-MAX_FRAME_BYTES: Final = 128 * 1024
-"""A whole number of 32 KiB (the most that one write to a Linux virtio port takes) and of 4 KiB (one read)."""
-MAX_PAYLOAD_BYTES: Final = MAX_FRAME_BYTES - HEADER_BYTES - TRAILER_BYTES
+MAX_PAYLOAD_BYTES: Final = 128 * 1024
+"""Large, since an emulated guest pays for each frame; small enough that other streams wait a few ms at most. A whole
+number of 32 KiB, the most that one write to a Linux virtio port takes."""
+MAX_FRAME_BYTES: Final = MAX_PAYLOAD_BYTES + HEADER_BYTES + TRAILER_BYTES
 PADDING: Final = bytes(MAX_FRAME_BYTES)
 
 HELLO: Final = 1
