@@ -38,7 +38,7 @@ STOP_SECONDS = 120.0
 PAYLOAD_BYTES = 4 * 1024 * 1024
 ATELIER = Path(sys.prefix) / "bin" / "atelier"
 
-PIPELINE = "seq 1 200000 | grep 7 | awk '{ sum += $1 } END { printf(\"%d numbers, sum %d\\n\", NR, sum) }'"
+PIPELINE = "seq 1 200000 | grep 7 | awk '{ sum += $1 } END { printf(\"%d numbers, sum %.0f\\n\", NR, sum) }'"
 PROGRAM = textwrap.dedent(
     """\
     import os, platform, sys
