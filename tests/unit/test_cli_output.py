@@ -16,9 +16,10 @@ from click.testing import CliRunner, Result
 from atelier.cli.__main__ import COMMANDS, cli
 from atelier.cli.console_follower import ConsoleFollower, overlap
 from atelier.cli.copying import RemotePlace, parse_place
-from atelier.cli.execution import exit_status
+from atelier.cli.execution import exit_status, status_of_failure
 from atelier.cli.invocation import BYTES, MEBIBYTES, PAIR
 from atelier.cli.output import printable, printable_block, show_age, show_bytes, show_mebibytes
+from atelier.model.errors import AtelierError
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,14 @@ def test_what_a_path_in_a_sandbox_means(path: bytes, name: bytes, must_be_folder
 @pytest.mark.parametrize(("code", "status"), [(0, 0), (1, 1), (255, 255), (137, 137), (256, 1), (-1, 255), (512, 1)])
 def test_exit_codes_fit_an_exit_status_and_failure_stays_failure(code: int, status: int) -> None:
     assert exit_status(code) == status
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("program_not_found", 127), ("program_not_executable", 126), ("sandbox_not_found", 125), ("", 125)],
+)
+def test_a_program_that_cannot_be_started_ends_as_in_a_shell(code: str, status: int) -> None:
+    assert status_of_failure(AtelierError("m", code=code)) == status
 
 
 def test_a_console_is_followed_without_repeating_or_losing_anything() -> None:

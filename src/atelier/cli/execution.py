@@ -27,6 +27,8 @@ from atelier.model.guest import ProcessEnded, ProcessOutput
 from atelier.schemas.processes import EndedEvent, OutputEvent, StartedEvent
 
 EXIT_EXEC_FAILED = 125
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _STDIN_PIECE_BYTES = 256 * 1024
@@ -53,6 +55,13 @@ def exit_status(exit_code: int) -> int:
     """The program's exit code as this process can pass it on: 0 to 255, and 0 only for 0."""
     status = exit_code & 0xFF
     return status if status or exit_code == 0 else 1
+
+
+def status_of_failure(error: AtelierError) -> int:
+    """What exec ends with when the program could not be started: the shell's 126 and 127 where the guest says so."""
+    return {"program_not_found": EXIT_NOT_FOUND, "program_not_executable": EXIT_NOT_EXECUTABLE}.get(
+        error.code, EXIT_EXEC_FAILED
+    )
 
 
 async def run_exec(endpoint: Endpoint, options: ExecOptions) -> int:

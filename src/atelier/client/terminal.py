@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from websockets.asyncio.client import ClientConnection as AsyncSocket
 from websockets.asyncio.client import connect as connect_async
@@ -99,6 +99,12 @@ def _read_frame(frame: str | bytes, parse: Callable[[bytes], Any]) -> TerminalEv
     return event
 
 
+def _connect(address: _Address) -> AbstractContextManager[Socket]:
+    """Used as a context manager: what a later version of the library opens, and what this one has opened already."""
+    opened = cast("Callable[..., AbstractContextManager[Socket]]", connect)
+    return opened(address.url, **_with_socket(address.options))
+
+
 class Terminal:
     """An open terminal. Iterate it for its events: ProcessStarted, ProcessOutput, and at the end ProcessEnded."""
 
@@ -106,11 +112,9 @@ class Terminal:
         self._operation = operation
         self._parse = process_event_parser(operation)
         address = _address(endpoint, path)
-        # As a context manager: newer versions of websockets open the connection so, older ones take it as well.
         self._open = ExitStack()
         try:
-            opened: Socket = connect(address.url, **_with_socket(address.options))
-            self._socket = self._open.enter_context(opened)
+            self._socket: Socket = self._open.enter_context(_connect(address))
         except (OSError, InvalidHandshake, WebSocketException) as error:
             raise _refused(endpoint, operation, error) from error
 

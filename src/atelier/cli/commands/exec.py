@@ -65,7 +65,7 @@ def exec_command(
     """
     import asyncio
 
-    from atelier.cli.execution import EXIT_EXEC_FAILED, ExecOptions, exit_status, run_exec
+    from atelier.cli.execution import ExecOptions, exit_status, run_exec, status_of_failure
     from atelier.cli.output import print_error
     from atelier.model.errors import AtelierError
 
@@ -99,7 +99,7 @@ def exec_command(
             status = asyncio.run(run_exec(invocation.endpoint(), options))
     except AtelierError as error:
         print_error(error, as_json=as_json)
-        status = EXIT_EXEC_FAILED
+        status = status_of_failure(error)
     context.exit(status)
 
 
