@@ -70,6 +70,9 @@ class GuestChannel:
         self.token = token
         self.state: ChannelState = "connecting"
         self.last_error = ""
+        """Why it is not open; empty while it is."""
+        self.last_violation = ""
+        """What the guest did wrong last; kept when the channel is open again."""
         self.epochs = 0
         self.violations = 0
         self.received_bytes = 0
@@ -141,7 +144,7 @@ class GuestChannel:
                     connect_seconds = min(connect_seconds * 1.5, _CONNECT_MAX_SECONDS)
                     continue
                 self.state = "broken"
-                self.last_error = broke
+                self.last_error = self.last_violation = broke
                 self.violations += 1
                 log.warning("guest channel of %s: %s; next attempt in %.2f s", self.sandbox_id, broke, broken_seconds)
                 await asyncio.sleep(broken_seconds)

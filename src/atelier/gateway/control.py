@@ -152,6 +152,7 @@ def _describe(attached: _Attached) -> Answer:
         "sent_bytes": channel.sent_bytes,
         "frames_received": channel.frames_received,
         "violations": channel.violations,
+        "last_violation": channel.last_violation,
     }
 
 
