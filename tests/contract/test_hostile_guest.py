@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tests.contract.hostile_peer import ATTACKS
@@ -167,7 +168,7 @@ async def test_tiny_frames_for_a_client_that_does_not_read_are_kept_in_one_piece
         await gateway.attach(HOSTILE, path)
         before_bytes = gateway.resident_bytes
         _, writer = await gateway.connect(HOSTILE, 80)
-        writer.transport.pause_reading()
+        cast(asyncio.Transport, writer.transport).pause_reading()
         async with asyncio.timeout(PATIENCE_SECONDS):
             while (await gateway.channel(HOSTILE))["frames_received"] < 250_000:
                 await asyncio.sleep(0.05)
