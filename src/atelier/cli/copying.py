@@ -72,6 +72,8 @@ def parse_place(text: str) -> RemotePlace | str:
 
 
 def join_remote(folder: bytes, name: bytes) -> bytes:
+    if folder == b".":
+        return name
     return folder + name if folder.endswith(b"/") else folder + b"/" + name
 
 
