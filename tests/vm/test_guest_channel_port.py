@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.real_machines import INIT_PREPARES, NO_QEMU, get_boot_files, with_init
+from tests.real_machines import INIT_PREPARES, NO_QEMU, REPOSITORY, get_boot_files, with_init
 
 from atelier.config.settings import load_settings
 from atelier.drivers.images.cpio import CpioArchive
@@ -54,7 +54,7 @@ while :; do run /guest.py; echo "the guest's program ended"; done
 GUEST = """
 import asyncio, hashlib, os, sys, time
 sys.modules["ssl"] = None
-sys.path.insert(0, "/opt/shared/agent")
+sys.path.insert(0, "/source")
 from atelier.guest_agent.channel import run_channel
 
 async def echo(reader, writer):
@@ -178,6 +178,17 @@ class Machine:
         return int(pid), float(cpu), float(clock)
 
 
+def _add_agent_source(archive: CpioArchive) -> None:
+    """This checkout's, as it is: how the tools image packs it is no matter of this test."""
+    source = REPOSITORY / "src"
+    folders = [source / "atelier", source / "atelier/guest_agent", source / "atelier/guest_protocol"]
+    archive.add_directory("source")
+    for folder in folders:
+        archive.add_directory(f"source/{folder.relative_to(source)}")
+        for file in sorted(folder.glob("*.py")):
+            archive.add_file(f"source/{file.relative_to(source)}", file.read_bytes())
+
+
 def receive_all(connection: socket.socket) -> bytes:
     with connection:
         return b"".join(iter(lambda: connection.recv(1 << 18), b""))
@@ -200,6 +211,7 @@ def machine() -> Iterator[Machine]:
         scripts = CpioArchive()
         scripts.add_file("guest.py", GUEST.encode())
         scripts.add_file("raw.py", RAW.encode())
+        _add_agent_source(scripts)
         boot = with_init(boot, INIT, folder)
         with boot.initramfs.open("ab") as file:
             file.write(scripts.finish())
