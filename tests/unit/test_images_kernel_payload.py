@@ -99,7 +99,11 @@ def test_modules_are_read_plain_and_compressed(tmp_path: Path) -> None:
     plain.write_bytes(content)
     packed.write_bytes(lzma.compress(content))
     unknown.write_bytes(b"\x28\xb5\x2f\xfd")
+    trailer = bytes(8) + struct.pack(">I", 300) + b"~Module signature appended~\n"
+    signed = tmp_path / "signed.ko"
+    signed.write_bytes(content + b"s" * 300 + trailer)
     assert read_module(plain) == content
     assert read_module(packed) == content
+    assert read_module(signed) == content
     with pytest.raises(ImageBuildError, match=r"a\.ko\.zst"):
         read_module(unknown)

@@ -122,7 +122,8 @@ async def _boot_files(cache: Path, agent: str) -> BootFiles:
     sources = cache / "atelier"
     shutil.copytree(REPOSITORY / "src" / "atelier" / "guest_protocol", sources / "guest_protocol")
     (sources / "guest_agent").mkdir()
-    (sources / "guest_agent" / "__init__.py").write_text("")
+    for name in ("__init__.py", "program.py"):
+        (sources / "guest_agent" / name).write_text("")
     (sources / "guest_agent" / "__main__.py").write_text(agent)
     return await DebianImages(cache, REPOSITORY / "images", sources).ensure_boot_files(lambda _: None)
 

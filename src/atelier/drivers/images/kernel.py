@@ -32,7 +32,7 @@ from atelier.host.files import write_atomically
 from atelier.model.errors import ImageBuildError
 from atelier.model.image import BuildProgress, ProgressReporter
 
-_FORMAT = 1
+_FORMAT = 2
 _FOLDERS = ("bin", "dev", "proc", "sys", "root", "modules")
 
 

@@ -43,11 +43,9 @@ _LIBRARY = "python/lib/python3.11"
 _COMPILE_SECONDS = 300.0
 _SCRIPTS = {"atelier-init": "bin/atelier-init", "atelier-agent": "bin/atelier-agent", "mounts": "etc/mounts"}
 _AGENT_PACKAGES = ("guest_agent", "guest_protocol")
-# The guest's copy of the package exports nothing: the agent imports its two rooms by name.
-_AGENT_SOURCES = {
-    "atelier/__init__.py": "",
-    "__main__.py": "from atelier.guest_agent.__main__ import main\n\nmain()\n",
-}
+_START = "start.py"
+_BUNDLER = "bundle.py"
+_COMPILER = "compile.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +148,11 @@ class ToolsBuilder:
                 sources / "atelier" / package,
                 ignore=shutil.ignore_patterns("__pycache__", "*.pyc"),
             )
-        for name, text in _AGENT_SOURCES.items():
-            (sources / name).write_text(text)
+        # The guest's copy of the package exports nothing: the agent imports its two rooms by name.
+        (sources / "atelier" / "__init__.py").write_text("")
+        (sources / "start.py").write_bytes((self._recipe_directory / _START).read_bytes())
         await self._compile(recipe, tree, sources, tree / "agent", "agent")
+        await self._run_python(recipe, tree, str(self._recipe_directory / _BUNDLER), str(tree))
         content_hash = await asyncio.to_thread(_settle_tree, tree)
         identity = content_hash[:KEY_DIGITS]
         image = work / "image"
@@ -172,7 +172,7 @@ class ToolsBuilder:
     async def _compile(
         self, recipe: _ToolsRecipe, tree: Path, source: Path, destination: Path, guest_path: str
     ) -> None:
-        compiler = self._recipe_directory / "compile.py"
+        compiler = self._recipe_directory / _COMPILER
         await self._run_python(
             recipe, tree, str(compiler), str(source), str(destination), f"{_GUEST_ROOT}/{guest_path}"
         )
@@ -190,13 +190,13 @@ class ToolsBuilder:
 
     def _manifest(self) -> Path:
         parts = [hash_tree(self._agent_source / package, pattern="*.py") for package in _AGENT_PACKAGES]
-        parts += [hash_file(self._recipe_directory / name) for name in sorted(_SCRIPTS)]
+        parts += [hash_file(self._recipe_directory / name) for name in (*sorted(_SCRIPTS), _START, _BUNDLER)]
         recipe = self._read_recipe()
-        key = key_of(_FORMAT, parts, self._python_tree(recipe).name, sorted(_AGENT_SOURCES.items()))
+        key = key_of(_FORMAT, parts, self._python_tree(recipe).name)
         return self._directory / f"{_VARIANT}-{key}.json"
 
     def _python_tree(self, recipe: _ToolsRecipe) -> Path:
-        compiler = hashlib.sha256((self._recipe_directory / "compile.py").read_bytes()).hexdigest()
+        compiler = hashlib.sha256((self._recipe_directory / _COMPILER).read_bytes()).hexdigest()
         fields = [
             recipe.packages,
             recipe.loader,
