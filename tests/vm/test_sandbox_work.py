@@ -13,7 +13,7 @@ import pytest
 
 from atelier import Sandbox
 from atelier.client.terminal import Terminal
-from atelier.model.errors import AtelierError, InvalidRequestError, NotFoundError
+from atelier.model.errors import AtelierError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessOutput, TerminalSize
 
 MEGABYTE = 1_000_000
@@ -39,8 +39,9 @@ def test_exit_codes_and_signals(sandbox: Sandbox) -> None:
     assert sandbox.run("exit 7").exit_code == 7
     assert sandbox.run("kill -TERM $$").exit_code == 128 + signal.SIGTERM
     assert sandbox.run("no-such-program").exit_code == 127
-    with pytest.raises(InvalidRequestError, match="no-such-program"):
+    with pytest.raises(NotFoundError, match="no-such-program") as refused:
         sandbox.run(["no-such-program"])
+    assert refused.value.code == "program_not_found", "the command line ends with 127 by it"
     with sandbox.exec("trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 0.1; done") as program:
         for event in program:
             if isinstance(event, ProcessOutput):

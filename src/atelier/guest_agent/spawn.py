@@ -173,6 +173,8 @@ def _start_error(program: str, error: OSError) -> ConnectError:
         return ConnectError("resource_exhausted", f"cannot start {shown!r}: {error.strerror}")
     if error.errno in (errno.EACCES, errno.EPERM):
         return ConnectError("permission_denied", f"cannot start {shown!r}: {error.strerror}")
+    if error.errno == errno.ENOENT:
+        return ConnectError("not_found", f"cannot start {shown!r}: {error.strerror}")
     return ConnectError("invalid_argument", f"cannot start {shown!r}: {error.strerror}")
 
 

@@ -71,6 +71,7 @@ _FILES: Final = "filesystem.Filesystem/"
 _PROCESSES: Final = "process.Process/"
 _NO_PATH: Final = "path_not_found"
 _NO_PROCESS: Final = "process_not_found"
+_NO_PROGRAM: Final = "program_not_found"
 
 
 class AgentGuests:
@@ -168,7 +169,14 @@ class AgentGuests:
 
     @asynccontextmanager
     async def _process_stream(
-        self, sandbox_id: str, what: str, procedure: str, message: Message, user: str, timeout_seconds: float | None
+        self,
+        sandbox_id: str,
+        what: str,
+        procedure: str,
+        message: Message,
+        user: str,
+        timeout_seconds: float | None,
+        absent: str,
     ) -> AsyncGenerator[AsyncIterator[ProcessEvent]]:
         headers = {"content-type": connect.CONTENT_TYPE_STREAM, **basic_user(user)}
         if timeout_seconds is not None:
@@ -179,13 +187,13 @@ class AgentGuests:
             f"/{_PROCESSES}{procedure}",
             headers=headers,
             body=connect.encode_envelope(connect.encode_json(message)),
-            absent=_NO_PROCESS,
+            absent=absent,
             # A process may be silent for as long as it likes.
             stall_seconds=None,
         ) as response:
             if header(response, "content-type").partition(";")[0].strip() != connect.CONTENT_TYPE_STREAM:
                 raise GuestProtocolError(f"{what} in sandbox {sandbox_id}: the answer is no stream")
-            yield _process_events(body_of(response))
+            yield _process_events(body_of(response), absent)
 
     def start_process(
         self, sandbox_id: str, spec: ProcessSpec
@@ -206,11 +214,13 @@ class AgentGuests:
         if spec.tag:
             message["tag"] = spec.tag
         return self._process_stream(
-            sandbox_id, f"starting {spec.arguments[0]}", "Start", message, spec.user, spec.timeout_seconds
+            sandbox_id, f"starting {spec.arguments[0]}", "Start", message, spec.user, spec.timeout_seconds, _NO_PROGRAM
         )
 
     def connect_process(self, sandbox_id: str, pid: int) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
-        return self._process_stream(sandbox_id, f"connecting to process {pid}", "Connect", _selector(pid), "", None)
+        return self._process_stream(
+            sandbox_id, f"connecting to process {pid}", "Connect", _selector(pid), "", None, _NO_PROCESS
+        )
 
     async def list_processes(self, sandbox_id: str) -> list[ProcessSummary]:
         return process_summaries(
@@ -388,9 +398,9 @@ async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
     return None
 
 
-async def _process_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[ProcessEvent]:
+async def _process_events(chunks: AsyncIterator[bytes], absent: str) -> AsyncIterator[ProcessEvent]:
     """Up to ProcessEnded, which is held back until the stream has ended too: so its connection serves again."""
-    frames = read_frames(chunks, absent=_NO_PROCESS)
+    frames = read_frames(chunks, absent=absent)
     async for message in frames:
         event = process_event(message)
         if event is None:

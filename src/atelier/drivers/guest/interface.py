@@ -23,7 +23,7 @@ class GuestDriver(Protocol):
     taken from the home folder of ``user``.
 
     Raises GuestUnreachableError (transient) when the channel does not answer, GuestProtocolError when the guest
-    breaks the protocol, NotFoundError (``path_not_found``, ``process_not_found``), InvalidRequestError and
+    breaks the protocol, NotFoundError (``path_not_found``, ``process_not_found``, ``program_not_found``), InvalidRequestError and
     AccessDeniedError as the guest says, GuestError for the rest. Every length and count that a guest sends is bounded.
     """
 
