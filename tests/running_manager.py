@@ -7,11 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
+from tests.real_machines import NO_QEMU
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,19 @@ def stop_manager(manager: RunningManager) -> int:
     except subprocess.TimeoutExpired:
         manager.process.kill()
         raise
+
+
+@contextmanager
+def running_local_manager() -> Generator[RunningManager]:
+    """A manager of real machines in a folder of its own; the test is skipped where there is no QEMU."""
+    if NO_QEMU:
+        pytest.skip(NO_QEMU)
+    # Short: sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="atl-") as folder:
+        running = start_manager(Path(folder), mode="local")
+        try:
+            yield running
+        finally:
+            status = stop_manager(running)
+        assert status == 0
+        assert not running.run_dir.exists(), "sockets and folders are gone with the manager"

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from tests.real_machines import NO_QEMU
-from tests.running_manager import RunningManager, start_manager, stop_manager
+from tests.running_manager import RunningManager, running_local_manager
 
 from atelier import Sandbox
 
 
 @pytest.fixture(scope="session")
 def local_manager() -> Iterator[RunningManager]:
-    if NO_QEMU:
-        pytest.skip(NO_QEMU)
-    # Short: sockets lie below it.
-    with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local")
-        try:
-            yield running
-        finally:
-            stop_manager(running)
+    with running_local_manager() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

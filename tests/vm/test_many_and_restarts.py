@@ -6,15 +6,13 @@ import json
 import os
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.real_machines import NO_QEMU
-from tests.running_manager import RunningManager, start_manager, stop_manager
+from tests.running_manager import RunningManager, running_local_manager
 
 from atelier import Sandbox
 from atelier.model.errors import AtelierError
@@ -25,16 +23,9 @@ COUNT = 10
 
 @pytest.fixture(scope="module")
 def own_manager() -> Iterator[RunningManager]:
-    if NO_QEMU:
-        pytest.skip(NO_QEMU)
-    with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local")
-        try:
-            yield running
-        finally:
-            assert stop_manager(running) == 0
-            assert not running.run_dir.exists(), "sockets and folders are gone with the manager"
-            assert processes_naming(str(folder)) == []
+    with running_local_manager() as running:
+        yield running
+    assert processes_naming(str(running.run_dir.parent)) == []
 
 
 def processes_naming(text: str) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from atelier.model import guest, image, sandbox
 from atelier.schemas.errors import ErrorBody
@@ -71,13 +72,14 @@ def render_process(process: guest.ProcessSummary) -> Process:
 
 
 async def render_events(
-    events: AsyncIterator[guest.ProcessEvent],
-) -> AsyncIterator[StartedEvent | OutputEvent | EndedEvent]:
-    async for event in events:
-        match event:
-            case guest.ProcessStarted():
-                yield StartedEvent(pid=event.pid)
-            case guest.ProcessOutput():
-                yield OutputEvent(stream=event.stream, data=base64.b64encode(event.data).decode())
-            case guest.ProcessEnded():
-                yield EndedEvent(exit_code=event.exit_code, status=event.status, error=event.error)
+    events: AsyncGenerator[guest.ProcessEvent],
+) -> AsyncGenerator[StartedEvent | OutputEvent | EndedEvent]:
+    async with aclosing(events):
+        async for event in events:
+            match event:
+                case guest.ProcessStarted():
+                    yield StartedEvent(pid=event.pid)
+                case guest.ProcessOutput():
+                    yield OutputEvent(stream=event.stream, data=base64.b64encode(event.data).decode())
+                case guest.ProcessEnded():
+                    yield EndedEvent(exit_code=event.exit_code, status=event.status, error=event.error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 from fastapi import Request
@@ -28,13 +28,15 @@ _HEARTBEAT_SECONDS = 15.0
 _T = TypeVar("_T")
 
 
-def ndjson(events: AsyncIterator[BaseModel]) -> StreamingResponse:
-    """One JSON object per line. ``events`` must have begun without error: see ``begun``."""
+def ndjson(events: AsyncGenerator[BaseModel]) -> StreamingResponse:
+    """One JSON object per line. ``events`` must have begun without error: see ``begun``. They are closed with the
+    response, also when the client goes away, and not some time later by the collector."""
 
     async def lines() -> AsyncIterator[bytes]:
         try:
-            async for event in events:
-                yield event.model_dump_json().encode() + b"\n"
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    yield event.model_dump_json().encode() + b"\n"
         except AtelierError as error:
             failed = FailedEvent(code=error.code, message=error.message, hint=error.hint)
             yield failed.model_dump_json().encode() + b"\n"
@@ -42,24 +44,20 @@ def ndjson(events: AsyncIterator[BaseModel]) -> StreamingResponse:
     return StreamingResponse(lines(), media_type=NDJSON, headers={"X-Accel-Buffering": "no"})
 
 
-async def begun(events: AsyncIterator[_T]) -> AsyncIterator[_T]:
+async def begun(events: AsyncGenerator[_T]) -> AsyncGenerator[_T]:
     """Wait for the first element, so that an error before it becomes an ordinary error answer with its own status."""
-    try:
-        first = await anext(events)
-    except StopAsyncIteration:
-        return _nothing()
-    return _chain(first, events)
+    first: list[_T] = []
+    with contextlib.suppress(StopAsyncIteration):
+        first.append(await anext(events))
 
+    async def all_of_them() -> AsyncGenerator[_T]:
+        async with contextlib.aclosing(events):
+            for element in first:
+                yield element
+            async for element in events:
+                yield element
 
-async def _nothing() -> AsyncIterator[_T]:  # pyright: ignore[reportInvalidTypeVarUse]
-    return
-    yield  # makes this an (empty) async generator
-
-
-async def _chain(first: _T, rest: AsyncIterator[_T]) -> AsyncIterator[_T]:
-    yield first
-    async for element in rest:
-        yield element
+    return all_of_them()
 
 
 def server_sent_events(events: AsyncIterator[Event]) -> StreamingResponse:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from atelier.drivers.guest.interface import GuestDriver
@@ -53,13 +53,13 @@ class GuestSession:
         self.sandbox_id = sandbox_id
         self.driver = driver
 
-    async def stream(self, spec: ProcessSpec) -> AsyncIterator[ProcessEvent]:
+    async def stream(self, spec: ProcessSpec) -> AsyncGenerator[ProcessEvent]:
         """Start a process and yield its events; closing the iterator detaches and leaves the process alone."""
         async with self.driver.start_process(self.sandbox_id, spec) as events:
             async for event in events:
                 yield event
 
-    async def attach(self, pid: int) -> AsyncIterator[ProcessEvent]:
+    async def attach(self, pid: int) -> AsyncGenerator[ProcessEvent]:
         """The newest kept output of a process that runs, then what follows."""
         async with self.driver.connect_process(self.sandbox_id, pid) as events:
             async for event in events:

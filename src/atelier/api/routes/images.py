@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
@@ -38,7 +38,7 @@ async def build_image(
     """Build an image (and the kernel and tools that every sandbox boots with) unless it is cached; streams `progress`
     events, then `built` or `failed`. A client that goes away does not stop the build."""
 
-    async def events() -> AsyncIterator[BuildProgressEvent | BuildDoneEvent]:
+    async def events() -> AsyncGenerator[BuildProgressEvent | BuildDoneEvent]:
         async for step in services_of(request).images.build(name, refresh=body.refresh):
             if isinstance(step, BuildProgress):
                 yield BuildProgressEvent(phase=step.phase, message=step.message, fraction=step.fraction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, WebSocket
@@ -68,7 +68,7 @@ async def open_terminal(
 
 
 async def _relay(
-    socket: WebSocket, session: GuestSession, events: AsyncIterator[ProcessEvent], attached_pid: int
+    socket: WebSocket, session: GuestSession, events: AsyncGenerator[ProcessEvent], attached_pid: int
 ) -> None:
     pid_known: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     if attached_pid:
@@ -109,6 +109,7 @@ async def _relay(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await events.aclose()
 
 
 def _parse_resize(text: str) -> TerminalSize | None:
