@@ -50,7 +50,7 @@ def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningMan
     environment.pop("ATELIER_API_URL", None)
     log = (folder / "manager.log").open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", *options],
+        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
