@@ -16,7 +16,7 @@ from tests.real_machines import missing_programs
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.storage.qcow2 import Qcow2Storage
-from atelier.model.errors import DiskFullError, HostError, InvalidRequestError, MissingProgramError
+from atelier.model.errors import DiskFullError, HostError, InvalidRequestError, MissingProgramError, NotFoundError
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile, VolumeRequest
 
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -83,12 +83,39 @@ async def test_a_disk_below_the_base_is_refused(storage: StorageDriver, base: Di
     await storage.ensure_volume(VolumeRequest(SANDBOX, base, BASE_MIB))
 
 
+async def test_a_volume_is_found_as_it_was_made(storage: StorageDriver, base: DiskFile) -> None:
+    assert await storage.find_volume(SANDBOX) is None
+    disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    assert await storage.find_volume(SANDBOX) == disk
+    assert await storage.find_volume(OTHER) is None
+    await storage.ensure_volume_absent(SANDBOX)
+    assert await storage.find_volume(SANDBOX) is None
+
+
+async def test_a_volume_grows_and_never_shrinks(storage: StorageDriver, base: DiskFile) -> None:
+    with pytest.raises(NotFoundError) as absent:
+        await storage.grow_volume(SANDBOX, 64)
+    assert absent.value.code == "volume_not_found"
+    disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.grow_volume(SANDBOX, 64)
+    await storage.grow_volume(SANDBOX, 96)
+    await storage.grow_volume(SANDBOX, 96)
+    with pytest.raises(InvalidRequestError) as refusal:
+        await storage.grow_volume(SANDBOX, 95)
+    assert refusal.value.code == "disk_cannot_shrink"
+    assert await storage.find_volume(SANDBOX) == disk
+
+
 @pytest.mark.parametrize("name", ["../escape", "", "aaaaaaaaaaaa.qcow2", "AAAAAAAAAAAA"])
 async def test_what_is_no_id_is_refused(storage: StorageDriver, base: DiskFile, name: str) -> None:
     with pytest.raises(InvalidRequestError):
         await storage.ensure_volume(VolumeRequest(name, base, 64))
     with pytest.raises(InvalidRequestError):
         await storage.ensure_volume_absent(name)
+    with pytest.raises(InvalidRequestError):
+        await storage.find_volume(name)
+    with pytest.raises(InvalidRequestError):
+        await storage.grow_volume(name, 64)
 
 
 async def test_there_is_room(storage: StorageDriver) -> None:

@@ -1,8 +1,9 @@
-"""What only the host may ask: ``/init`` (who the guest is) and ``atelier.v1.Control/Shutdown``.
+"""What only the host may ask: ``/init`` (who the guest is), ``atelier.v1.Control/SetClock`` and ``.../Shutdown``.
 
 Registered by ``program`` for the guest channel; never for a listener, unless in development. ``/init`` has E2B's
 fields (accessToken, envVars, timestamp, defaultUser, defaultWorkdir) and ours (hostname, machineId, entropy in base64,
-hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect.
+hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect. SetClock takes
+hostTimeNs, the host's time at the moment of its arrival, and answers offsetNs, by which the guest was ahead before.
 """
 
 from __future__ import annotations
@@ -67,6 +68,20 @@ def register(router: Router, state: AgentState) -> None:
             state.set_token(identity.token)
         return Response(204, {"cache-control": "no-store"})
 
+    async def set_clock(message: Message, request: Request) -> Message:
+        import time
+
+        guest_time_ns = time.time_ns()
+        host_time_ns = _time_ns(message)
+        if host_time_ns is None:
+            raise ConnectError("invalid_argument", "hostTimeNs is missing")
+        offset_ns = guest_time_ns - host_time_ns
+        if state.touches_system:
+            from atelier.guest_agent import clock
+
+            clock.correct(offset_ns)
+        return {"offsetNs": str(offset_ns)}
+
     async def shut_down(message: Message, request: Request) -> Message:
         if not state.touches_system:
             raise ConnectError("failed_precondition", "this agent was told to keep off the system")
@@ -76,6 +91,7 @@ def register(router: Router, state: AgentState) -> None:
         return {}
 
     router.add("POST", "/init", initialize)
+    add_unary(router, "/atelier.v1.Control/SetClock", set_clock)
     add_unary(router, "/atelier.v1.Control/Shutdown", shut_down)
 
 

@@ -1,31 +1,92 @@
 """What disk image files say of themselves, read without starting a program.
 
-Called by storage and VMM drivers. Only files of our own making are read here; a guest's disk is never parsed further
-than its first 32 bytes.
+Called by storage and VMM drivers. Only headers of files of our own making are read, never what a guest wrote: a guest
+writes to the disk inside the file. Lengths are bounded all the same. Source: QEMU docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
 
 from atelier.model.errors import HostError
 from atelier.model.machine import DiskFile
 
 _QCOW2_MAGIC = b"QFI\xfb"
+_HEADER_BYTES = 4096
+"""The header, its extensions and the backing file's name lie in the first cluster; ours take far less of it."""
+_SHORTEST_HEADER_BYTES = 72
+_BACKING_FORMAT_EXTENSION = 0xE2792ACA
+_BACKING_NAME_MAX_BYTES = 1023
 
 
 def virtual_size_bytes(disk: DiskFile) -> int:
     """Size of the disk that the file holds.
 
-    Raises HostError (``disk_file_missing``, ``disk_file_damaged``). Source: QEMU docs/interop/qcow2.txt.
+    Raises HostError (``disk_file_missing``, ``disk_file_damaged``).
     """
-    try:
-        if disk.format == "raw":
+    if disk.format == "raw":
+        try:
             return disk.path.stat().st_size
-        with disk.path.open("rb") as file:
-            header = file.read(32)
+        except FileNotFoundError as error:
+            raise _missing(disk.path) from error
+    return int.from_bytes(_read_header(disk.path)[24:32], "big")
+
+
+def find_backing(disk: DiskFile) -> DiskFile | None:
+    """The file that this one says it stands over; None if it stands alone, as each raw one does.
+
+    Raises HostError (``disk_file_missing``, ``disk_file_damaged``), the latter also for a backing file that is not named
+    by an absolute path and a format.
+    """
+    if disk.format == "raw":
+        return None
+    header = _read_header(disk.path)
+    offset, length = int.from_bytes(header[8:16], "big"), int.from_bytes(header[16:20], "big")
+    if offset == 0:
+        return None
+    name = header[offset : offset + length]
+    if not 0 < length <= _BACKING_NAME_MAX_BYTES or len(name) != length or not name.startswith(b"/") or b"\0" in name:
+        raise _damaged(disk.path, "its backing file has no proper name")
+    return DiskFile(Path(name.decode(errors="surrogateescape")), _backing_format(disk.path, header[:offset]))
+
+
+def _backing_format(path: Path, header: bytes) -> Literal["raw", "qcow2"]:
+    # Version 2 has no field for the header's length.
+    version = int.from_bytes(header[4:8], "big")
+    position = int.from_bytes(header[100:104], "big") if version >= 3 else _SHORTEST_HEADER_BYTES
+    while position + 8 <= len(header):
+        kind, length = (int.from_bytes(header[start : start + 4], "big") for start in (position, position + 4))
+        if kind == _BACKING_FORMAT_EXTENSION:
+            match header[position + 8 : position + 8 + length]:
+                case b"raw":
+                    return "raw"
+                case b"qcow2":
+                    return "qcow2"
+                case _:
+                    break
+        if kind == 0:
+            break
+        position += 8 + (length + 7) // 8 * 8
+    raise _damaged(path, "the format of its backing file is not stated")
+
+
+def _read_header(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
     except FileNotFoundError as error:
-        raise HostError(
-            f"the disk file {disk.path} is missing", code="disk_file_missing", hint="if it is an image, build it again"
-        ) from error
-    if len(header) < 32 or header[:4] != _QCOW2_MAGIC:
-        raise HostError(f"{disk.path} is not a qcow2 file", code="disk_file_damaged")
-    return int.from_bytes(header[24:32], "big")
+        raise _missing(path) from error
+    if len(header) < _SHORTEST_HEADER_BYTES or header[:4] != _QCOW2_MAGIC:
+        raise _damaged(path, "it is not a qcow2 file")
+    return header
+
+
+def _missing(path: Path) -> HostError:
+    return HostError(
+        f"the disk file {path} is missing", code="disk_file_missing", hint="if it is an image, build it again"
+    )
+
+
+def _damaged(path: Path, reason: str) -> HostError:
+    return HostError(f"{path} cannot be used as a disk: {reason}", code="disk_file_damaged")

@@ -322,7 +322,12 @@ def next_page(message: Message) -> str:
     return _text(message.get("nextPage"), "nextPage")
 
 
-# Metrics.
+# The guest as a whole.
+
+
+def clock_offset_ns(message: Message) -> int:
+    """``atelier.v1.Control/SetClock``: by how much the guest's clock was ahead of the host's."""
+    return _integer(message.get("offsetNs"), "offsetNs", -_INT64_MAX, _INT64_MAX)
 
 
 def metrics(message: Message) -> GuestMetrics:
