@@ -1,7 +1,7 @@
 """A manager that kills itself: run as a program by ``test_crash``, with drivers whose resources are files.
 
 ``crash_program.py FOLDER KIND PLACE`` brings the saga of this kind about and ends by ``os._exit`` at the place; for a
-place in an undo it also destroys the sandbox.
+place in an undo the saga's last step fails. KIND ``destroy``: the sandbox is created, then destroyed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
+from atelier.lifecycle import sandbox_create
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.errors import HostError
 from atelier.model.guest import ProcessEnded, ProcessSpec, ProcessStarted
@@ -163,14 +165,15 @@ class FileDrivers:
 
 
 def _number(sandbox_id: str) -> int:
-    return int.from_bytes(sandbox_id.encode())
+    return zlib.crc32(sandbox_id.encode())
 
 
-def make_lifecycle(folder: Path, drivers: FileDrivers) -> tuple[Database, SandboxLifecycle]:
+def make_lifecycle(folder: Path, drivers: FileDrivers, *, opened: bool = True) -> tuple[Database, SandboxLifecycle]:
     """Inside a running event loop."""
     data = DataLayout(folder / "data")
     database = Database(data.database)
-    database.open()
+    if opened:
+        database.open()
     lifecycle = SandboxLifecycle(
         database=database,
         vmm=cast(VmmDriver, drivers),
@@ -189,17 +192,22 @@ async def main(folder: Path, kind: str, place: Place) -> None:
     resources = folder / "resources"
     resources.mkdir(exist_ok=True)
     _, lifecycle = make_lifecycle(folder, FileDrivers(resources))
+    destroying = kind == "destroy"
+    if destroying:
+        kind = sandbox_create.KIND
+    last = next(saga for saga in lifecycle.sagas if saga.kind == kind).steps[-1]
 
     async def crash(reached: Place) -> None:
         if reached == place:
             os._exit(CRASHED)
-        last = lifecycle.sagas[[saga.kind for saga in lifecycle.sagas].index(kind)].steps[-1]
-        if place.call == "undo" and reached == Place(kind, last.name, "do", "after"):
+        if place.call == "undo" and not destroying and reached == Place(kind, last.name, "do", "after"):
             raise HostError("so that it is unwound")
 
     disturb(lifecycle, crash)
     sandbox_id = await bring_about(lifecycle, kind)
     await lifecycle.wait_settled(sandbox_id, 60)
+    if destroying:
+        await lifecycle.destroy(sandbox_id)
 
 
 if __name__ == "__main__":

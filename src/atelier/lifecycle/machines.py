@@ -90,11 +90,7 @@ class Machines:
             before = self._sandboxes.find_vmm_process(connection, sandbox_id)
             token = self._sandboxes.get_secrets(connection, sandbox_id).token
         if identity is None:
-            if before is not None and before.boot_id != self._vmm.boot_id():
-                _logger.info("sandbox %s is booted again after the host's reboot", sandbox_id)
-                await self._boot_again(sandbox_id)
-            else:
-                await self._lose(sandbox_id, before, "its virtual machine was gone when the manager looked for it")
+            await self._end(sandbox_id, before, "its virtual machine was gone when the manager looked for it")
             return
         await self._guests.ensure_channel(sandbox_id, self._vmm.guest_endpoint(directory), token)
 
@@ -114,10 +110,21 @@ class Machines:
                 except AtelierError as error:
                     _logger.warning("the machine of %s cannot be watched: %s", sandbox_id, error)
                 await asyncio.sleep(_WATCH_AGAIN_SECONDS)
-            await self._lose(sandbox_id, identity, "its virtual machine ended by itself")
+            await self._end(sandbox_id, identity, "its virtual machine ended by itself")
+        except AtelierError as error:
+            # Something else is under way with the sandbox; whoever supervises that has it watched again.
+            _logger.info("the end of the machine of %s waits: %s", sandbox_id, error)
         finally:
             if self._watched.get(sandbox_id) == identity:
                 del self._watched[sandbox_id]
+
+    async def _end(self, sandbox_id: str, identity: ProcessIdentity | None, message: str) -> None:
+        """There is no such machine any more."""
+        if identity is not None and identity.boot_id != self._vmm.boot_id():
+            _logger.info("sandbox %s is booted again after the host's reboot", sandbox_id)
+            await self._boot_again(sandbox_id)
+        else:
+            await self._lose(sandbox_id, identity, message)
 
     async def _lose(self, sandbox_id: str, identity: ProcessIdentity | None, message: str) -> None:
         """The machine of a running sandbox is gone: say so, unless it was ended on purpose or is another by now. The

@@ -486,3 +486,5 @@ class SandboxLifecycle:
         task = asyncio.create_task(guarded(), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Cancelled before it began, it would never have been awaited.
+        task.add_done_callback(lambda _: work.close())

@@ -135,7 +135,8 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
 
 def _mock_drivers() -> Drivers:
     vmm = FakeVmm()
-    guests = FakeGuests(on_shut_down=vmm.end_machine)
+    guests = FakeGuests()
+    guests.on_shut_down = vmm.end_machine
     return Drivers(
         vmm=vmm,
         storage=FakeStorage(),
