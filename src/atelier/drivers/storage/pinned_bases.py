@@ -95,9 +95,7 @@ class PinnedBases:
         except FileNotFoundError:
             return
         for backing in self._references():
-            if not unused:
-                return
-            if backing is None:
+            if not unused or backing is None:
                 return
             if backing.parent == self._folder:
                 unused.discard(backing.name)
@@ -109,8 +107,9 @@ class PinnedBases:
                 self._folder.rmdir()
 
     def _references(self) -> Iterator[Path | None]:
-        """The files that volumes, and bases, stand over; None for a volume that does not say."""
-        for folder, _, names in os.walk(self._volumes_dir):
+        """The files that volumes, and bases, stand over; None for a volume, or a folder, that cannot be looked into."""
+        unreadable: list[OSError] = []
+        for folder, _, names in os.walk(self._volumes_dir, onerror=unreadable.append):
             for name in names:
                 path = Path(folder, name)
                 try:
@@ -122,3 +121,5 @@ class PinnedBases:
                     continue
                 if backing is not None:
                     yield backing.path
+        if unreadable:
+            yield None
