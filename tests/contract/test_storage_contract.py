@@ -48,7 +48,7 @@ def qcow2(tmp_path: Path) -> Qcow2Storage:
 async def test_a_volume_stands_over_its_base(storage: StorageDriver, base: DiskFile) -> None:
     disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
     assert disk.serial == ROOT_DISK_SERIAL
-    assert disk.backing == (base,)
+    assert [(file.path.name, file.format) for file in disk.backing] == [(base.path.name, base.format)]
     assert not disk.read_only
     assert disk.top.path != base.path
 
@@ -149,7 +149,7 @@ async def test_a_qcow2_volume_is_sparse_private_and_leaves_its_base_alone(
     disk = await qcow2.ensure_volume(VolumeRequest(SANDBOX, base, 4096))
     told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(disk.top.path)]))
     assert told["virtual-size"] == 4096 * 1024 * 1024
-    assert told["backing-filename"] == str(base.path)
+    assert told["backing-filename"] == str(tmp_path / "volumes" / "bases" / base.path.name)
     assert told["backing-filename-format"] == "raw"
     assert disk.top.path.stat().st_mode & 0o777 == 0o600
     assert disk.top.path.parent.stat().st_mode & 0o777 == 0o700
@@ -158,7 +158,7 @@ async def test_a_qcow2_volume_is_sparse_private_and_leaves_its_base_alone(
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(disk.top.path)], check=True)
     assert await qcow2.used_bytes(SANDBOX) > 1024 * 1024
     assert hashlib.sha256(base.path.read_bytes()).hexdigest() == before
-    assert sorted(entry.name for entry in (tmp_path / "volumes").iterdir()) == [f"{SANDBOX}.qcow2"]
+    assert sorted(entry.name for entry in (tmp_path / "volumes").iterdir()) == [f"{SANDBOX}.qcow2", "bases"]
 
 
 @needs_qemu_img
@@ -222,4 +222,4 @@ async def test_a_full_disk_is_said_and_leaves_nothing(tiny_file_system: Path, ba
     with pytest.raises(DiskFullError) as refusal:
         await storage.ensure_volume(VolumeRequest(OTHER, base, 64))
     assert refusal.value.hint
-    assert [entry.name for entry in (tiny_file_system / "volumes").iterdir()] == [f"{SANDBOX}.qcow2"]
+    assert sorted(entry.name for entry in (tiny_file_system / "volumes").iterdir()) == [f"{SANDBOX}.qcow2", "bases"]

@@ -2,12 +2,13 @@
 
 Registered by ``program`` for the guest channel; never for a listener, unless in development. ``/init`` has E2B's
 fields (accessToken, envVars, timestamp, defaultUser, defaultWorkdir) and ours (hostname, machineId, entropy in base64,
-hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect. SetClock takes
-hostTimeNs, the host's time at the moment of its arrival, and answers offsetNs, by which the guest was ahead before.
+hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect. SetClock answers
+timeNs, the guest's clock, and takes offsetNs, by which that is ahead of the host's (``clock``).
 """
 
 from __future__ import annotations
 
+import time
 from binascii import Error as BinasciiError
 from binascii import a2b_base64
 from typing import Any, Final, cast
@@ -69,18 +70,13 @@ def register(router: Router, state: AgentState) -> None:
         return Response(204, {"cache-control": "no-store"})
 
     async def set_clock(message: Message, request: Request) -> Message:
-        import time
-
-        guest_time_ns = time.time_ns()
-        host_time_ns = _time_ns(message)
-        if host_time_ns is None:
-            raise ConnectError("invalid_argument", "hostTimeNs is missing")
-        offset_ns = guest_time_ns - host_time_ns
-        if state.touches_system:
+        time_ns = time.time_ns()
+        offset_ns = _offset_ns(message)
+        if offset_ns is not None and state.touches_system:
             from atelier.guest_agent import clock
 
             clock.correct(offset_ns)
-        return {"offsetNs": str(offset_ns)}
+        return {"timeNs": str(time_ns)}
 
     async def shut_down(message: Message, request: Request) -> Message:
         if not state.touches_system:
@@ -124,6 +120,16 @@ def _entropy(encoded: str | None) -> bytes | None:
     if not 0 < len(entropy) <= _MAX_ENTROPY_BYTES:
         raise ConnectError("invalid_argument", f"entropy must be 1 to {_MAX_ENTROPY_BYTES} bytes")
     return entropy
+
+
+def _offset_ns(message: Message) -> int | None:
+    text = _text(message, "offsetNs")
+    if text is None:
+        return None
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19):
+        raise ConnectError("invalid_argument", "offsetNs must be nanoseconds, as a text")
+    return int(text)
 
 
 def _time_ns(message: Message) -> int | None:

@@ -20,6 +20,12 @@ _BACKING_FORMAT_EXTENSION = 0xE2792ACA
 _BACKING_NAME_MAX_BYTES = 1023
 
 
+def is_qcow2(path: Path) -> bool:
+    """Whether the file begins as a qcow2 file does."""
+    with path.open("rb") as file:
+        return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC
+
+
 def virtual_size_bytes(disk: DiskFile) -> int:
     """Size of the disk that the file holds.
 
@@ -29,7 +35,7 @@ def virtual_size_bytes(disk: DiskFile) -> int:
         try:
             return disk.path.stat().st_size
         except FileNotFoundError as error:
-            raise _missing(disk.path) from error
+            raise missing_disk_file(disk.path) from error
     return int.from_bytes(_read_header(disk.path)[24:32], "big")
 
 
@@ -76,13 +82,13 @@ def _read_header(path: Path) -> bytes:
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
     except FileNotFoundError as error:
-        raise _missing(path) from error
+        raise missing_disk_file(path) from error
     if len(header) < _SHORTEST_HEADER_BYTES or header[:4] != _QCOW2_MAGIC:
         raise _damaged(path, "it is not a qcow2 file")
     return header
 
 
-def _missing(path: Path) -> HostError:
+def missing_disk_file(path: Path) -> HostError:
     return HostError(
         f"the disk file {path} is missing", code="disk_file_missing", hint="if it is an image, build it again"
     )

@@ -7,6 +7,7 @@ Source: prlimit(2), getrlimit(2).
 
 from __future__ import annotations
 
+import os
 import resource
 from pathlib import Path
 
@@ -48,19 +49,14 @@ async def raise_file_size_limit(identity: ProcessIdentity, size_bytes: int) -> N
         try:
             resource.prlimit(identity.pid, resource.RLIMIT_FSIZE, raised)
         except PermissionError:
+            if os.geteuid() != 0:
+                raise
             # Root without CAP_SYS_RESOURCE may not, but the process's own user may, as far as the hard limit.
-            await command.run(
-                [
-                    *privilege_dropper(_user_of(identity.pid)),
-                    "prlimit",
-                    f"--pid={identity.pid}",
-                    f"--fsize={size_bytes}:",
-                ],
-                package_hint="util-linux",
-            )
+            as_its_user = privilege_dropper(_user_of(identity.pid))
+            await command.run([*as_its_user, "prlimit", f"--pid={identity.pid}", f"--fsize={size_bytes}:"])
     except (FileNotFoundError, ProcessLookupError) as error:
         raise HostError(f"process {identity.pid} is gone", code="process_gone") from error
-    except (CommandError, ValueError) as error:
+    except (CommandError, PermissionError, ValueError) as error:
         raise HostError(
             f"process {identity.pid} cannot be allowed to write files of {size_bytes} bytes: {error}",
             code="limit_not_raised",

@@ -11,7 +11,7 @@ import time
 from typing import Final
 
 from atelier.drivers.guest.guest_http import GuestHttp
-from atelier.drivers.guest.messages import clock_offset_ns
+from atelier.drivers.guest.messages import Message, clock_time_ns
 from atelier.guest_protocol import connect
 from atelier.model.errors import AtelierError, GuestError, TimeoutExceededError, TransientError
 from atelier.model.guest import GuestIdentity
@@ -20,7 +20,7 @@ _READY_PAUSE_SECONDS: Final = 0.025
 _READY_OVERLAP_SECONDS: Final = 0.25
 _READY_ATTEMPT_SECONDS: Final = 5.0
 _READY_ATTEMPTS_MAX: Final = 4
-_ROUND_TRIPS: Final = 3
+_CLOCK_READINGS: Final = 4
 
 _CONTROL: Final = "atelier.v1.Control/"
 
@@ -60,21 +60,17 @@ async def wait_ready(guest: GuestHttp, sandbox_id: str, timeout_seconds: float) 
 async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
     """None when the guest agent answers, else why not."""
     try:
-        await _ask_for_health(guest, _READY_ATTEMPT_SECONDS)
+        await guest.ask(
+            "asking for health",
+            "GET",
+            "/health",
+            expected=(200, 204),
+            answer_seconds=_READY_ATTEMPT_SECONDS,
+            connect_seconds=_READY_ATTEMPT_SECONDS,
+        )
     except (TransientError, GuestError) as error:
         return error
     return None
-
-
-async def _ask_for_health(guest: GuestHttp, limit_seconds: float) -> None:
-    await guest.ask(
-        "asking for health",
-        "GET",
-        "/health",
-        expected=(200, 204),
-        answer_seconds=limit_seconds,
-        connect_seconds=limit_seconds,
-    )
 
 
 async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
@@ -99,18 +95,25 @@ async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
 
 
 async def synchronize_clock(guest: GuestHttp) -> float:
-    """The host's time arrives in the guest half a round trip after it was read, so that much is added. The shortest of
-    a few counts: what is longer waited for something."""
-    round_trips_ns: list[int] = []
-    for _ in range(_ROUND_TRIPS):
-        begun_ns = time.monotonic_ns()
-        await _ask_for_health(guest, _READY_ATTEMPT_SECONDS)
-        round_trips_ns.append(time.monotonic_ns() - begun_ns)
-    host_time_ns = time.time_ns() + min(round_trips_ns) // 2
-    answer = await guest.call(
-        "setting the clock", _CONTROL + "SetClock", {"hostTimeNs": str(host_time_ns)}, absent="not_found"
-    )
-    return clock_offset_ns(answer) / 1e9
+    """The guest's clock is read a few times, each reading taken for one of the middle of its round trip. The shortest
+    round trip counts: a longer one waited somewhere on its way. Then the guest is told the difference, not the time,
+    so that it does not matter how long that takes."""
+    readings = [await _read_clock(guest) for _ in range(_CLOCK_READINGS)]
+    _, offset_ns = min(readings)
+    await _call_set_clock(guest, {"offsetNs": str(offset_ns)})
+    return offset_ns / 1e9
+
+
+async def _read_clock(guest: GuestHttp) -> tuple[int, int]:
+    """(round trip, guest's clock minus the host's), both in ns."""
+    host_time_ns, begun_ns = time.time_ns(), time.monotonic_ns()
+    guest_time_ns = clock_time_ns(await _call_set_clock(guest, {}))
+    round_trip_ns = time.monotonic_ns() - begun_ns
+    return round_trip_ns, guest_time_ns - (host_time_ns + round_trip_ns // 2)
+
+
+async def _call_set_clock(guest: GuestHttp, message: Message) -> Message:
+    return await guest.call("setting the clock", _CONTROL + "SetClock", message, absent="not_found")
 
 
 async def shut_down(guest: GuestHttp) -> None:

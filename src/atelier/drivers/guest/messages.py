@@ -325,9 +325,9 @@ def next_page(message: Message) -> str:
 # The guest as a whole.
 
 
-def clock_offset_ns(message: Message) -> int:
-    """``atelier.v1.Control/SetClock``: by how much the guest's clock was ahead of the host's."""
-    return _integer(message.get("offsetNs"), "offsetNs", -_INT64_MAX, _INT64_MAX)
+def clock_time_ns(message: Message) -> int:
+    """``atelier.v1.Control/SetClock``: the guest's wall clock, ns since the epoch."""
+    return _integer(message.get("timeNs"), "timeNs")
 
 
 def metrics(message: Message) -> GuestMetrics:

@@ -1,7 +1,8 @@
 """Volumes as qcow2 overlays: a few hundred KiB at first, growing by what the guest writes, over a read-only base.
 
 Used by the lifecycle in ``local`` mode. Owns ``volumes_dir`` (mode 0700, files 0600: the VMM receives opened
-descriptors). It never writes to a base, and relies on bases never changing: they are named by their content.
+descriptors). It never writes to a base, and relies on bases never changing: they are named by their content, and kept
+beside the volumes (``pinned_bases``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from atelier.drivers.storage.pinned_bases import PinnedBases
 from atelier.host import command
 from atelier.host.disk_files import find_backing, virtual_size_bytes
 from atelier.host.files import disk_full, disk_full_as_error, ensure_private_folder, free_bytes
@@ -25,27 +27,29 @@ _LONGEST_CHAIN = 16
 class Qcow2Storage:
     def __init__(self, volumes_dir: Path) -> None:
         self._volumes_dir = volumes_dir.absolute()
+        self._bases = PinnedBases(self._volumes_dir)
 
     @property
     def name(self) -> str:
         return "qcow2"
 
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
-        base = DiskFile(request.base.path.absolute(), request.base.format)
-        base_bytes = virtual_size_bytes(base)
-        size_bytes = request.size_mib * _MIB
-        if size_bytes < base_bytes:
-            raise InvalidRequestError(
-                f"a disk of {request.size_mib} MiB is too small for the image, which needs "
-                f"{-(-base_bytes // _MIB)} MiB",
-                code="disk_too_small",
-                hint=f"ask for a disk of at least {-(-base_bytes // _MIB)} MiB",
-            )
+        if present := await self.find_volume(request.sandbox_id):
+            return present
         ensure_private_folder(self._volumes_dir)
-        volume = self._volume(request.sandbox_id)
-        if not volume.exists():
-            await self._create(volume, base, size_bytes)
-        return Disk(ROOT_DISK_SERIAL, DiskFile(volume, "qcow2"), (base,))
+        async with self._bases.pinned(request.base) as base:
+            base_bytes = virtual_size_bytes(base)
+            size_bytes = request.size_mib * _MIB
+            if size_bytes < base_bytes:
+                raise InvalidRequestError(
+                    f"a disk of {request.size_mib} MiB is too small for the image, which needs "
+                    f"{-(-base_bytes // _MIB)} MiB",
+                    code="disk_too_small",
+                    hint=f"ask for a disk of at least {-(-base_bytes // _MIB)} MiB",
+                )
+            volume = DiskFile(self._volume(request.sandbox_id), "qcow2")
+            await self._create(volume.path, base, size_bytes)
+            return Disk(ROOT_DISK_SERIAL, volume, self._chain_below(volume))
 
     async def _create(self, volume: Path, base: DiskFile, size_bytes: int) -> None:
         unfinished = volume.with_suffix(_UNFINISHED_SUFFIX)
@@ -69,16 +73,20 @@ class Qcow2Storage:
         volume = DiskFile(self._volume(sandbox_id), "qcow2")
         if not volume.path.exists():
             return None
-        backing: list[DiskFile] = []
+        return Disk(ROOT_DISK_SERIAL, volume, self._chain_below(volume))
+
+    def _chain_below(self, volume: DiskFile) -> tuple[DiskFile, ...]:
+        chain: list[DiskFile] = []
         file = volume
         while found := find_backing(file):
-            if len(backing) == _LONGEST_CHAIN:
+            if len(chain) == _LONGEST_CHAIN:
                 raise HostError(
                     f"{volume.path} has a chain of more than {_LONGEST_CHAIN} files", code="disk_file_damaged"
                 )
-            backing.append(found)
+            self._bases.check(found)
+            chain.append(found)
             file = found
-        return Disk(ROOT_DISK_SERIAL, volume, tuple(backing))
+        return tuple(chain)
 
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         volume = self._volume(sandbox_id)
@@ -109,6 +117,7 @@ class Qcow2Storage:
         volume = self._volume(sandbox_id)
         volume.unlink(missing_ok=True)
         volume.with_suffix(_UNFINISHED_SUFFIX).unlink(missing_ok=True)
+        self._bases.drop_unused()
 
     async def list_volumes(self) -> list[str]:
         if not self._volumes_dir.is_dir():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import cast
 
 from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
-from atelier.host.process_limits import highest_inherited_file_size, may_raise_hard_limits, raise_file_size_limit
+from atelier.host.process_limits import highest_inherited_file_size, raise_file_size_limit
 from atelier.model.errors import InvalidRequestError, VmmError
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import MAX_DISK_MIB
@@ -18,15 +18,15 @@ from atelier.model.sandbox import MAX_DISK_MIB
 _MIB = 1024 * 1024
 
 
-async def file_size_limits(disk_bytes: int) -> tuple[int, int]:
+def file_size_limits(disk_bytes: int, *, may_raise_hard_limits: bool) -> tuple[int, int]:
     """(soft, hard) limit for the files of a VMM with this disk.
 
-    Where the manager may raise a hard limit both are what the disk needs. Else the hard one leaves room for the largest
+    Where the manager may raise hard limits both are what the disk needs. Else the hard one leaves room for the largest
     disk there can be: QEMU's own sandbox does not keep it from raising its soft limit (``resourcecontrol`` denies
     scheduling and priorities, not setrlimit), so there a QEMU that was broken out of is bound by the higher one.
     """
     needed_bytes = _largest_file_bytes(disk_bytes)
-    if await may_raise_hard_limits():
+    if may_raise_hard_limits:
         return needed_bytes, needed_bytes
     ceiling_bytes = max(needed_bytes, _largest_file_bytes(MAX_DISK_MIB * _MIB))
     inherited_bytes = highest_inherited_file_size()

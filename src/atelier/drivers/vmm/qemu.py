@@ -33,6 +33,7 @@ from atelier.drivers.vmm.vmm_users import claim_user, find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
 from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
+from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.processes import ResourceLimits
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.errors import CommandError, MissingProgramError, VmmError
@@ -60,6 +61,7 @@ class QemuVmm:
         self._users = find_user_range()
         self._chosen: AcceleratorKind | None = "tcg" if accelerator == "tcg" else None
         self._tsc_khz = 0
+        self._may_raise_hard_limits: bool | None = None
         self._preparing = asyncio.Lock()
         self._starting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.kvm_answer: KvmAnswer | None = None
@@ -70,7 +72,8 @@ class QemuVmm:
         return "qemu-kvm" if self._chosen == "kvm" else "qemu-tcg"
 
     async def prepare(self, boot: BootFiles) -> AcceleratorKind:
-        """Find out, once, what the first start needs to know: whether KVM works, the counter's rate.
+        """Find out, once, what the first start needs to know: whether KVM works, the counter's rate, and whether the
+        limits of a running process can be raised.
 
         Takes up to 3 s; ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
         demanded and does not work.
@@ -80,6 +83,8 @@ class QemuVmm:
                 self._chosen = await self._choose(boot)
             if self._chosen == "tcg" and not self._tsc_khz:
                 self._tsc_khz = await asyncio.to_thread(cached_tsc_khz, self._cache_dir / "tsc.json")
+            if self._may_raise_hard_limits is None:
+                self._may_raise_hard_limits = await may_raise_hard_limits()
             return self._chosen
 
     async def _choose(self, boot: BootFiles) -> AcceleratorKind:
@@ -128,7 +133,9 @@ class QemuVmm:
     async def _start(self, spec: MachineSpec) -> ProcessIdentity:
         folder = RunFolder(spec.run_directory)
         folder.stderr.unlink(missing_ok=True)
-        file_size_bytes, ceiling_bytes = await file_size_limits(virtual_size_bytes(spec.root.top))
+        file_size_bytes, ceiling_bytes = file_size_limits(
+            virtual_size_bytes(spec.root.top), may_raise_hard_limits=self._may_raise_hard_limits is True
+        )
         limits = ResourceLimits(_OPEN_FILES_LIMIT, file_size_bytes, ceiling_bytes, core_bytes=0)
         try:
             identity = await self._spawn(spec, folder, limits)

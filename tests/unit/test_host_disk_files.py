@@ -1,0 +1,96 @@
+"""What is read out of a qcow2 header, as qemu-img writes it and as nobody should."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.real_machines import missing_programs
+
+from atelier.host.disk_files import find_backing, virtual_size_bytes
+from atelier.model.errors import HostError
+from atelier.model.machine import DiskFile
+
+NO_QEMU_IMG = missing_programs("qemu-img")
+needs_qemu_img = pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)
+
+
+def overlay(path: Path, *options: str, backing: str = "/base.raw", backing_format: str = "raw") -> DiskFile:
+    words = ["qemu-img", "create", "-qu", "-f", "qcow2", *options, "-F", backing_format, "-b", backing, str(path), "5M"]
+    subprocess.run(words, check=True)
+    return DiskFile(path, "qcow2")
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("version", ["0.10", "1.1"])
+def test_size_and_backing(tmp_path: Path, version: str) -> None:
+    compatible = ("-o", f"compat={version}")
+    disk = overlay(tmp_path / "one", *compatible)
+    assert virtual_size_bytes(disk) == 5 * 1024 * 1024
+    assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
+    other = overlay(tmp_path / "two", *compatible, backing=f"/{'n' * 900}", backing_format="qcow2")
+    assert find_backing(other) == DiskFile(Path(f"/{'n' * 900}"), "qcow2")
+
+
+@needs_qemu_img
+def test_what_stands_alone(tmp_path: Path) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "alone"), "5M"], check=True)
+    assert find_backing(DiskFile(tmp_path / "alone", "qcow2")) is None
+    assert find_backing(DiskFile(tmp_path / "alone", "raw")) is None
+
+
+def test_what_is_missing_or_no_qcow2_file(tmp_path: Path) -> None:
+    for read in (find_backing, virtual_size_bytes):
+        with pytest.raises(HostError) as missing:
+            read(DiskFile(tmp_path / "absent", "qcow2"))
+        assert missing.value.code == "disk_file_missing"
+        for content in (b"", b"QFI\xfb", b"x" * 5000):
+            (tmp_path / "other").write_bytes(content)
+            with pytest.raises(HostError) as damaged:
+                read(DiskFile(tmp_path / "other", "qcow2"))
+            assert damaged.value.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [
+        (8, bytes(7) + b"\x01"),  # the name lies in the header itself, and is none
+        (8, b"\xff" * 8),
+        (16, bytes(4)),
+        (16, b"\xff" * 4),
+        (100, b"\xff" * 4),  # the header's length
+        (104, b"\xff" * 8),  # the first extension's kind and length
+        (104, bytes(8)),
+    ],
+)
+def test_a_header_that_makes_no_sense(tmp_path: Path, offset: int, value: bytes) -> None:
+    disk = overlay(tmp_path / "one")
+    with disk.path.open("r+b") as file:
+        file.seek(100)
+        if offset == 104:
+            offset = int.from_bytes(file.read(4), "big")
+        file.seek(offset)
+        file.write(value)
+    with pytest.raises(HostError) as damaged:
+        find_backing(disk)
+    assert damaged.value.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+def test_a_relative_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HostError):
+        find_backing(overlay(tmp_path / "one", backing="base.raw"))
+
+
+@needs_qemu_img
+def test_every_header_cut_short_is_refused_or_read(tmp_path: Path) -> None:
+    disk = overlay(tmp_path / "one")
+    whole = disk.path.read_bytes()[:1024]
+    for length in range(0, len(whole), 3):
+        disk.path.write_bytes(whole[:length])
+        try:
+            assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
+        except HostError as error:
+            assert error.code == "disk_file_damaged"
