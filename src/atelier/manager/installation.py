@@ -23,6 +23,7 @@ from atelier.db.engine import Database
 from atelier.db.installation import load_installation
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
 from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager.outbox_trimming import trim_outbox
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
@@ -75,6 +76,7 @@ class Installation:
             await lifecycle.recover()
             trimming = asyncio.create_task(_trim_consoles(lifecycle))
             stack.push_async_callback(_cancel, trimming)
+            stack.push_async_callback(_cancel, asyncio.create_task(trim_outbox(services.events)))
             application = create_application(services, token, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle)
 
