@@ -167,7 +167,7 @@ def test_a_backup_amid_writes_is_one_state(machine: Machine, tmp_path: Path) -> 
             *(sys.executable, "-c"),
             "import sqlite3, sys\n"
             "c = sqlite3.connect(sys.argv[1], timeout=20, isolation_level=None)\n"
-            "c.execute('PRAGMA wal_autocheckpoint = 20')\n"
+            "c.execute('PRAGMA wal_autocheckpoint = 200')\n"
             "print('begun', flush=True)\n"
             "for n in range(10**9):\n"
             "    c.execute('BEGIN IMMEDIATE')\n"
@@ -180,20 +180,20 @@ def test_a_backup_amid_writes_is_one_state(machine: Machine, tmp_path: Path) -> 
     try:
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"begun\n"
+        pairs = "SELECT substr(name, -1), count(*) FROM settings WHERE value LIKE 'xx%' GROUP BY 1"
         counts: list[int] = []
         for number in range(4):
+            with closing(sqlite3.connect(machine.data.database)) as connection:
+                done = dict(connection.execute(pairs)).get("a", 0)
             made = machine.back_up(tmp_path / f"{number}.tar.gz")
             with tarfile.open(made.path) as archive:
                 archive.extract("atelier.db", tmp_path / str(number), filter="data")
             with closing(sqlite3.connect(tmp_path / str(number) / "atelier.db")) as connection:
                 assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-                halves = dict(
-                    connection.execute(
-                        "SELECT substr(name, -1), count(*) FROM settings WHERE value LIKE 'xx%' GROUP BY 1"
-                    )
-                )
+                halves = dict(connection.execute(pairs))
             assert halves.get("a") == halves.get("b")
             counts.append(halves.get("a", 0))
+            assert counts[-1] >= done, "what was in the log only is in it"
         assert writer.poll() is None
         assert counts == sorted(counts) and counts[0] < counts[-1], "it went on all the while"
     finally:
@@ -562,8 +562,8 @@ def test_a_crash_anywhere_leaves_the_old_state_or_the_new_one(machine: Machine, 
     assert own.read_bytes() == before
     left = {path.name for path in machine.data.root.iterdir() if path.name.startswith(".")}
     assert left == set(), "what a crash left half-way is gone"
-    twice = [path for path in machine.data.root.glob("atelier.db.replaced-*") if path.samefile(machine.data.database)]
-    assert twice == []
+    kept = [path.stat().st_ino for path in machine.data.root.glob("atelier.db.replaced-*")]
+    assert len(kept) == len(set(kept)), "none is a second name of another"
 
 
 def test_a_crash_on_a_new_machine_leaves_nothing_or_all(machine: Machine, tmp_path: Path) -> None:

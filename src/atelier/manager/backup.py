@@ -46,6 +46,7 @@ class Backup:
 
     path: Path
     size_bytes: int
+    holds_key: bool
     manifest: Manifest
 
 
@@ -76,7 +77,7 @@ def take_backup(data: DataLayout, images: Path, target: Path, *, with_disks: boo
         with os.fdopen(descriptor, "wb") as file:
             archive = ArchiveWriter(file)
             _add_file(archive, DATABASE, database)
-            if data.token_file.exists():
+            if holds_key := data.token_file.exists():
                 _add_file(archive, TOKEN, data.token_file)
             disks = _Disks(data, images, archive)
             volumes = [entry for each in sandboxes if (entry := disks.enter(each, included=with_disks)) is not None]
@@ -98,7 +99,7 @@ def take_backup(data: DataLayout, images: Path, target: Path, *, with_disks: boo
         _check_target(target, force=force)
         unfinished.replace(target)
         sync_folder(target.parent)
-    return Backup(target, size_bytes, manifest)
+    return Backup(target, size_bytes, holds_key, manifest)
 
 
 def _check_target(target: Path, *, force: bool) -> None:

@@ -16,6 +16,8 @@ from atelier.manager.restore import Restored, restore_backup
 from atelier.model.errors import HostError
 from atelier.model.layout import DataLayout
 
+_SHOWN_NAMES = 20
+
 
 def run_backup(settings: Settings, target: str, *, with_disks: bool, force: bool, as_json: bool) -> int:
     """Write the backup and tell what is in it; returns the exit status."""
@@ -50,7 +52,8 @@ def _tell_backup(made: Backup, *, with_disks: bool) -> list[str]:
     left_out = [entry for entry in manifest.volumes if entry.left_out]
     lines = [
         f"wrote {made.path}: {_mib(made.size_bytes)}",
-        f"in it: the database ({_count(manifest.sandboxes, 'sandbox', 'sandboxes')}) and the key; keep it as you keep the key",
+        f"in it: the database ({_count(manifest.sandboxes, 'sandbox', 'sandboxes')})"
+        + (" and the key; keep it as you keep the key" if made.holds_key else "; there is no key yet"),
     ]
     if included:
         lines.append(f"in it: the {_disks(included)}")
@@ -60,6 +63,11 @@ def _tell_backup(made: Backup, *, with_disks: bool) -> list[str]:
         lines.append(f"not in it: the {_disks(left_out)}")
         lines += [f"  {entry.name}: {entry.left_out}" for entry in left_out]
     return lines
+
+
+def _list(names: list[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more (--json names all)" if more > 0 else "")
 
 
 def _restored_document(restored: Restored) -> dict[str, Any]:
@@ -83,13 +91,13 @@ def _tell_restored(restored: Restored) -> list[str]:
         (restored.unowned_disks, "disks that belong to no sandbox of this backup, and stay in the data folder"),
     ):
         if names:
-            lines.append(f"{words}: {', '.join(names)}")
+            lines.append(f"{words}: {_list(names)}")
     return [*lines, "start with `atelier up`"]
 
 
 def _disks(entries: list[VolumeEntry]) -> str:
     used = _mib(sum(entry.used_bytes for entry in entries))
-    return f"{_count(len(entries), 'disk', 'disks')} of {', '.join(entry.name for entry in entries)} ({used} in all)"
+    return f"{_count(len(entries), 'disk', 'disks')} of {_list([entry.name for entry in entries])} ({used} in all)"
 
 
 def _count(number: int, one: str, many: str) -> str:

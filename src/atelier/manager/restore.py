@@ -95,7 +95,7 @@ class _Restore:
 
         restored = Restored(manifest)
         self._place_disks(included, restored)
-        restored.key_kept = not self._place_token()
+        restored.key_kept = not self._place_token() and self._data.token_file.exists()
         restored.replaced = self._replace_database(present)
         self._compare_disks(restored)
         return restored
