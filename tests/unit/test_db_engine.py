@@ -214,22 +214,10 @@ async def test_closed_is_said(database: Database) -> None:
         pass
 
 
-async def test_a_copy_is_whole(database: Database, tmp_path: Path) -> None:
-    await database.write(put("a"))
-    await database.back_up(tmp_path / "copy.db")
-    copy = Database(tmp_path / "copy.db")
-    copy.open()
-    assert names(copy) == ["a"]
-    copy.close()
-    with pytest.raises(HostError) as failed:
-        await database.back_up(tmp_path / "absent" / "copy.db")
-    assert failed.value.code == "backup_failed"
-
-
 async def test_migrations_end_in_the_same_tables_as_a_new_file(database: Database, tmp_path: Path) -> None:
     migrated = tmp_path / "migrated.db"
     made = Database(migrated)
-    connection = made._connect()
+    connection = made._connect(migrated)
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     schema.migrate(connection)
     connection.commit()

@@ -270,20 +270,34 @@ async def test_an_event_of_a_failed_transaction_never_was(database: Database) ->
         assert Outbox(database).bounds(connection) == (0, 0)
 
 
-async def test_old_events_go_and_ids_are_never_used_again(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_old_events_go_a_few_at_a_time_and_ids_are_never_used_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(outbox, "KEPT_EVENTS", 100)
+    events = Outbox(database)
 
     def append(connection: Connection) -> None:
         for _ in range(1000):
-            Outbox(database).append(connection, "k", None, {})
+            events.append(connection, "k", None, {})
+
+    async def trim(now: datetime) -> int:
+        return await database.write(lambda connection: events.trim(connection, now, 400))
+
+    def bounds() -> tuple[int, int]:
+        with database.read() as connection:
+            return events.bounds(connection)
 
     await database.write(append)
-    with database.read() as connection:
-        oldest, newest = Outbox(database).bounds(connection)
-    assert newest == 1000
-    assert 668 - 100 <= oldest <= 900
+    soon = datetime.now(UTC)
+    assert [await trim(soon) for _ in range(4)] == [400, 400, 100, 0]
+    assert bounds() == (901, 1000)
+    assert await trim(soon + outbox.KEPT_FOR - timedelta(minutes=1)) == 0
+    assert await trim(soon + outbox.KEPT_FOR + timedelta(minutes=1)) == 99
+    assert bounds() == (1000, 1000), "the newest stays, however old it is"
+    assert await trim(soon + 2 * outbox.KEPT_FOR) == 0
     await database.write(lambda connection: connection.exec_driver_sql("DELETE FROM outbox"))
-    assert await database.write(lambda connection: Outbox(database).append(connection, "k", None, {})) == 1001
+    assert await trim(soon) == 0
+    assert await database.write(lambda connection: events.append(connection, "k", None, {})) == 1001
 
 
 async def test_a_tail_wakes_without_polling(database: Database) -> None:

@@ -27,6 +27,8 @@ COMMANDS = {
     "rm": LazyCommand(f"{_COMMANDS}.rm:rm", "Destroy sandboxes."),
     "image": LazyCommand(f"{_COMMANDS}.image:image", "Build and list images."),
     "events": LazyCommand(f"{_COMMANDS}.events:events", "Follow what happens to sandboxes."),
+    "backup": LazyCommand(f"{_COMMANDS}.backup:backup", "Save the database and the key, on request disks too."),
+    "restore": LazyCommand(f"{_COMMANDS}.restore:restore", "Bring a backup back, here or on another machine."),
     "doctor": LazyCommand(f"{_COMMANDS}.doctor:doctor", "Check whether this machine is fit, and say what is missing."),
     "version": LazyCommand(f"{_COMMANDS}.version:version", "Show the versions of this program and of the manager."),
 }

@@ -7,6 +7,7 @@ the loop; a write's fsync never does. Settings: WAL, ``synchronous=FULL``, ``for
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Generator
@@ -18,7 +19,11 @@ from sqlalchemy import Connection, NullPool, create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from atelier.db import schema
-from atelier.db.writer import Writer, signal, translate_error
+from atelier.db.examination import examine
+from atelier.db.refusals import RESTORE_HINT, translate_error
+from atelier.db.tables import SCHEMA_REVISION
+from atelier.db.writer import Writer, signal
+from atelier.host.files import disk_full, sync_folder
 from atelier.model.errors import HostError
 
 __all__ = ["Connection", "Database", "Subscription", "signal"]
@@ -57,30 +62,75 @@ class Database:
         self._subscriptions: dict[str, set[Subscription]] = {}
 
     def open(self) -> None:
-        """Called on the event loop that will use it. Create the file (mode 0600) or bring it to this version's form, and start writing.
+        """Called on the event loop that will use it. Make the file (mode 0600), or bring it to this version's form, and
+        start writing. A file that is refused keeps its bytes.
 
-        Raises HostError: ``database_too_new``, ``database_damaged``, ``database_unusable``; DiskFullError.
+        Raises HostError: ``database_too_new``, ``database_damaged``, ``database_unusable``, ``database_busy``;
+        DiskFullError.
         """
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if os.path.lexists(self.path):
+                revision = examine(self.path).revision
+            else:
+                self._create()
+                revision = SCHEMA_REVISION
+            # Without this SQLite would take a file that it may only read, and say so at the first write.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CLOEXEC))
+            connection = self._connect(self.path)
+            try:
+                # Also finds out now, and not at the first write, that another program holds the file.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                if revision < SCHEMA_REVISION:
+                    schema.migrate(connection)
+                connection.commit()
+                connection.exec_driver_sql("PRAGMA query_only = ON")
+                connection.rollback()
+            except BaseException:
+                connection.close()
+                raise
         except OSError as error:
-            raise HostError(
-                f"cannot open the database {self.path}: {error.strerror}",
-                code="database_unusable",
-                hint="check the owner and permissions of ATELIER_DATA_DIR",
-            ) from error
-        try:
-            connection = self._connect()
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            schema.ensure_current(connection)
-            connection.commit()
-            connection.exec_driver_sql("PRAGMA query_only = ON")
-            connection.rollback()
+            raise self._unusable(error) from error
         except SQLAlchemyError as error:
             raise translate_error(error) from error
         self._reader = connection
-        self._writer.start(self._connect(any_thread=True))
+        self._writer.start(self._connect(self.path, any_thread=True))
+
+    def _create(self) -> None:
+        """Under another name first: a database that has its name is whole, and an empty file is never ours."""
+        log = Path(f"{self.path}-wal")
+        if log.exists() and log.stat().st_size > 0:
+            raise HostError(
+                f"the database {self.path} is missing, but its log {log.name} is there",
+                code="database_damaged",
+                hint=RESTORE_HINT,
+            )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_name(f"{self.path.name}.new")
+        try:
+            _remove_database(unfinished)
+            os.close(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            connection = self._connect(unfinished)
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                schema.create(connection)
+                connection.commit()
+            finally:
+                connection.close()
+            unfinished.rename(self.path)
+            sync_folder(self.path.parent)
+        except BaseException:
+            _remove_database(unfinished)
+            raise
+
+    def _unusable(self, error: OSError) -> HostError:
+        doing = f"opening the database {self.path}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return disk_full(doing)
+        return HostError(
+            f"cannot open the database {self.path}: {error.strerror}",
+            code="database_unusable",
+            hint="check the owner and permissions of ATELIER_DATA_DIR, and that its file system is not mounted read-only",
+        )
 
     def close(self) -> None:
         """Finish pending writes (a moment) and let go of the file. Closing twice does nothing."""
@@ -121,27 +171,6 @@ class Database:
             raise HostError("the database is closed", code="database_unusable")
         return cast(_T, await self._writer.submit(function))
 
-    async def back_up(self, destination: Path) -> None:
-        """Write a consistent copy of the whole database into a new file, while work goes on."""
-
-        def copy() -> None:
-            source = sqlite3.connect(self.path)
-            target = sqlite3.connect(destination)
-            try:
-                source.backup(target)
-            finally:
-                source.close()
-                target.close()
-
-        try:
-            await asyncio.to_thread(copy)
-        except sqlite3.Error as error:
-            raise HostError(
-                f"the database could not be copied to {destination}: {error}",
-                code="backup_failed",
-                hint="check that the folder exists, can be written and has room",
-            ) from error
-
     @contextmanager
     def subscribe(self, topic: str) -> Generator[Subscription, None, None]:
         """Be woken after each commit that called ``signal(connection, topic)``."""
@@ -160,11 +189,11 @@ class Database:
             for subscription in self._subscriptions.get(topic, ()):
                 subscription.wake()
 
-    def _connect(self, *, any_thread: bool = False) -> Connection:
+    def _connect(self, path: Path, *, any_thread: bool = False) -> Connection:
         def connect() -> sqlite3.Connection:
             # isolation_level None: transactions begin where we say, not where the module guesses.
             connection = sqlite3.connect(
-                self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=not any_thread
+                path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=not any_thread
             )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
@@ -172,3 +201,8 @@ class Database:
             return connection
 
         return create_engine("sqlite://", creator=connect, poolclass=NullPool).connect()
+
+
+def _remove_database(path: Path) -> None:
+    for ending in ("", "-wal", "-shm", "-journal"):
+        Path(f"{path}{ending}").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """The outbox: events, written in the transaction of what they tell of, read by the event stream.
 
-``lifecycle`` appends; ``services`` reads and subscribes. Ids only grow, so a client resumes from the last one it saw. The
-newest ``KEPT_EVENTS`` are kept.
+``lifecycle`` appends; ``services`` reads, subscribes and trims. Ids only grow, so a client resumes from the last one it
+saw. What is older than ``KEPT_FOR``, and all but the newest ``KEPT_EVENTS``, go; the newest event of all stays, so that
+the ids which were given out are known.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
@@ -17,8 +18,8 @@ from sqlalchemy import Connection, delete, func, insert, select
 from atelier.db.engine import Database, Subscription, signal
 from atelier.db.tables import outbox
 
-KEPT_EVENTS = 10_000
-_PRUNE_EVERY = 256
+KEPT_EVENTS = 100_000
+KEPT_FOR = timedelta(days=7)
 _TOPIC = "outbox"
 
 _INSERT = insert(outbox)
@@ -42,13 +43,11 @@ class Outbox:
         self._database = database
 
     def append(self, connection: Connection, kind: str, sandbox_id: str | None, payload: dict[str, Any]) -> int:
-        """Add an event; returns its id. Prunes now and then."""
+        """Add an event; returns its id."""
         values = {"at": datetime.now(UTC), "kind": kind, "sandbox_id": sandbox_id, "payload": payload}
         result = connection.execute(_INSERT, values)
         assert result.inserted_primary_key is not None
         event_id = int(result.inserted_primary_key[0])
-        if event_id % _PRUNE_EVERY == 0:
-            connection.execute(delete(outbox).where(outbox.c.id <= event_id - KEPT_EVENTS))
         signal(connection, _TOPIC)
         return event_id
 
@@ -63,8 +62,22 @@ class Outbox:
     def bounds(self, connection: Connection) -> tuple[int, int]:
         """The oldest and the newest id that is kept, both 0 if there is none. A reader that wants to go on from before
         the oldest has missed something."""
-        row = connection.execute(select(func.min(outbox.c.id), func.max(outbox.c.id))).one()
+        # Two queries in one: SQLite looks up one minimum or maximum, and for both together reads the whole table.
+        oldest = select(func.min(outbox.c.id)).scalar_subquery()
+        newest = select(func.max(outbox.c.id)).scalar_subquery()
+        row = connection.execute(select(oldest, newest)).one()
         return row[0] or 0, row[1] or 0
+
+    def trim(self, connection: Connection, now: datetime, limit: int) -> int:
+        """Delete at most ``limit`` of the oldest events that need not be kept; returns how many went."""
+        oldest, newest = self.bounds(connection)
+        window = select(outbox.c.id, outbox.c.at).order_by(outbox.c.id).limit(limit)
+        last = oldest - 1
+        for row in connection.execute(window):
+            if row.id == newest or (row.id > newest - KEPT_EVENTS and row.at >= now - KEPT_FOR):
+                break
+            last = row.id
+        return connection.execute(delete(outbox).where(outbox.c.id <= last)).rowcount
 
     @contextmanager
     def subscribe(self) -> Generator[Subscription, None, None]:

@@ -1,4 +1,4 @@
-"""The one thread that writes, and the errors of SQLite in our words.
+"""The one thread that writes.
 
 Used by ``engine``. Functions that wait while a commit is on its way to the disk share the next one (group commit): each
 still stands or falls alone, by a savepoint, and none is told that it succeeded before the shared commit is durable.
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from atelier.model.errors import DiskFullError, HostError
+from atelier.db.refusals import translate_error
 
 _logger = logging.getLogger(__name__)
 
@@ -28,32 +28,6 @@ _TOPICS = "atelier_topics"
 def signal(connection: Connection, topic: str) -> None:
     """Once this transaction is on disk, wake those who are subscribed to ``topic``."""
     connection.info.setdefault(_TOPICS, set()).add(topic)
-
-
-def translate_error(error: SQLAlchemyError) -> HostError:
-    """What SQLite said, as an error with a remedy."""
-    text = str(error.orig) if isinstance(error, DBAPIError) else str(error)
-    if "disk is full" in text or "disk I/O error" in text:
-        return DiskFullError(f"the database could not be written: {text}", hint="free space below ATELIER_DATA_DIR")
-    if "readonly" in text or "unable to open" in text:
-        return HostError(
-            f"the database cannot be used: {text}",
-            code="database_unusable",
-            hint="check the owner and permissions of ATELIER_DATA_DIR",
-        )
-    if "locked" in text:
-        return HostError(
-            f"the database stayed locked: {text}",
-            code="database_busy",
-            hint="end the other program that has atelier.db open",
-        )
-    if "not a database" in text or "malformed" in text:
-        return HostError(
-            f"the database is damaged: {text}",
-            code="database_damaged",
-            hint="restore atelier.db from a backup, or move it away to begin a new one",
-        )
-    return HostError(f"the database refused: {text}", code="database_error", hint="see the manager's log")
 
 
 @dataclass(slots=True)

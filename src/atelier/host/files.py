@@ -18,6 +18,7 @@ from pathlib import Path
 from atelier.model.errors import AlreadyRunningError, DiskFullError, HostError
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_ALLOWED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class FolderLock:
@@ -44,7 +45,7 @@ def lock_folder(lock_file: Path) -> FolderLock:
     The file stays when the lock is released: removing it would let two holders lock two files of the same name.
     Raises AlreadyRunningError, with the holder's pid where it is known.
     """
-    with disk_full_as_error(f"locking {lock_file.parent}"):
+    with refusal_as_error(f"locking {lock_file.parent}"):
         descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
@@ -70,7 +71,7 @@ def ensure_private_folder(folder: Path) -> None:
 
     Raises HostError (``folder_not_ours``) when it belongs to somebody else or is a symbolic link, as it could in /tmp.
     """
-    with disk_full_as_error(f"making the folder {folder}"):
+    with refusal_as_error(f"making the folder {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
@@ -82,16 +83,17 @@ def ensure_private_folder(folder: Path) -> None:
             hint="remove it, or choose another place",
         )
     if stat.S_IMODE(found.st_mode) != 0o700:
-        folder.chmod(0o700)
+        with refusal_as_error(f"closing the folder {folder} to others"):
+            folder.chmod(0o700)
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Replace ``path`` with ``content``: a reader sees the old or the new whole, with ``durable`` also after a power
     cut (which waits for the disk; without it the file is for this boot only).
 
-    Raises DiskFullError.
+    Raises DiskFullError, HostError (``not_writable``).
     """
-    with disk_full_as_error(f"writing {path}"):
+    with refusal_as_error(f"writing {path}"):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -104,6 +106,15 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o600, durable: 
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk: a rename alone may be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def free_bytes(folder: Path) -> int:
@@ -120,6 +131,22 @@ def disk_full_as_error(doing: str) -> Generator[None]:
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise disk_full(doing) from error
+        raise
+
+
+@contextlib.contextmanager
+def refusal_as_error(doing: str) -> Generator[None]:
+    """As ``disk_full_as_error``, and turn missing rights and read-only file systems into HostError (``not_writable``)."""
+    try:
+        with disk_full_as_error(doing):
+            yield
+    except OSError as error:
+        if error.errno in _NOT_ALLOWED:
+            raise HostError(
+                f"{doing} was refused: {error.strerror}",
+                code="not_writable",
+                hint="check owner and permissions, and that the file system is not mounted read-only",
+            ) from error
         raise
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -18,6 +19,7 @@ import uvloop
 
 import atelier
 from atelier.config.settings import Settings, load_settings
+from atelier.manager.backup_commands import run_backup, run_restore
 from atelier.manager.doctor import run_doctor
 from atelier.manager.installation import Installation
 from atelier.manager.server import Server
@@ -34,11 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = load_settings(mode=options.mode, data_dir=options.data_dir, listen=options.listen)
         if options.doctor:
             return run_doctor(settings, as_json=options.json)
+        if options.backup:
+            return run_backup(
+                settings, options.backup, with_disks=options.with_disks, force=options.force, as_json=options.json
+            )
+        if options.restore:
+            return run_restore(settings, options.restore, as_json=options.json)
         logs.configure(settings.log_level, "json" if options.log_format == "json" else "line")
         if options.down:
             return uvloop.run(_end_sandboxes(settings, options.down))
         return uvloop.run(_serve(settings, options.on_exit))
     except AtelierError as error:
+        if options.json:
+            document = {"code": error.code, "message": error.message, "hint": error.hint}
+            sys.stderr.write(json.dumps(document, ensure_ascii=False) + "\n")
+            return 1
         sys.stderr.write(f"error: {error.message}\n")
         if error.hint:
             sys.stderr.write(f"hint: {error.hint}\n")
@@ -108,7 +120,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     parser.add_argument("--doctor", action="store_true", help="check this machine instead, and change nothing")
-    parser.add_argument("--json", action="store_true", help="with --doctor: print JSON")
+    parser.add_argument("--backup", default="", metavar="FILE", help="write a backup instead: see `atelier backup`")
+    parser.add_argument("--with-disks", action="store_true", help="with --backup: disks of sandboxes that do not run")
+    parser.add_argument("--force", action="store_true", help="with --backup: replace FILE")
+    parser.add_argument("--restore", default="", metavar="FILE", help="bring a backup back: see `atelier restore`")
+    parser.add_argument("--json", action="store_true", help="with these: print JSON")
     parser.add_argument("--version", action="version", version=f"atelier {atelier.__version__}")
     return parser.parse_args(arguments)
 

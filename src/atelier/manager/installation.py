@@ -36,6 +36,7 @@ _CONSOLE_TRIM_SECONDS = 10.0
 _RECONCILE_SECONDS = 30.0
 _TIME_LIMIT_SECONDS = 5.0
 _CLOCK_SECONDS = 60.0
+_EVENT_TRIM_SECONDS = 60.0
 _DRAIN_SECONDS = 30.0
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
@@ -89,6 +90,7 @@ class Installation:
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
                 (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
                 (_CLOCK_SECONDS, fleet.keep_clocks),
+                (_EVENT_TRIM_SECONDS, services.events.trim),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
             application = create_application(services, token, frozenset({address.host}))
@@ -171,7 +173,7 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     return token
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
     """A background loop. Its body failing is told, and does not end it."""
     while True:
         await asyncio.sleep(seconds)

@@ -37,6 +37,15 @@ class DataLayout:
     def volumes(self) -> Path:
         return self.root / "volumes"
 
+    def volume(self, sandbox_id: str) -> Path:
+        """The root disk of a sandbox, where disks are files."""
+        return self.volumes / f"{sandbox_id}.qcow2"
+
+    @property
+    def bases(self) -> Path:
+        """Images that volumes stand over, kept beside them."""
+        return self.volumes / "bases"
+
     @property
     def consoles(self) -> Path:
         return self.root / "consoles"

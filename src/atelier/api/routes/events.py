@@ -25,8 +25,10 @@ async def stream_events(
     sandbox: Annotated[str, Query(max_length=64, description="only events of this sandbox (its id)")] = "",
     last_event_id: Annotated[str, Header()] = "",
 ) -> StreamingResponse:
-    """Follow events. With `Last-Event-ID` the stream goes on behind that event; without, it begins now. Where events
-    in between are no longer kept, the first event is `stream.gap`."""
+    """Follow events. With `Last-Event-ID` the stream goes on behind that event; without, it begins now. Events are kept
+    for seven days, and at most 100,000. Where some are missing, `stream.gap` stands in their place, with
+    `first_lost_id`, `last_lost_id` and a `reason`: `trimmed`, or `unknown_id` if this manager never gave out the id that
+    was sent (its database began anew, or is an older one brought back). List the sandboxes again then."""
     if last_event_id and not last_event_id.isdigit():
         raise InvalidRequestError(f"Last-Event-ID is {last_event_id!r}", hint="send the id of an event, a number")
     after = int(last_event_id) if last_event_id else None
