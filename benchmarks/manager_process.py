@@ -43,6 +43,7 @@ def running_manager(folder: Path, mode: str, accelerator: str, cache_dir: Path) 
         "ATELIER_ACCELERATOR": accelerator,
     }
     arguments = ["-P", "-m", "atelier.manager", "--mode", mode, "--data-dir", str(data_dir), "--listen", "127.0.0.1:0"]
+    arguments += ["--on-exit", "destroy"]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments],

@@ -143,7 +143,7 @@ class OwnAtelier:
             self._process = subprocess.Popen(
                 # However this program ends, its manager is told to end too.
                 [
-                    *("setpriv", "--pdeathsig", "INT", str(ATELIER), "up"),
+                    *("setpriv", "--pdeathsig", "INT", str(ATELIER), "up", "--on-exit", "destroy"),
                     *("--data-dir", str(self.data_dir), "--listen", "127.0.0.1:0"),
                 ],
                 env=environment,

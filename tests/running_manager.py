@@ -13,6 +13,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -50,7 +51,7 @@ def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningMan
     environment.pop("ATELIER_API_URL", None)
     log = (folder / "manager.log").open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", *options],
+        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -87,6 +88,83 @@ def stop_manager(manager: RunningManager) -> int:
     except subprocess.TimeoutExpired:
         manager.process.kill()
         raise
+
+
+class LocalInstallation:
+    """Real machines below one folder, whose manager may be killed, ended and started again by the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manager = self.start()
+
+    def start(self, *options: str) -> RunningManager:
+        """A manager that leaves its sandboxes alone when it ends."""
+        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode="local")
+        return self.manager
+
+    def kill(self) -> None:
+        self.manager.process.kill()
+        self.manager.process.wait()
+
+    def end(self) -> str:
+        """End it in order; what it said."""
+        self.manager.process.send_signal(signal.SIGTERM)
+        assert self.manager.process.wait(120) == 0, self.manager.log.read_text()
+        return self.manager.log.read_text()
+
+    def call(self, method: str, path: str, body: object = None, *, expected: int = 200) -> dict[str, Any]:
+        """One request to the API; its JSON."""
+        with self.manager.client() as client:
+            answer = client.request(method, f"/api/v1{path}", json=body, timeout=600)
+        assert answer.status_code == expected, answer.text
+        return answer.json() if answer.content else {}
+
+    def create(self, name: str, **wishes: object) -> dict[str, Any]:
+        path = "/sandboxes?wait=true&timeout_seconds=600"
+        row = self.call("POST", path, {"name": name, "memory_mib": 256, **wishes}, expected=201)
+        assert row["state"] == "running", row
+        return row
+
+    def run(self, name: str, script: str, *, user: str = "") -> str:
+        """What a shell script prints in the sandbox; it must succeed."""
+        body = {"command": ["sh", "-c", script], "user": user}
+        result = self.call("POST", f"/sandboxes/{name}/run", body)
+        assert result["exit_code"] == 0, result
+        return str(result["stdout"])
+
+
+@contextmanager
+def local_installation() -> Generator[LocalInstallation]:
+    """An installation of its own; all of it is gone in the end, and nothing may be left. Skipped where there is no
+    QEMU."""
+    if NO_QEMU:
+        pytest.skip(NO_QEMU)
+    with tempfile.TemporaryDirectory(prefix="atl-") as folder:
+        made = LocalInstallation(Path(folder))
+        try:
+            yield made
+        finally:
+            if made.manager.process.poll() is None:
+                made.kill()
+            status = stop_manager(start_manager(Path(folder), mode="local"))
+        assert status == 0
+        assert not made.manager.run_dir.exists(), "sockets and folders are gone with the manager"
+        assert list((Path(folder) / "data" / "volumes").glob("*.qcow2")) == []
+        assert processes_naming(folder) == []
+
+
+def processes_naming(text: str) -> list[str]:
+    """Command lines of the processes that name ``text``, this one's aside."""
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if text in line:
+                found.append(line)
+    return found
 
 
 @contextmanager

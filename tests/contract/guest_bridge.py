@@ -78,6 +78,8 @@ class GuestBridge:
                 server.close()
                 self.channel_socket(sandbox_id).unlink(missing_ok=True)
             return {"ok": True}
+        if request["operation"] == "list":
+            return {"ok": True, "channels": [{"sandbox_id": attached} for attached in self._channels]}
         if not Path(request["socket_path"]).exists():
             return {"ok": False, "code": "no_such_socket", "message": "there is no such socket"}
         if sandbox_id not in self._channels:

@@ -27,6 +27,7 @@ def test_health_and_metrics(agent: RunningAgent) -> None:
 def test_a_listener_has_no_control_services(agent: RunningAgent) -> None:
     assert httpx.post(f"{agent.url}/init", json={}).status_code == 404
     assert httpx.post(f"{agent.url}/atelier.v1.Control/Shutdown", json={}).status_code == 404
+    assert httpx.post(f"{agent.url}/atelier.v1.Control/SetClock", json={}).status_code == 404
 
 
 def test_init_sets_token_environment_user_and_folder(tmp_path: Path) -> None:
@@ -53,6 +54,16 @@ def test_init_sets_token_environment_user_and_folder(tmp_path: Path) -> None:
         )
         result = agent.commands.run("echo $GREETING; pwd -P")
         assert result.stdout.splitlines() == ["hello", str(tmp_path.resolve())]
+        for message in ({"offsetNs": "x"}, {"offsetNs": 1}, {"offsetNs": "9" * 20}, {"offsetNs": "--1"}):
+            wrong = httpx.post(
+                f"{agent.url}/atelier.v1.Control/SetClock", json=message, headers={"X-Access-Token": "secret"}
+            )
+            assert wrong.json()["code"] == "invalid_argument"
+        for message in ({}, {"offsetNs": str(-3600 * 10**9)}, {"offsetNs": str(3600 * 10**9)}):
+            clock = httpx.post(
+                f"{agent.url}/atelier.v1.Control/SetClock", json=message, headers={"X-Access-Token": "secret"}
+            )
+            assert abs(int(clock.json()["timeNs"]) - time.time_ns()) < 60 * 10**9, "told, and nothing set here"
         refused = httpx.post(f"{agent.url}/atelier.v1.Control/Shutdown", json={}, headers={"X-Access-Token": "secret"})
         assert refused.json()["code"] == "failed_precondition"
 

@@ -118,6 +118,12 @@ async def test_offering_twice_and_taking_away_twice(ground: Ground) -> None:
         await ground.driver.wait_ready(BOX, 0.2)
 
 
+async def test_offered_channels_are_listed(ground: Ground) -> None:
+    assert await ground.driver.list_channels() == [BOX]
+    await ground.driver.ensure_channel_absent(BOX)
+    assert await ground.driver.list_channels() == []
+
+
 async def test_an_unknown_sandbox_is_unreachable(ground: Ground) -> None:
     with pytest.raises(GuestUnreachableError):
         await ground.driver.metrics("mmmmmmmmmmmm")
@@ -137,6 +143,43 @@ async def test_initialize_and_metrics(ground: Ground) -> None:
     assert 0 < metrics.memory_used_bytes < metrics.memory_total_bytes
     assert 0 <= metrics.disk_used_bytes < metrics.disk_total_bytes
     assert metrics.uptime_seconds >= 0
+
+
+async def test_a_clock_that_is_right(ground: Ground) -> None:
+    assert abs(await ground.driver.synchronize_clock(BOX)) < 5
+    with pytest.raises(GuestUnreachableError):
+        await ground.driver.synchronize_clock("mmmmmmmmmmmm")
+
+
+async def test_shutting_down_an_unknown_sandbox(ground: Ground) -> None:
+    with pytest.raises(GuestUnreachableError):
+        await ground.driver.shut_down("mmmmmmmmmmmm")
+
+
+async def test_the_fake_guest_shuts_down_as_told() -> None:
+    guests = FakeGuests()
+    await guests.ensure_channel(BOX, GuestEndpoint("fake", Path("/nonexistent")), TOKEN)
+    stopped: list[str] = []
+    guests.on_shut_down = stopped.append
+    async with guests.start_process(BOX, ProcessSpec(("sleep", "1000"))):
+        guests.ignores_shut_down = True
+        await guests.shut_down(BOX)
+        assert len(await guests.list_processes(BOX)) == 1
+        guests.ignores_shut_down = False
+        await guests.shut_down(BOX)
+        assert stopped == [], "the guest agrees first"
+        await asyncio.sleep(0)
+        assert stopped == [BOX]
+        assert await guests.list_processes(BOX) == []
+    await guests.close()
+
+
+async def test_the_fake_guests_clock_is_off_as_told() -> None:
+    guests = FakeGuests()
+    await guests.ensure_channel(BOX, GuestEndpoint("fake", Path("/nonexistent")), TOKEN)
+    guests.set_clock_offset(BOX, -5.0)
+    assert await guests.synchronize_clock(BOX) == -5.0
+    assert await guests.synchronize_clock(BOX) == 0.0
 
 
 # Processes.

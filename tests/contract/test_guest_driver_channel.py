@@ -157,3 +157,30 @@ async def test_rights_are_told(bridged: tuple[AgentGuests, GuestBridge, AgentPro
             pass
     with pytest.raises(GuestError):
         await driver.stat(BOX, b"/", "no-such-user")
+
+
+async def test_an_agent_that_keeps_off_its_system_does_not_shut_it_down(
+    bridged: tuple[AgentGuests, GuestBridge, AgentProcess],
+) -> None:
+    driver, _, agent = bridged
+    with pytest.raises(GuestError, match="keep off the system"):
+        await driver.shut_down(BOX)
+    assert (await driver.stat(BOX, b"/")).raw_path == b"/"
+    await agent.kill()
+    with pytest.raises(GuestUnreachableError):
+        await driver.shut_down(BOX)
+
+
+async def test_channels_are_listed_by_the_gateway_only(
+    bridged: tuple[AgentGuests, GuestBridge, AgentProcess],
+) -> None:
+    driver, bridge, agent = bridged
+    await driver.ensure_channel("mmmmmmmmmmmm", GuestEndpoint("virtio_serial", agent.socket_path), "token")
+    other = AgentGuests(bridge.channel_socket, bridge.gateway_socket)
+    assert await other.list_channels() == [BOX, "mmmmmmmmmmmm"], "whoever attached them"
+    await bridge.close()
+    bridge.gateway_socket.unlink(missing_ok=True)
+    with pytest.raises(GuestUnreachableError) as refusal:
+        await other.list_channels()
+    assert refusal.value.code == "gateway_unreachable"
+    await other.close()

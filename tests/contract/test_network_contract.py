@@ -39,6 +39,16 @@ async def test_the_absent_slot_of_an_unknown_sandbox(network: NetworkDriver) -> 
     await network.ensure_slot_absent(OTHER)
 
 
+async def test_no_slot_is_held_after_it_was_given_back(network: NetworkDriver) -> None:
+    await network.ensure_slot(SANDBOX)
+    await network.ensure_slot(OTHER)
+    assert await network.list_slots() in ([], [SANDBOX, OTHER]), "a driver may hold nothing at all for a slot"
+    await network.ensure_slot_absent(OTHER)
+    assert OTHER not in await network.list_slots()
+    await network.ensure_slot_absent(SANDBOX)
+    assert await network.list_slots() == []
+
+
 async def test_the_fake_fails_as_told() -> None:
     network = FakeNetwork()
     network.faults.fail_next("ensure_slot")

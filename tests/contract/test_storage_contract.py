@@ -16,7 +16,7 @@ from tests.real_machines import missing_programs
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.storage.qcow2 import Qcow2Storage
-from atelier.model.errors import DiskFullError, HostError, InvalidRequestError, MissingProgramError
+from atelier.model.errors import DiskFullError, HostError, InvalidRequestError, MissingProgramError, NotFoundError
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile, VolumeRequest
 
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -48,7 +48,7 @@ def qcow2(tmp_path: Path) -> Qcow2Storage:
 async def test_a_volume_stands_over_its_base(storage: StorageDriver, base: DiskFile) -> None:
     disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
     assert disk.serial == ROOT_DISK_SERIAL
-    assert disk.backing == (base,)
+    assert [(file.path.name, file.format) for file in disk.backing] == [(base.path.name, base.format)]
     assert not disk.read_only
     assert disk.top.path != base.path
 
@@ -83,12 +83,39 @@ async def test_a_disk_below_the_base_is_refused(storage: StorageDriver, base: Di
     await storage.ensure_volume(VolumeRequest(SANDBOX, base, BASE_MIB))
 
 
+async def test_a_volume_is_found_as_it_was_made(storage: StorageDriver, base: DiskFile) -> None:
+    assert await storage.find_volume(SANDBOX) is None
+    disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    assert await storage.find_volume(SANDBOX) == disk
+    assert await storage.find_volume(OTHER) is None
+    await storage.ensure_volume_absent(SANDBOX)
+    assert await storage.find_volume(SANDBOX) is None
+
+
+async def test_a_volume_grows_and_never_shrinks(storage: StorageDriver, base: DiskFile) -> None:
+    with pytest.raises(NotFoundError) as absent:
+        await storage.grow_volume(SANDBOX, 64)
+    assert absent.value.code == "volume_not_found"
+    disk = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.grow_volume(SANDBOX, 64)
+    await storage.grow_volume(SANDBOX, 96)
+    await storage.grow_volume(SANDBOX, 96)
+    with pytest.raises(InvalidRequestError) as refusal:
+        await storage.grow_volume(SANDBOX, 95)
+    assert refusal.value.code == "disk_cannot_shrink"
+    assert await storage.find_volume(SANDBOX) == disk
+
+
 @pytest.mark.parametrize("name", ["../escape", "", "aaaaaaaaaaaa.qcow2", "AAAAAAAAAAAA"])
 async def test_what_is_no_id_is_refused(storage: StorageDriver, base: DiskFile, name: str) -> None:
     with pytest.raises(InvalidRequestError):
         await storage.ensure_volume(VolumeRequest(name, base, 64))
     with pytest.raises(InvalidRequestError):
         await storage.ensure_volume_absent(name)
+    with pytest.raises(InvalidRequestError):
+        await storage.find_volume(name)
+    with pytest.raises(InvalidRequestError):
+        await storage.grow_volume(name, 64)
 
 
 async def test_there_is_room(storage: StorageDriver) -> None:
@@ -122,7 +149,7 @@ async def test_a_qcow2_volume_is_sparse_private_and_leaves_its_base_alone(
     disk = await qcow2.ensure_volume(VolumeRequest(SANDBOX, base, 4096))
     told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(disk.top.path)]))
     assert told["virtual-size"] == 4096 * 1024 * 1024
-    assert told["backing-filename"] == str(base.path)
+    assert told["backing-filename"] == str(tmp_path / "volumes" / "bases" / base.path.name)
     assert told["backing-filename-format"] == "raw"
     assert disk.top.path.stat().st_mode & 0o777 == 0o600
     assert disk.top.path.parent.stat().st_mode & 0o777 == 0o700
@@ -131,7 +158,7 @@ async def test_a_qcow2_volume_is_sparse_private_and_leaves_its_base_alone(
     subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", str(disk.top.path)], check=True)
     assert await qcow2.used_bytes(SANDBOX) > 1024 * 1024
     assert hashlib.sha256(base.path.read_bytes()).hexdigest() == before
-    assert sorted(entry.name for entry in (tmp_path / "volumes").iterdir()) == [f"{SANDBOX}.qcow2"]
+    assert sorted(entry.name for entry in (tmp_path / "volumes").iterdir()) == [f"{SANDBOX}.qcow2", "bases"]
 
 
 @needs_qemu_img
@@ -195,4 +222,4 @@ async def test_a_full_disk_is_said_and_leaves_nothing(tiny_file_system: Path, ba
     with pytest.raises(DiskFullError) as refusal:
         await storage.ensure_volume(VolumeRequest(OTHER, base, 64))
     assert refusal.value.hint
-    assert [entry.name for entry in (tiny_file_system / "volumes").iterdir()] == [f"{SANDBOX}.qcow2"]
+    assert sorted(entry.name for entry in (tiny_file_system / "volumes").iterdir()) == [f"{SANDBOX}.qcow2", "bases"]

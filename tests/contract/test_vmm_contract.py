@@ -16,8 +16,8 @@ from tests.real_machines import INIT_PREPARES, NO_QEMU, emulated, get_boot_files
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.host import processes
-from atelier.model.errors import HostError, VmmError
-from atelier.model.machine import BootFiles, Disk, DiskFile, MachineSpec, NetworkAttachment
+from atelier.model.errors import HostError, InvalidRequestError, VmmError
+from atelier.model.machine import ROOT_DISK_SERIAL, BootFiles, Disk, DiskFile, MachineSpec, NetworkAttachment
 
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 INSTALLATION = "test"
@@ -66,12 +66,12 @@ async def _qemu(folder: Path) -> Bench:
 
 
 def _fake(folder: Path) -> Bench:
-    vmm = FakeVmm()
+    vmm = FakeVmm(machine_resident_bytes=1000)
     nowhere = Path("/nonexistent")
     boot = BootFiles(nowhere, nowhere, nowhere, "", "")
 
     def spec(sandbox_id: str) -> MachineSpec:
-        disk = Disk("atelier-root", DiskFile(nowhere, "raw"))
+        disk = Disk(ROOT_DISK_SERIAL, DiskFile(nowhere, "raw"))
         network = NetworkAttachment("none")
         return MachineSpec(sandbox_id, INSTALLATION, 1, 128, boot, disk, disk, network, folder / sandbox_id)
 
@@ -140,6 +140,48 @@ async def test_stopping_without_knowing_the_process(bench: Bench) -> None:
     assert await bench.vmm.find_process(SANDBOX, spec.run_directory) is None
 
 
+async def test_sandboxes_are_listed_by_process_and_by_run_directory(bench: Bench) -> None:
+    folder = bench.spec(SANDBOX).run_directory.parent
+    assert await bench.vmm.list_sandboxes(folder / "absent") == []
+    await bench.vmm.ensure_run_directory(OTHER, bench.spec(OTHER).run_directory)
+    assert await bench.vmm.list_sandboxes(folder) == [OTHER]
+    spec = await _started(bench)
+    assert await bench.vmm.list_sandboxes(folder) == [SANDBOX, OTHER]
+    assert await bench.vmm.list_sandboxes(folder / "absent") == [SANDBOX], "by its process alone"
+    await bench.vmm.ensure_stopped(SANDBOX, spec.run_directory, None)
+    assert await bench.vmm.list_sandboxes(folder / "absent") == []
+    assert await bench.vmm.list_sandboxes(folder) == [SANDBOX, OTHER]
+    await bench.vmm.ensure_run_directory_absent(spec.run_directory)
+    assert await bench.vmm.list_sandboxes(folder) == [OTHER]
+
+
+async def test_a_machine_bears_the_boot_and_holds_memory_while_it_runs(bench: Bench) -> None:
+    spec = await _started(bench)
+    identity = await bench.vmm.ensure_started(spec)
+    assert identity.boot_id == bench.vmm.boot_id()
+    held = await bench.vmm.resident_bytes([identity])
+    assert 0 < held < 2**30
+    other_boot = replace(identity, boot_id="another")
+    assert await bench.vmm.resident_bytes([other_boot]) == 0
+    await bench.end(SANDBOX)
+    assert await bench.vmm.resident_bytes([identity]) == 0
+    assert await bench.vmm.resident_bytes([]) == 0
+
+
+async def test_a_disk_grows_and_never_shrinks(bench: Bench) -> None:
+    spec = await _started(bench)
+    for size_mib in (64, 64, 96):
+        await bench.vmm.resize_disk(spec.run_directory, ROOT_DISK_SERIAL, size_mib)
+    with pytest.raises(InvalidRequestError) as refusal:
+        await bench.vmm.resize_disk(spec.run_directory, ROOT_DISK_SERIAL, 95)
+    assert refusal.value.code == "disk_cannot_shrink"
+    with pytest.raises(VmmError, match="unknown"):
+        await bench.vmm.resize_disk(spec.run_directory, "unknown", 128)
+    await bench.end(SANDBOX)
+    with pytest.raises(VmmError):
+        await bench.vmm.resize_disk(spec.run_directory, ROOT_DISK_SERIAL, 128)
+
+
 async def test_the_end_of_a_machine_is_noticed_and_it_starts_again(bench: Bench) -> None:
     spec = await _started(bench)
     identity = await bench.vmm.ensure_started(spec)
@@ -181,6 +223,24 @@ async def test_the_console_is_bounded(bench: Bench) -> None:
     assert (await bench.vmm.console_tail(spec.run_directory, 10_000)).startswith(whole)
     await bench.vmm.trim_console(spec.run_directory, 10)
     assert 0 < len(await bench.vmm.console_tail(spec.run_directory, 10_000)) < 10_000
+
+
+async def test_a_fake_host_goes_down_and_comes_up() -> None:
+    bench = _fake(Path("/nonexistent"))
+    vmm = bench.vmm
+    assert isinstance(vmm, FakeVmm)
+    assert FakeVmm().boot_id() != vmm.boot_id()
+    spec = await _started(bench)
+    identity = await vmm.ensure_started(spec)
+    vmm.reboot()
+    await vmm.wait_ended(identity)
+    assert vmm.running == []
+    assert vmm.run_directories == {}
+    assert identity.boot_id != vmm.boot_id()
+    await _started(bench)
+    again = await vmm.find_process(SANDBOX, spec.run_directory)
+    assert again is not None
+    assert again.boot_id == vmm.boot_id()
 
 
 async def test_the_fake_is_slow_fails_and_hangs_as_told() -> None:

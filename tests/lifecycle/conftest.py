@@ -22,6 +22,7 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.vmm.fake import FakeVmm
+from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandbox_create import create_saga_id
 from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, ProcessStarted
@@ -124,6 +125,7 @@ class Host:
         self.network = FakeNetwork(self.faults)
         self.images = StubImages(self.faults, self.folder)
         self.guests = Guests(self.faults)
+        self.guests.on_shut_down = self.vmm.end_machine
         self.data = DataLayout(self.folder / "data")
         self.run = RunLayout(self.folder / "run")
         self.database = Database(self.data.database)
@@ -146,6 +148,14 @@ class Host:
         )
         self.lifecycles.append(made)
         return made
+
+    def reboot(self) -> None:
+        """All that does not lie on a disk is gone; the slots' leases do."""
+        self.vmm.reboot()
+        self.guests.channels.clear()
+
+    def fleet(self, lifecycle: SandboxLifecycle) -> SandboxFleet:
+        return SandboxFleet(lifecycle, self.database, self.vmm, self.guests, self.run)
 
     def row(self, sandbox_id: str) -> Sandbox | None:
         with self.database.read() as connection:
@@ -175,6 +185,12 @@ class Host:
             *(f"channel {each}" for each in self.guests.channels),
             *(f"console {each.name}" for each in consoles),
         ]
+
+    def held_by(self, sandbox_id: str) -> set[str]:
+        """The kinds of resources that one sandbox holds, consoles aside."""
+        words = [each.rpartition(" ") for each in self.held_without_consoles()]
+        kinds = {kind for kind, _, owner in words if owner == sandbox_id}
+        return {"run" if kind == "run directory" else kind for kind in kinds}
 
     def held_without_consoles(self) -> list[str]:
         return [each for each in self.held() if not each.startswith("console")]

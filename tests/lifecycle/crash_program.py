@@ -1,7 +1,7 @@
 """A manager that kills itself: run as a program by ``test_crash``, with drivers whose resources are files.
 
-``crash_program.py FOLDER OPERATION before|after`` creates a sandbox and ends by ``os._exit`` at the operation; with the
-operation ``destroy`` in front (``destroy:ensure_volume_absent``) it destroys the sandbox it has made, and ends there.
+``crash_program.py FOLDER KIND PLACE`` brings the saga of this kind about and ends by ``os._exit`` at the place; for a
+place in an undo the saga's last step fails. KIND ``destroy``: the sandbox is created, then destroyed.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import zlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
+
+from tests.lifecycle.sabotage import Place, bring_about, disturb
 
 from atelier.db.engine import Database
 from atelier.drivers.guest.interface import GuestDriver
@@ -19,7 +24,10 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
+from atelier.lifecycle import sandbox_create
 from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.model.errors import HostError
+from atelier.model.guest import ProcessEnded, ProcessSpec, ProcessStarted
 from atelier.model.image import Image
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.model.machine import (
@@ -33,7 +41,6 @@ from atelier.model.machine import (
     ProcessIdentity,
     VolumeRequest,
 )
-from atelier.model.sandbox import SandboxSpec
 
 CRASHED = 77
 
@@ -43,62 +50,62 @@ class FileDrivers:
 
     name = "files"
 
-    def __init__(self, folder: Path, crash_at: str = "", moment: str = "") -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.crash_at = crash_at
-        self.moment = moment
 
-    def _turn(self, operation: str, name: str, *, present: bool) -> None:
-        if (operation, "before") == (self.crash_at, self.moment):
-            os._exit(CRASHED)
+    def _set(self, name: str, *, present: bool) -> None:
         file = self.folder / name
         if present:
             file.touch()
         else:
             file.unlink(missing_ok=True)
-        if (operation, "after") == (self.crash_at, self.moment):
-            os._exit(CRASHED)
+
+    def _ids(self, resource: str) -> list[str]:
+        return [file.name.partition("-")[2] for file in self.folder.glob(f"{resource}-*")]
+
+    def boot_id(self) -> str:
+        return "the one boot"
 
     async def ensure_boot_files(self, report: Any) -> BootFiles:
         return BootFiles(Path("/k"), Path("/i"), Path("/t"), "6.1", "t")
 
     async def ensure_image(self, name: str, report: Any, *, refresh: bool = False) -> Image:
-        return Image("base-1", name, Path("/b"), 4096, 1, datetime.now(UTC))
+        return Image("base-1", name, Path("/b"), 1024, 1, datetime.now(UTC))
 
     async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
-        self._turn("ensure_slot", f"slot-{sandbox_id}", present=True)
+        self._set(f"slot-{sandbox_id}", present=True)
         return NetworkAttachment("none")
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
-        self._turn("ensure_slot_absent", f"slot-{sandbox_id}", present=False)
+        self._set(f"slot-{sandbox_id}", present=False)
 
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
-        self._turn("ensure_volume", f"volume-{request.sandbox_id}", present=True)
+        self._set(f"volume-{request.sandbox_id}", present=True)
         return Disk(ROOT_DISK_SERIAL, DiskFile(Path("/v"), "qcow2"), (request.base,))
 
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
-        self._turn("ensure_volume_absent", f"volume-{sandbox_id}", present=False)
+        self._set(f"volume-{sandbox_id}", present=False)
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
-        self._turn("ensure_run_directory", f"run-{sandbox_id}", present=True)
+        self._set(f"run-{sandbox_id}", present=True)
 
     async def ensure_run_directory_absent(self, run_directory: Path) -> None:
-        self._turn("ensure_run_directory_absent", f"run-{run_directory.name}", present=False)
+        self._set(f"run-{run_directory.name}", present=False)
 
     async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
-        self._turn("ensure_started", f"vmm-{spec.sandbox_id}", present=True)
-        return ProcessIdentity(1, 1, spec.sandbox_id)
+        self._set(f"vmm-{spec.sandbox_id}", present=True)
+        return ProcessIdentity(1, _number(spec.sandbox_id), self.boot_id())
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
         alive = (self.folder / f"vmm-{sandbox_id}").exists()
-        return ProcessIdentity(1, 1, sandbox_id) if alive else None
+        return ProcessIdentity(1, _number(sandbox_id), self.boot_id()) if alive else None
 
     async def ensure_stopped(self, sandbox_id: str, run_directory: Path, identity: ProcessIdentity | None) -> None:
-        self._turn("ensure_stopped", f"vmm-{sandbox_id}", present=False)
+        self._set(f"vmm-{sandbox_id}", present=False)
 
     async def wait_ended(self, identity: ProcessIdentity) -> None:
-        while (self.folder / f"vmm-{identity.boot_id}").exists():
-            await asyncio.sleep(0.2)
+        while identity.start_time_ticks in map(_number, self._ids("vmm")):
+            await asyncio.sleep(0.02)
 
     def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
         return GuestEndpoint("fake", run_directory / "guest.sock")
@@ -107,23 +114,66 @@ class FileDrivers:
         return b""
 
     async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
-        self._turn("ensure_channel", f"channel-{sandbox_id}", present=True)
+        self._set(f"channel-{sandbox_id}", present=True)
 
     async def ensure_channel_absent(self, sandbox_id: str) -> None:
-        self._turn("ensure_channel_absent", f"channel-{sandbox_id}", present=False)
+        self._set(f"channel-{sandbox_id}", present=False)
 
     async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
-        self._turn("wait_ready", f"ready-{sandbox_id}", present=False)
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
 
     async def initialize(self, sandbox_id: str, identity: Any) -> None:
-        self._turn("initialize", f"identity-{sandbox_id}", present=False)
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        self._set(f"vmm-{sandbox_id}", present=False)
+
+    async def find_volume(self, sandbox_id: str) -> Disk | None:
+        volume = self.folder / f"volume-{sandbox_id}"
+        return Disk(ROOT_DISK_SERIAL, DiskFile(volume, "qcow2")) if volume.exists() else None
+
+    async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
+        assert (self.folder / f"volume-{sandbox_id}").exists()
+
+    async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
+        assert (self.folder / f"vmm-{run_directory.name}").exists()
+
+    @asynccontextmanager
+    async def start_process(self, sandbox_id: str, spec: ProcessSpec) -> AsyncGenerator[AsyncIterator[Any]]:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
+        async def events() -> AsyncIterator[Any]:
+            yield ProcessStarted(7)
+            yield ProcessEnded(0, "exit status 0")
+
+        yield events()
+
+    async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
+        return sorted({*self._ids("vmm"), *self._ids("run")})
+
+    async def list_volumes(self) -> list[str]:
+        return self._ids("volume")
+
+    async def list_slots(self) -> list[str]:
+        return self._ids("slot")
+
+    async def list_channels(self) -> list[str]:
+        return self._ids("channel")
+
+    async def used_bytes(self, sandbox_id: str) -> int:
+        return 1
 
 
-def make_lifecycle(folder: Path, drivers: FileDrivers) -> tuple[Database, SandboxLifecycle]:
+def _number(sandbox_id: str) -> int:
+    return zlib.crc32(sandbox_id.encode())
+
+
+def make_lifecycle(folder: Path, drivers: FileDrivers, *, opened: bool = True) -> tuple[Database, SandboxLifecycle]:
     """Inside a running event loop."""
     data = DataLayout(folder / "data")
     database = Database(data.database)
-    database.open()
+    if opened:
+        database.open()
     lifecycle = SandboxLifecycle(
         database=database,
         vmm=cast(VmmDriver, drivers),
@@ -138,17 +188,27 @@ def make_lifecycle(folder: Path, drivers: FileDrivers) -> tuple[Database, Sandbo
     return database, lifecycle
 
 
-async def main(folder: Path, operation: str, moment: str) -> None:
+async def main(folder: Path, kind: str, place: Place) -> None:
     resources = folder / "resources"
     resources.mkdir(exist_ok=True)
-    destroying = operation.startswith("destroy:")
-    drivers = FileDrivers(resources, operation.removeprefix("destroy:"), moment)
-    _, lifecycle = make_lifecycle(folder, drivers)
-    sandbox = await lifecycle.start_create("one", SandboxSpec())
-    await lifecycle.wait_settled(sandbox.id, 60)
+    _, lifecycle = make_lifecycle(folder, FileDrivers(resources))
+    destroying = kind == "destroy"
     if destroying:
-        await lifecycle.destroy(sandbox.id)
+        kind = sandbox_create.KIND
+    last = next(saga for saga in lifecycle.sagas if saga.kind == kind).steps[-1]
+
+    async def crash(reached: Place) -> None:
+        if reached == place:
+            os._exit(CRASHED)
+        if place.call == "undo" and not destroying and reached == Place(kind, last.name, "do", "after"):
+            raise HostError("so that it is unwound")
+
+    disturb(lifecycle, crash)
+    sandbox_id = await bring_about(lifecycle, kind)
+    await lifecycle.wait_settled(sandbox_id, 60)
+    if destroying:
+        await lifecycle.destroy(sandbox_id)
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3]))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], Place.parse(sys.argv[3])))

@@ -27,7 +27,7 @@ async def gone(host: Host, sandbox_id: str) -> bool:
 
 
 @pytest.mark.parametrize("operation", STEPS)
-async def test_a_creation_cut_off_anywhere_is_unwound(host: Host, operation: str) -> None:
+async def test_a_creation_cut_off_anywhere_goes_on(host: Host, operation: str) -> None:
     lifecycle = host.lifecycle()
     host.hang(operation)
     sandbox = await lifecycle.start_create("one", SandboxSpec())
@@ -42,8 +42,8 @@ async def test_a_creation_cut_off_anywhere_is_unwound(host: Host, operation: str
     await again.recover()
     settled = await settle(host, sandbox.id)
     assert settled is not None
-    assert (settled.state, settled.failure_code) == (SandboxState.FAILED, "interrupted")
-    assert host.held_without_consoles() == []
+    assert settled.state is SandboxState.RUNNING, settled.failure_message
+    assert len(host.vmm.running) == 1
     await again.destroy(sandbox.id)
     assert host.held() == []
 
@@ -98,7 +98,7 @@ async def test_a_machine_that_is_gone_makes_the_sandbox_failed(host: Host) -> No
     row = host.row(sandbox.id)
     assert row is not None
     assert (row.state, row.failure_code) == (SandboxState.FAILED, "vmm_ended")
-    assert "manager started" in row.failure_message
+    assert "gone when the manager looked" in row.failure_message
     assert sandbox.id in host.storage.volumes  # somebody's disk
     await again.destroy(sandbox.id)
     assert host.held() == []
@@ -115,7 +115,7 @@ async def test_one_that_cannot_be_taken_up_is_left_alone(host: Host) -> None:
         row = host.row(sandbox.id)
         assert row is not None
         assert row.state is SandboxState.RUNNING
-    assert sorted(await again.destroy_all()) == ["one", "two"]
+    assert sorted(await host.fleet(again).destroy_all()) == ["one", "two"]
     assert host.held() == []
 
 
@@ -148,7 +148,7 @@ async def test_destroy_all_names_what_is_gone_and_keeps_what_is_stuck(host: Host
         await ensure_volume_absent(sandbox_id)
 
     host.storage.ensure_volume_absent = refuse  # type: ignore[method-assign]
-    assert await lifecycle.destroy_all() == [f"n{number:02}" for number in range(30)]
+    assert await host.fleet(lifecycle).destroy_all() == [f"n{number:02}" for number in range(30)]
     assert {each.split()[-1] for each in host.held()} == {stuck.id}
 
 
@@ -158,7 +158,7 @@ async def test_consoles_are_trimmed_and_one_trouble_stops_no_other(host: Host) -
     for sandbox in (first, second):
         host.vmm.run_directories[host.run.vmm_directory(sandbox.id)] += b"x" * 2_000_000
     host.faults.fail_next("trim_console")
-    await lifecycle.trim_consoles()
+    await host.fleet(lifecycle).trim_consoles()
     sizes = sorted(len(console) for console in host.vmm.run_directories.values())
     assert sizes[0] <= 1024 * 1024 < sizes[1]
     assert len(await lifecycle.console(first, 10)) == 10

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from tests.lifecycle.conftest import Host
 
-from atelier.lifecycle.admission import Capacity
+from atelier.lifecycle.admission import Capacity, RoomPolicy
 from atelier.lifecycle.sandboxes import LifecycleLimits
 from atelier.model.errors import (
     CapacityError,
@@ -48,7 +48,7 @@ async def test_a_sandbox_is_created(host: Host) -> None:
     endpoint, token = host.guests.channels[sandbox.id]
     assert token == identity.token
     assert endpoint.socket_path.parent == host.run.vmm_directory(sandbox.id)
-    assert [spec.arguments for spec in host.guests.processes] == [("resize2fs", "/dev/vda")]
+    assert [spec.arguments[:2] for spec in host.guests.processes] == [("sh", "-c")]
 
 
 async def test_the_order_of_create_and_its_reverse_in_destroy(host: Host) -> None:
@@ -316,7 +316,7 @@ async def test_a_taken_name_leaves_nothing(host: Host) -> None:
 
 
 async def test_capacity_says_what_is_short(host: Host) -> None:
-    lifecycle = host.lifecycle(capacity=Capacity(vcpu_count=4, memory_mib=1200, disk_mib=9000))
+    lifecycle = host.lifecycle(room=RoomPolicy(fixed=Capacity(vcpu_count=4, memory_mib=1200, disk_mib=9000)))
     await host.created(lifecycle, memory_mib=512)
     with pytest.raises(CapacityError) as short:
         await lifecycle.start_create("two", SandboxSpec(memory_mib=1000))
@@ -324,23 +324,23 @@ async def test_capacity_says_what_is_short(host: Host) -> None:
     assert "vCPU" not in short.value.message
     with pytest.raises(CapacityError) as never:
         await lifecycle.start_create("two", SandboxSpec(vcpu_count=9))
-    assert "never" in never.value.hint
+    assert "does not have that much" in never.value.hint
     with pytest.raises(CapacityError, match="disk"):
         await lifecycle.start_create("two", SandboxSpec(disk_mib=5000))
     assert host.row("two") is None
 
 
 async def test_two_cannot_share_the_last_place(host: Host) -> None:
-    lifecycle = host.lifecycle(capacity=Capacity(memory_mib=5 * 512))
+    lifecycle = host.lifecycle(room=RoomPolicy(fixed=Capacity(memory_mib=5 * 512)))
     results = await asyncio.gather(
         *(lifecycle.start_create(f"n{number}", SandboxSpec()) for number in range(20)), return_exceptions=True
     )
     assert sum(isinstance(result, CapacityError) for result in results) == 15
-    assert len(await lifecycle.destroy_all()) == 5
+    assert len(await host.fleet(lifecycle).destroy_all()) == 5
 
 
 async def test_a_failed_creation_gives_its_place_back(host: Host) -> None:
-    lifecycle = host.lifecycle(capacity=Capacity(disk_mib=4096))
+    lifecycle = host.lifecycle(room=RoomPolicy(fixed=Capacity(disk_mib=4096)))
     host.faults.fail_next("initialize", HostError("broken"))
     await host.created(lifecycle)
     assert (await host.created(lifecycle, "two")).state is SandboxState.RUNNING

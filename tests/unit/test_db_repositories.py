@@ -161,8 +161,8 @@ async def test_usage_counts_machines_that_exist_and_volumes_that_are_held(databa
     await add(database, stopped, failed, elsewhere)
     await database.write(lambda connection: sandboxes.set_holds_volume(connection, failed.id, False))
     with database.read() as connection:
-        assert sandboxes.sum_usage(connection, "hostaaaaaaaa") == Usage(4, 1024, 3 * 4096)
-        assert sandboxes.sum_usage(connection, "nobodyaaaaaa") == Usage(0, 0, 0)
+        assert sandboxes.sum_usage(connection, "hostaaaaaaaa") == Usage(4, 1024, 3 * 4096, slots=3)
+        assert sandboxes.sum_usage(connection, "nobodyaaaaaa") == Usage(0, 0, 0, slots=0)
 
 
 async def test_columns_that_lifecycle_writes(database: Database) -> None:

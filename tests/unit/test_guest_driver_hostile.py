@@ -74,6 +74,10 @@ async def listing(driver: AgentGuests) -> object:
     return await driver.list_directory(BOX, b"/")
 
 
+async def clock(driver: AgentGuests) -> object:
+    return await driver.synchronize_clock(BOX)
+
+
 async def reading(driver: AgentGuests) -> object:
     async with driver.read_file(BOX, b"/f", offset=1, length=3) as (_, chunks):
         return [chunk async for chunk in chunks]
@@ -117,6 +121,13 @@ async def failure(hostile: Hostile, call: Call) -> AtelierError:
 def envelope(value: object, flags: int = 0) -> bytes:
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     return bytes([flags]) + len(body).to_bytes(4, "big") + body
+
+
+@pytest.mark.parametrize("told", ["1e9", "x", "-1", True, 1.5, 2**63, "9223372036854775808", "9" * 5000, [], {}])
+async def test_clocks_that_are_no_number(hostile: Hostile, told: object) -> None:
+    hostile.json({"timeNs": told})
+    assert isinstance(await failure(hostile, clock), GuestProtocolError)
+    assert hostile.requests == 1
 
 
 @pytest.mark.parametrize(
@@ -164,7 +175,7 @@ async def test_broken_http(hostile: Hostile, answer: bytes) -> None:
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;", b"x" * 65_536),
     ],
 )
-@pytest.mark.parametrize("call", [stat, listing, metrics])
+@pytest.mark.parametrize("call", [stat, listing, metrics, clock])
 async def test_endless_answers(hostile: Hostile, call: Call, answer: bytes, forever: bytes) -> None:
     hostile.answer, hostile.forever = answer, forever
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

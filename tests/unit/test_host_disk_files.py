@@ -1,99 +1,115 @@
-"""What disk files say of themselves, and files with holes."""
+"""What is read out of a qcow2 header, as qemu-img writes it and as nobody should."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from tests.real_machines import missing_programs
 
-from atelier.host.disk_files import find_backing_file, set_backing_file
-from atelier.host.sparse_files import read_sparsely, write_sparsely
+from atelier.host.disk_files import find_backing, rename_backing, virtual_size_bytes
 from atelier.model.errors import HostError
+from atelier.model.machine import DiskFile
 
 NO_QEMU_IMG = missing_programs("qemu-img")
 needs_qemu_img = pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)
-MIB = 1024 * 1024
 
 
-@pytest.fixture
-def overlay(tmp_path: Path) -> Path:
-    (tmp_path / "base").write_bytes(bytes(MIB))
-    path = tmp_path / "overlay.qcow2"
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(tmp_path / "base"), str(path)], check=True
-    )
-    return path
+def overlay(path: Path, *options: str, backing: str = "/base.raw", backing_format: str = "raw") -> DiskFile:
+    words = ["qemu-img", "create", "-qu", "-f", "qcow2", *options, "-F", backing_format, "-b", backing, str(path), "5M"]
+    subprocess.run(words, check=True)
+    return DiskFile(path, "qcow2")
 
 
 @needs_qemu_img
-def test_the_backing_file_is_read_and_renamed(overlay: Path, tmp_path: Path) -> None:
-    assert find_backing_file(overlay) == tmp_path / "base"
-    for name in ("b", "a-much-longer-name" * 10, "short"):
-        moved = tmp_path / name
-        moved.write_bytes(bytes(MIB))
-        set_backing_file(overlay, moved)
-        assert find_backing_file(overlay) == moved
-        told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(overlay)]))
-        assert (told["backing-filename"], told["backing-filename-format"]) == (str(moved), "raw")
-        subprocess.run(["qemu-img", "check", "-q", str(overlay)], check=True)
-    before = overlay.read_bytes()
-    with pytest.raises(HostError) as refused:
-        set_backing_file(overlay, tmp_path / ("x" * 1100))
-    assert refused.value.code == "path_too_long"
-    assert overlay.read_bytes() == before
+@pytest.mark.parametrize("version", ["0.10", "1.1"])
+def test_size_and_backing(tmp_path: Path, version: str) -> None:
+    compatible = ("-o", f"compat={version}")
+    disk = overlay(tmp_path / "one", *compatible)
+    assert virtual_size_bytes(disk) == 5 * 1024 * 1024
+    assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
+    other = overlay(tmp_path / "two", *compatible, backing=f"/{'n' * 900}", backing_format="qcow2")
+    assert find_backing(other) == DiskFile(Path(f"/{'n' * 900}"), "qcow2")
 
 
 @needs_qemu_img
-def test_a_disk_that_stands_alone(tmp_path: Path) -> None:
-    path = tmp_path / "alone.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "1M"], check=True)
-    assert find_backing_file(path) is None
+def test_what_stands_alone(tmp_path: Path) -> None:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "alone"), "5M"], check=True)
+    assert find_backing(DiskFile(tmp_path / "alone", "qcow2")) is None
+    assert find_backing(DiskFile(tmp_path / "alone", "raw")) is None
+
+
+def test_what_is_missing_or_no_qcow2_file(tmp_path: Path) -> None:
+    for read in (find_backing, virtual_size_bytes):
+        with pytest.raises(HostError) as missing:
+            read(DiskFile(tmp_path / "absent", "qcow2"))
+        assert missing.value.code == "disk_file_missing"
+        for content in (b"", b"QFI\xfb", b"x" * 5000):
+            (tmp_path / "other").write_bytes(content)
+            with pytest.raises(HostError) as damaged:
+                read(DiskFile(tmp_path / "other", "qcow2"))
+            assert damaged.value.code == "disk_file_damaged"
 
 
 @needs_qemu_img
 @pytest.mark.parametrize(
     ("offset", "value"),
     [
-        (0, b"QFI\0"),
-        (8, (2**62).to_bytes(8, "big")),
-        (8, (8).to_bytes(8, "big")),
-        (16, (2**31).to_bytes(4, "big")),
-        (20, (200).to_bytes(4, "big")),
+        (8, bytes(7) + b"\x01"),  # the name lies in the header itself, and is none
+        (8, b"\xff" * 8),
+        (16, bytes(4)),
+        (16, b"\xff" * 4),
+        (100, b"\xff" * 4),  # the header's length
+        (104, b"\xff" * 8),  # the first extension's kind and length
+        (104, bytes(8)),
     ],
 )
-def test_a_header_that_lies_is_refused(overlay: Path, offset: int, value: bytes) -> None:
-    with overlay.open("r+b") as file:
+def test_a_header_that_makes_no_sense(tmp_path: Path, offset: int, value: bytes) -> None:
+    disk = overlay(tmp_path / "one")
+    with disk.path.open("r+b") as file:
+        file.seek(100)
+        if offset == 104:
+            offset = int.from_bytes(file.read(4), "big")
         file.seek(offset)
         file.write(value)
+    with pytest.raises(HostError) as damaged:
+        find_backing(disk)
+    assert damaged.value.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+def test_a_relative_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HostError):
+        find_backing(overlay(tmp_path / "one", backing="base.raw"))
+
+
+@needs_qemu_img
+def test_every_header_cut_short_is_refused_or_read(tmp_path: Path) -> None:
+    disk = overlay(tmp_path / "one")
+    whole = disk.path.read_bytes()[:1024]
+    for length in range(0, len(whole), 3):
+        disk.path.write_bytes(whole[:length])
+        try:
+            assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
+        except HostError as error:
+            assert error.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+def test_the_backing_file_gets_another_name(tmp_path: Path) -> None:
+    disk = overlay(tmp_path / "one", backing=str(tmp_path / "base"))
+    for name in ("b", "a-much-longer-name" * 10, "short"):
+        moved = tmp_path / name
+        moved.write_bytes(bytes(5 * 1024 * 1024))
+        rename_backing(disk.path, moved)
+        assert find_backing(disk) == DiskFile(moved, "raw")
+        told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(disk.path)]))
+        assert (told["backing-filename"], told["backing-filename-format"]) == (str(moved), "raw")
+        subprocess.run(["qemu-img", "check", "-q", str(disk.path)], check=True)
+    before = disk.path.read_bytes()
     with pytest.raises(HostError) as refused:
-        find_backing_file(overlay)
-    assert refused.value.code == "disk_file_damaged"
-
-
-def test_holes_are_kept_and_contents_too(tmp_path: Path) -> None:
-    source, copy = tmp_path / "source", tmp_path / "copy"
-    with source.open("wb") as file:
-        for position in (0, 5 * MIB + 123, 40 * MIB - 1):
-            file.seek(position)
-            file.write(os.urandom(70_000))
-        file.truncate(64 * MIB + 17)
-    size = source.stat().st_size
-    with source.open("rb") as file, copy.open("wb") as target:
-        write_sparsely(target, read_sparsely(file.fileno(), size))
-    assert copy.read_bytes() == source.read_bytes()
-    assert copy.stat().st_blocks * 512 < MIB
-
-
-def test_a_file_that_gets_shorter_is_read_to_its_promised_length(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(b"x" * (3 * MIB))
-    with source.open("rb") as file:
-        pieces = read_sparsely(file.fileno(), 3 * MIB)
-        read = next(pieces)
-        os.truncate(source, MIB + 5)
-        read += b"".join(pieces)
-    assert read == b"x" * (MIB + 5) + bytes(2 * MIB - 5)
+        rename_backing(disk.path, tmp_path / ("x" * 1100))
+    assert refused.value.code == "path_too_long"
+    assert disk.path.read_bytes() == before

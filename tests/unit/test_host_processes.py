@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,45 @@ async def test_processes_are_found_by_executable_and_arguments(log: Path) -> Non
     finally:
         await processes.kill_and_wait(identity)
     assert processes.find_processes("sleep", ["1000", "0.125"]) == []
+
+
+async def test_values_of_an_argument_are_listed(log: Path) -> None:
+    """Of this program only, after this option only, with this prefix only."""
+    shell = Path(shutil.which("sh") or "").resolve().name
+    script = 'echo "$$" >&2; while :; do sleep 1000; done'
+    started = [
+        await processes.start_detached(["sh", "-c", script, *words], stderr_path=log)
+        for words in (
+            ["-name", "listed-one-aaa"],
+            ["x", "-name", "listed-one-bbb", "-name", "y"],
+            ["-name", "listed-two-ccc"],
+            ["-other", "listed-one-ddd"],
+        )
+    ]
+    try:
+        assert sorted(processes.list_argument_values(shell, "-name", "listed-one-")) == ["aaa", "bbb"]
+        assert processes.list_argument_values("qemu", "-name", "listed-one-") == []
+    finally:
+        for identity in started:
+            for child in Path(f"/proc/{identity.pid}/task/{identity.pid}/children").read_text().split():
+                os.kill(int(child), 9)
+            await processes.kill_and_wait(identity)
+    assert processes.list_argument_values(shell, "-name", "listed-one-") == []
+
+
+async def test_memory_is_that_of_this_process_while_it_lives(log: Path) -> None:
+    identity = await processes.start_detached(
+        ["python3", "-c", "import time; held = b'x' * 50_000_000; time.sleep(1000)"], stderr_path=log
+    )
+    try:
+        async with asyncio.timeout(30):
+            while processes.resident_bytes(identity) < 50_000_000:
+                await asyncio.sleep(0.02)
+        assert processes.resident_bytes(identity) < 100_000_000
+        assert processes.resident_bytes(replace(identity, start_time_ticks=identity.start_time_ticks + 1)) == 0
+    finally:
+        await processes.kill_and_wait(identity)
+    assert processes.resident_bytes(identity) == 0
 
 
 async def test_wait_ended_returns_when_the_process_dies(log: Path) -> None:

@@ -299,7 +299,8 @@ async def test_a_requested_unwinding_cancels_the_step_under_way(world: World, be
     assert (record.status, record.unwind_requested, record.failure) == (SagaStatus.UNWOUND, True, {})
     assert world.held == set()
     begun = "abc"[: "abc".index(where) + 1]
-    assert world.calls[len(begun) :] == [f"undo {name}" for name in reversed(begun)]
+    # All of the list: another saga of the subject may have acquired what this one has not.
+    assert world.calls[len(begun) :] == ["undo c", "undo b", "undo a"]
     assert world.seen[f"undo {where}"].unwind_requested
 
 
@@ -498,10 +499,101 @@ async def test_recovery_resumes_by_policy(world: World, bench: Bench, where: str
     await again.recover()
     record = await again.wait("s1")
     assert record is not None
-    assert record.status is SagaStatus.COMPLETED
-    assert world.calls.count(f"do {where}") == 2
-    assert len(world.calls) == 4
+    assert (record.status, record.recoveries) == (SagaStatus.COMPLETED, 1)
+    # From the beginning: a reboot may have taken away what the first steps had made.
+    assert world.calls == [f"do {name}" for name in "abc"[: "abc".index(where) + 1]] + ["do a", "do b", "do c"]
     assert record.outputs.keys() == {"a", "b", "c"}
+
+
+async def test_what_was_begun_before_a_resumption_is_undone_when_that_fails_early(world: World, bench: Bench) -> None:
+    definition = world.definition(recovery=Recovery.RESUME)
+    await interrupted(world, bench, "c", definition)
+    world.do_errors["a"] = [ValueError("broken")]
+    again = bench.executor(definition)
+    await again.recover()
+    record = await again.wait("s1")
+    assert record is not None
+    assert (record.status, world.held) == (SagaStatus.UNWOUND, set())
+    assert world.calls[-3:] == ["undo c", "undo b", "undo a"]
+
+
+async def test_a_saga_that_ends_its_process_again_and_again_is_unwound(world: World, bench: Bench) -> None:
+    definition = world.definition(recovery=Recovery.RESUME)
+    await interrupted(world, bench, "b", definition)
+    for _ in range(3):
+        world.hanging.clear()
+        executor = bench.executor(definition)
+        world.hang_in = {"b"}
+        await executor.recover()
+        await world.hanging.wait()
+        await executor.close()
+    again = bench.executor(definition)
+    await again.recover()
+    record = await again.wait("s1")
+    assert record is not None
+    assert (record.status, record.recoveries, world.held) == (SagaStatus.UNWOUND, 3, set())
+
+
+async def test_the_younger_saga_of_a_subject_lets_go_first(world: World, bench: Bench) -> None:
+    """Destroying while another operation is under way: the operation unwinds, and only then what it builds on."""
+    other = replace(world.definition(), kind="other", steps=(world.step("x"), world.step("y")))
+    executor = bench.executor(world.definition())
+    executor.register(other)
+    executor.insert(bench.log, "test", "s1", "subject")
+    executor.start("s1")
+    await executor.wait("s1")
+    world.hang_in = {"x"}
+    executor.insert(bench.log, "other", "s2", "subject")
+    executor.insert(bench.log, "other", "s3", "somebody else")
+    executor.start("s2")
+    await world.hanging.wait()
+    await executor.request_unwind("s1")
+    record = await executor.wait("s1")
+    assert record is not None
+    assert world.calls[-5:] == ["undo y", "undo x", "undo c", "undo b", "undo a"]
+    assert {name: each.status for name, each in bench.log.records.items()} == {
+        "s1": SagaStatus.UNWOUND,
+        "s2": SagaStatus.UNWOUND,
+        "s3": SagaStatus.RUNNING,
+    }
+    assert world.held == set()
+
+
+async def test_recovery_too_unwinds_the_younger_first(world: World, bench: Bench) -> None:
+    other = replace(world.definition(), kind="other", steps=(world.step("x"), world.step("y")))
+    for saga_id, kind, step in (("s1", "test", "c"), ("s2", "other", "x")):
+        record = SagaRecord(saga_id, kind, "subject", step, SagaStatus.UNWINDING, unwind_requested=True)
+        bench.log.insert(bench.log, record)
+    executor = bench.executor(world.definition())
+    executor.register(other)
+    await executor.recover()
+    await executor.wait("s1")
+    assert world.calls == ["undo y", "undo x", "undo c", "undo b", "undo a"]
+
+
+async def test_what_is_stuck_past_the_pivot_goes_on_when_it_is_started_again(world: World, bench: Bench) -> None:
+    definition = world.definition(pivot="b")
+    world.do_errors["b"] = [ValueError("in the way")] * 4
+    record = await bench.run(definition)
+    assert (record.status, record.error["message"]) == (SagaStatus.STUCK_RUNNING, "ValueError: in the way")
+    executor = bench.executors[-1]
+    executor.start("s1")
+    again = await executor.wait("s1")
+    assert again is not None
+    assert (again.status, again.error) == (SagaStatus.COMPLETED, {})
+    assert world.calls[-2:] == ["do b", "do c"]
+
+
+async def test_the_pivot_is_on_the_log_before_it_runs_even_if_nothing_needs_an_undo(world: World, bench: Bench) -> None:
+    on_log: list[str] = []
+
+    async def pivot(context: StepContext) -> dict[str, Any]:
+        on_log.append(bench.log.records["s1"].step)
+        return {}
+
+    steps = (world.step("a", undoable=False), Step("p", pivot), world.step("c", undoable=False))
+    await bench.run(world.definition(steps=steps, pivot="p"))
+    assert on_log == ["p"]
 
 
 async def test_recovery_past_the_pivot_resumes_whatever_the_policy(world: World, bench: Bench) -> None:

@@ -9,10 +9,9 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from tests.running_manager import RunningManager, running_local_manager
+from tests.running_manager import RunningManager, processes_naming, running_local_manager
 
 from atelier import Sandbox
 from atelier.model.errors import AtelierError
@@ -26,19 +25,6 @@ def own_manager() -> Iterator[RunningManager]:
     with running_local_manager() as running:
         yield running
     assert processes_naming(str(running.run_dir.parent)) == []
-
-
-def processes_naming(text: str) -> list[str]:
-    found: list[str] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if text in line:
-                found.append(line)
-    return found
 
 
 def create(manager: RunningManager, name: str) -> Sandbox:

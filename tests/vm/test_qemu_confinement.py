@@ -33,9 +33,10 @@ from atelier.drivers.vmm.qemu_arguments import tcg_kernel_arguments
 from atelier.drivers.vmm.qmp import QmpConnection
 from atelier.drivers.vmm.vmm_users import find_user_range
 from atelier.host import processes
+from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.tsc import measure_tsc_khz
 from atelier.model.errors import MissingProgramError, VmmError
-from atelier.model.machine import BootFiles, MachineSpec, ProcessIdentity
+from atelier.model.machine import ROOT_DISK_SERIAL, BootFiles, MachineSpec, ProcessIdentity
 
 pytestmark = pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 
@@ -75,14 +76,20 @@ async def _console_says(vmm: QemuVmm, run_directory: Path, words: str) -> None:
             await asyncio.sleep(0.05)
 
 
-def _look_at(pid: int) -> dict[str, Any]:
+async def _look_at(pid: int) -> dict[str, Any]:
     """What /proc says of the process that matters here."""
     process = Path(f"/proc/{pid}")
     lines = (process / "status").read_text().splitlines()
     status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
     limits = {line[:25].strip(): line[25:].split()[:2] for line in (process / "limits").read_text().splitlines()[1:]}
     links = [os.readlink(entry) for entry in (process / "fd").iterdir()]
-    return {"status": status, "limits": limits, "open": sorted({link for link in links if link.startswith("/")})}
+    may_raise = await may_raise_hard_limits()
+    return {
+        "status": status,
+        "may_raise": may_raise,
+        "limits": limits,
+        "open": sorted({link for link in links if link.startswith("/")}),
+    }
 
 
 def _assert_confined(seen: dict[str, Any], spec: MachineSpec) -> None:
@@ -94,9 +101,11 @@ def _assert_confined(seen: dict[str, Any], spec: MachineSpec) -> None:
     limits = seen["limits"]
     assert limits["Max open files"] == ["256", "256"]
     assert limits["Max core file size"] == ["0", "0"]
-    assert limits["Max file size"][0] == limits["Max file size"][1]
+    soft, hard = (int(limit) for limit in limits["Max file size"])
     disk_bytes = 16 * 1024 * 1024
-    assert disk_bytes < int(limits["Max file size"][0]) < disk_bytes + 100 * 1024 * 1024
+    assert disk_bytes < soft < disk_bytes + 100 * 1024 * 1024
+    # Higher where the manager could not raise it when the disk grows, and bounded there too.
+    assert hard == soft if seen["may_raise"] else soft < hard < 2**45
     assert seen["open"] == sorted(
         {
             "/dev/null",
@@ -127,7 +136,7 @@ async def test_under_root_each_machine_has_a_user_of_its_own(folder: Path, boot:
             path.chmod(0o600)
     try:
         identities = [await _start(vmm, spec) for spec in specs]
-        seen = [_look_at(identity.pid) for identity in identities]
+        seen = [await _look_at(identity.pid) for identity in identities]
         for one, spec in zip(seen, specs, strict=True):
             _assert_confined(one, spec)
         user_ids = [set(one["status"]["Uid"]) for one in seen]
@@ -156,9 +165,12 @@ def test_an_ordinary_user_runs_machines_too(folder: Path) -> None:
         spec = machine_spec(SANDBOX, INSTALLATION, boot, home, network=await UserNetwork().ensure_slot(SANDBOX))
         identity = await _start(vmm, spec)
         try:
-            seen = _look_at(identity.pid)
+            seen = await _look_at(identity.pid)
             _assert_confined(seen, spec)
             await _console_says(vmm, spec.run_directory, UP)
+            await vmm.resize_disk(spec.run_directory, ROOT_DISK_SERIAL, 1024)
+            raised = int((await _look_at(identity.pid))["limits"]["Max file size"][0])
+            assert 1024 * 2**20 < raised < 1124 * 2**20
         finally:
             await vmm.ensure_stopped(SANDBOX, spec.run_directory, identity)
         assert await vmm.find_process(SANDBOX, spec.run_directory) is None

@@ -29,6 +29,11 @@ async def session_of(request: Request, sandbox: SandboxReference) -> GuestSessio
     return services_of(request).sessions.enter(sandbox)
 
 
+async def looking_session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
+    """The same for a look at it, which is no use."""
+    return services_of(request).sessions.enter(sandbox, is_use=False)
+
+
 async def guest_path(
     request: Request,
     path: Annotated[str, Query(description="path in the guest; percent-encoded bytes, so that any name can be said")],

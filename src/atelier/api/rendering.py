@@ -30,6 +30,10 @@ def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
         labels=row.spec.labels,
         created_at=row.created_at,
         updated_at=row.updated_at,
+        stop_reason=row.stop_reason,
+        auto_stop_after_idle_seconds=row.spec.auto_stop_after_idle_seconds,
+        expires_at=row.spec.expires_at,
+        last_active_at=row.last_active_at,
         failure=failure,
         console_tail=row.console_tail or None,
     )

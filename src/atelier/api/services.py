@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
+from atelier.services.host import HostService
 from atelier.services.images import ImageService
 from atelier.services.sandboxes import SandboxService
 
@@ -16,4 +17,5 @@ class Services:
     sessions: GuestSessions
     images: ImageService
     events: EventService
+    host: HostService
     mode: str

@@ -1,7 +1,7 @@
 """The settings of an installation: environment variables, overridden by a program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
-``ATELIER_ACCELERATOR``, ``ATELIER_RECIPES_DIR``, ``ATELIER_LOG_LEVEL``. Nothing defaults into a source checkout.
+``ATELIER_ACCELERATOR``, ``ATELIER_RECIPES_DIR``, ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_LOG_LEVEL``. Nothing defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Settings:
     listen: ListenAddress
     accelerator: Accelerator
     recipes_dir: Path
+    disk_overcommit: float
     log_level: str
 
 
@@ -84,6 +85,7 @@ def load_settings(
         listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
         recipes_dir=_recipes_directory(variables),
+        disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
     )
 
@@ -137,6 +139,20 @@ def _recipes_directory(variables: Mapping[str, str]) -> Path:
         return Path(given).absolute()
     checkout = Path(__file__).resolve().parents[3] / "images"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "atelier" / "images"
+
+
+def _overcommit(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 1 <= factor <= 1000:
+        raise InvalidRequestError(
+            f"ATELIER_DISK_OVERCOMMIT is {text!r}",
+            code="invalid_setting",
+            hint="how many times the room on disk may be promised to sandboxes: a number from 1 to 1000",
+        )
+    return factor
 
 
 _E = TypeVar("_E", bound=StrEnum)

@@ -16,6 +16,7 @@ from atelier.saga.log import OPEN_STATUSES, STUCK_STATUSES, Change, Hook, SagaGo
 
 # Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
 _FIND = select(sagas).where(sagas.c.id == bindparam("saga_id"))
+_OPEN = select(sagas).where(sagas.c.status.in_(OPEN_STATUSES)).order_by(sagas.c.sequence)
 _INSERT = insert(sagas)
 _UPDATE = update(sagas).where(sagas.c.id == bindparam("saga_id"))
 
@@ -42,9 +43,21 @@ class SagaStore:
             return _find(connection, saga_id)
 
     def list_open(self) -> list[SagaRecord]:
-        query = select(sagas).where(sagas.c.status.in_(OPEN_STATUSES)).order_by(sagas.c.sequence)
+        with self._database.read() as connection:
+            return [_to_record(row) for row in connection.execute(_OPEN)]
+
+    def list_younger(self, record: SagaRecord) -> list[SagaRecord]:
+        own = select(sagas.c.sequence).where(sagas.c.id == record.id).scalar_subquery()
+        query = _OPEN.where(sagas.c.subject_id == record.subject_id, sagas.c.sequence > own)
         with self._database.read() as connection:
             return [_to_record(row) for row in connection.execute(query)]
+
+    def update_open(self, transaction: Connection, subject_id: str, change: Change) -> list[SagaRecord]:
+        changed: list[SagaRecord] = []
+        for stored in list_open_sagas_of(transaction, subject_id):
+            changed.append(change(stored))
+            transaction.execute(_UPDATE, {"saga_id": stored.id, **_changing_values(changed[-1], datetime.now(UTC))})
+        return changed
 
     async def update(self, saga_id: str, change: Change, also: Hook[Connection] | None = None) -> SagaRecord:
         def apply(connection: Connection) -> SagaRecord:
@@ -61,10 +74,19 @@ class SagaStore:
         return await self._database.write(apply)
 
 
+def list_open_sagas_of(connection: Connection, subject_id: str) -> list[SagaRecord]:
+    """What is under way with a subject, or stuck; oldest first."""
+    return [_to_record(row) for row in connection.execute(_OPEN.where(sagas.c.subject_id == subject_id))]
+
+
 def list_stuck_sagas(connection: Connection) -> list[SagaRecord]:
     """For the API's and doctor's eyes: what waits for a person, and why."""
     query = select(sagas).where(sagas.c.status.in_(STUCK_STATUSES)).order_by(sagas.c.sequence)
     return [_to_record(row) for row in connection.execute(query)]
+
+
+def delete_saga(connection: Connection, saga_id: str) -> None:
+    connection.execute(delete(sagas).where(sagas.c.id == saga_id))
 
 
 def delete_sagas_of(connection: Connection, subject_id: str) -> None:
@@ -84,6 +106,7 @@ def _changing_values(record: SagaRecord, now: datetime) -> dict[str, Any]:
         "outputs": record.outputs,
         "failure": record.failure,
         "error": record.error,
+        "recoveries": record.recoveries,
         "updated_at": now,
     }
 
@@ -100,4 +123,5 @@ def _to_record(row: Row[Any]) -> SagaRecord:
         outputs=row.outputs,
         failure=row.failure,
         error=row.error,
+        recoveries=row.recoveries,
     )

@@ -20,7 +20,7 @@ from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundErr
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import Sandbox, SandboxSpec
-from atelier.model.states import SandboxState
+from atelier.model.states import SandboxState, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Usage:
     vcpu_count: int
     memory_mib: int
     disk_mib: int
+    slots: int
 
 
 # Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
@@ -73,7 +74,12 @@ class SandboxRepository:
                     "labels": spec.labels,
                     "guest_token": secrets.token,
                     "machine_id": secrets.machine_id,
-                    "holds_volume": True,
+                    "holds_volume": sandbox.holds_volume,
+                    "stop_reason": sandbox.stop_reason or "",
+                    "file_system_mib": sandbox.file_system_mib,
+                    "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
+                    "expires_at": spec.expires_at,
+                    "last_active_at": sandbox.last_active_at,
                     "failure_code": sandbox.failure_code,
                     "failure_message": sandbox.failure_message,
                     "failure_hint": sandbox.failure_hint,
@@ -146,7 +152,8 @@ class SandboxRepository:
         return {SandboxState(state): count for state, count in connection.execute(query)}
 
     def sum_usage(self, connection: Connection, host_id: str) -> Usage:
-        """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; the volumes' full sizes."""
+        """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; volumes at their full sizes; a slot
+        for each that has a volume, since it is kept as long."""
         vmms = connection.execute(
             select(
                 func.coalesce(func.sum(sandboxes.c.vcpu_count), 0), func.coalesce(func.sum(sandboxes.c.memory_mib), 0)
@@ -155,12 +162,12 @@ class SandboxRepository:
                 sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]),
             )
         ).one()
-        disk_mib = connection.execute(
-            select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0)).where(
+        held = connection.execute(
+            select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0), func.count()).where(
                 sandboxes.c.host_id == host_id, sandboxes.c.holds_volume
             )
-        ).scalar_one()
-        return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=disk_mib)
+        ).one()
+        return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=held[0], slots=held[1])
 
     def set_state(
         self,
@@ -173,6 +180,7 @@ class SandboxRepository:
         failure_message: str = "",
         failure_hint: str = "",
         console_tail: str = "",
+        stop_reason: StopReason | None = None,
     ) -> None:
         connection.execute(
             _UPDATE,
@@ -184,6 +192,7 @@ class SandboxRepository:
                 "failure_message": failure_message,
                 "failure_hint": failure_hint,
                 "console_tail": console_tail,
+                "stop_reason": stop_reason or "",
             },
         )
 
@@ -192,6 +201,28 @@ class SandboxRepository:
 
     def set_holds_volume(self, connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
         connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "holds_volume": holds_volume})
+
+    def set_disk_mib(self, connection: Connection, sandbox_id: str, disk_mib: int) -> None:
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "disk_mib": disk_mib})
+
+    def set_file_system_mib(self, connection: Connection, sandbox_id: str, file_system_mib: int) -> None:
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "file_system_mib": file_system_mib})
+
+    def set_time_limits(self, connection: Connection, sandbox_id: str, spec: SandboxSpec) -> None:
+        """Both limits as ``spec`` has them."""
+        limits = {
+            "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
+            "expires_at": spec.expires_at,
+        }
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, **limits})
+
+    def set_last_active_at(self, connection: Connection, sandbox_id: str, at: datetime) -> None:
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "last_active_at": at})
+
+    def list_limited(self, connection: Connection) -> list[Sandbox]:
+        """Those that have a time limit of either kind."""
+        limited = sandboxes.c.expires_at.is_not(None) | sandboxes.c.auto_stop_after_idle_seconds.is_not(None)
+        return [_to_sandbox(row) for row in connection.execute(select(sandboxes).where(limited))]
 
     def set_vmm_process(self, connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
         values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
@@ -208,6 +239,19 @@ class SandboxRepository:
         columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
         row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
         return None if row is None or row[0] is None else ProcessIdentity(row[0], row[1], row[2])
+
+    def list_vmm_processes(self, connection: Connection, host_id: str) -> list[ProcessIdentity]:
+        """The VMMs of a host, as far as the rows know."""
+        columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
+        rows = connection.execute(
+            select(*columns).where(sandboxes.c.host_id == host_id, sandboxes.c.vmm_pid.is_not(None))
+        )
+        return [ProcessIdentity(row[0], row[1], row[2]) for row in rows]
+
+    def list_volume_holders(self, connection: Connection, host_id: str) -> list[str]:
+        """Ids of the sandboxes of a host that have a volume, or are about to."""
+        query = select(sandboxes.c.id).where(sandboxes.c.host_id == host_id, sandboxes.c.holds_volume)
+        return list(connection.execute(query).scalars())
 
     def get_secrets(self, connection: Connection, sandbox_id: str) -> GuestSecrets:
         """Raises NotFoundError (``sandbox_not_found``)."""
@@ -235,6 +279,8 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
             disk_mib=row.disk_mib,
             environment=row.environment,
             labels=row.labels,
+            auto_stop_after_idle_seconds=row.auto_stop_after_idle_seconds,
+            expires_at=row.expires_at,
         ),
         created_at=row.created_at,
         updated_at=row.updated_at,
@@ -242,6 +288,10 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
         failure_message=row.failure_message,
         failure_hint=row.failure_hint,
         console_tail=row.console_tail,
+        stop_reason=StopReason(row.stop_reason) if row.stop_reason else None,
+        holds_volume=row.holds_volume,
+        file_system_mib=row.file_system_mib,
+        last_active_at=row.last_active_at,
     )
 
 

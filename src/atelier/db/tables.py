@@ -12,7 +12,7 @@ from sqlalchemy import JSON, Boolean, Column, Index, Integer, MetaData, Table, T
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest file in ``migrations/versions``. Revisions are numbers of four digits, so they can be compared."""
 
 
@@ -60,6 +60,12 @@ sandboxes = Table(
     Column("console_tail", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    # Why it is stopped ('requested', 'forced', 'idle'); empty in every other state.
+    Column("stop_reason", Text, nullable=False, server_default=""),
+    Column("file_system_mib", Integer, nullable=False, server_default="0"),
+    Column("auto_stop_after_idle_seconds", Integer),
+    Column("expires_at", UtcDateTime),
+    Column("last_active_at", UtcDateTime),
     sqlite_autoincrement=True,
 )
 
@@ -79,6 +85,7 @@ sagas = Table(
     Column("error", JSON, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("recoveries", Integer, nullable=False, server_default="0"),
     Index("sagas_by_subject", "subject_id"),
     sqlite_autoincrement=True,
 )

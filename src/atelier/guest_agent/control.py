@@ -1,12 +1,14 @@
-"""What only the host may ask: ``/init`` (who the guest is) and ``atelier.v1.Control/Shutdown``.
+"""What only the host may ask: ``/init`` (who the guest is), ``atelier.v1.Control/SetClock`` and ``.../Shutdown``.
 
 Registered by ``program`` for the guest channel; never for a listener, unless in development. ``/init`` has E2B's
 fields (accessToken, envVars, timestamp, defaultUser, defaultWorkdir) and ours (hostname, machineId, entropy in base64,
-hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect.
+hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect. SetClock answers
+timeNs, the guest's clock, and takes offsetNs, by which that is ahead of the host's (``clock``).
 """
 
 from __future__ import annotations
 
+import time
 from binascii import Error as BinasciiError
 from binascii import a2b_base64
 from typing import Any, Final, cast
@@ -67,6 +69,15 @@ def register(router: Router, state: AgentState) -> None:
             state.set_token(identity.token)
         return Response(204, {"cache-control": "no-store"})
 
+    async def set_clock(message: Message, request: Request) -> Message:
+        time_ns = time.time_ns()
+        offset_ns = _offset_ns(message)
+        if offset_ns is not None and state.touches_system:
+            from atelier.guest_agent import clock
+
+            clock.correct(offset_ns)
+        return {"timeNs": str(time_ns)}
+
     async def shut_down(message: Message, request: Request) -> Message:
         if not state.touches_system:
             raise ConnectError("failed_precondition", "this agent was told to keep off the system")
@@ -76,6 +87,7 @@ def register(router: Router, state: AgentState) -> None:
         return {}
 
     router.add("POST", "/init", initialize)
+    add_unary(router, "/atelier.v1.Control/SetClock", set_clock)
     add_unary(router, "/atelier.v1.Control/Shutdown", shut_down)
 
 
@@ -108,6 +120,16 @@ def _entropy(encoded: str | None) -> bytes | None:
     if not 0 < len(entropy) <= _MAX_ENTROPY_BYTES:
         raise ConnectError("invalid_argument", f"entropy must be 1 to {_MAX_ENTROPY_BYTES} bytes")
     return entropy
+
+
+def _offset_ns(message: Message) -> int | None:
+    text = _text(message, "offsetNs")
+    if text is None:
+        return None
+    digits = text.removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 19):
+        raise ConnectError("invalid_argument", "offsetNs must be nanoseconds, as a text")
+    return int(text)
 
 
 def _time_ns(message: Message) -> int | None:

@@ -7,6 +7,7 @@ smallest virtual machines have no way to power off.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from typing import Final
@@ -21,9 +22,10 @@ _ending: asyncio.Task[None] | None = None
 
 
 def begin() -> None:
-    """Start the end, and return at once, so that the request can still be answered. A second call changes nothing."""
+    """Start the end, and return at once, so that the request can still be answered. A second call changes nothing,
+    unless the first one failed."""
     global _ending
-    if _ending is None:
+    if _ending is None or _ending.done():
         _ending = asyncio.get_running_loop().create_task(_end())
 
 
@@ -47,7 +49,8 @@ async def _end() -> None:
 
 
 def _remount_read_only() -> None:
-    with open("/proc/sysrq-trigger", "wb", buffering=0) as trigger:
+    # Everything is on disk already: a kernel that cannot do this has its journal replayed at the next boot.
+    with contextlib.suppress(OSError), open("/proc/sysrq-trigger", "wb", buffering=0) as trigger:
         trigger.write(b"u")
 
 

@@ -1,97 +1,128 @@
 """What disk image files say of themselves, read without starting a program.
 
-Called by storage and VMM drivers, and by the manager's backup. Of a guest's disk only the header is read. A VMM that was
-taken over can write there: what a header says of other files must be checked by whoever opens them.
+Called by storage and VMM drivers, and by the manager's backup. Only headers of files of our own making are read, never
+what a guest wrote: a guest writes to the disk inside the file. But a VMM that was taken over can write to the header:
+lengths are bounded, and who opens a file that a header names checks where it lies. Source: QEMU docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from atelier.model.errors import HostError
 from atelier.model.machine import DiskFile
 
 _QCOW2_MAGIC = b"QFI\xfb"
+_HEADER_BYTES = 4096
+"""The header, its extensions and the backing file's name lie in the first cluster; ours take far less of it."""
+_SHORTEST_HEADER_BYTES = 72
+_BACKING_FORMAT_EXTENSION = 0xE2792ACA
 _BACKING_NAME_MAX_BYTES = 1023
-_MIN_CLUSTER_BITS, _MAX_CLUSTER_BITS = 9, 21
+
+
+def is_qcow2(path: Path) -> bool:
+    """Whether the file begins as a qcow2 file does."""
+    with path.open("rb") as file:
+        return file.read(len(_QCOW2_MAGIC)) == _QCOW2_MAGIC
 
 
 def virtual_size_bytes(disk: DiskFile) -> int:
     """Size of the disk that the file holds.
 
-    Raises HostError (``disk_file_missing``, ``disk_file_damaged``). Source: QEMU docs/interop/qcow2.txt.
+    Raises HostError (``disk_file_missing``, ``disk_file_damaged``).
     """
-    try:
-        if disk.format == "raw":
+    if disk.format == "raw":
+        try:
             return disk.path.stat().st_size
-        with disk.path.open("rb") as file:
-            header = file.read(32)
-    except FileNotFoundError as error:
-        raise HostError(
-            f"the disk file {disk.path} is missing", code="disk_file_missing", hint="if it is an image, build it again"
-        ) from error
-    if len(header) < 32 or header[:4] != _QCOW2_MAGIC:
-        raise _not_qcow2(disk.path)
-    return int.from_bytes(header[24:32], "big")
+        except FileNotFoundError as error:
+            raise missing_disk_file(disk.path) from error
+    return int.from_bytes(_read_header(disk.path)[24:32], "big")
 
 
-def find_backing_file(overlay: Path) -> Path | None:
-    """The file that a qcow2 file stands over, as its header names it; None if it stands alone.
+def find_backing(disk: DiskFile) -> DiskFile | None:
+    """The file that this one says it stands over; None if it stands alone, as each raw one does.
 
-    Raises HostError (``disk_file_damaged``). Source: QEMU docs/interop/qcow2.txt.
+    Raises HostError (``disk_file_missing``, ``disk_file_damaged``), the latter also for a backing file that is not named
+    by an absolute path and a format.
     """
-    with overlay.open("rb") as file:
-        offset, length, _ = _find_backing_name(overlay, file.read(32))
-        if offset == 0:
-            return None
-        file.seek(offset)
-        name = file.read(length)
-    if len(name) != length or b"\0" in name:
-        raise _damaged(overlay)
-    return overlay.parent / os.fsdecode(name)
+    if disk.format == "raw":
+        return None
+    header = _read_header(disk.path)
+    offset, length = int.from_bytes(header[8:16], "big"), int.from_bytes(header[16:20], "big")
+    if offset == 0:
+        return None
+    name = header[offset : offset + length]
+    if not 0 < length <= _BACKING_NAME_MAX_BYTES or len(name) != length or not name.startswith(b"/") or b"\0" in name:
+        raise _damaged(disk.path, "its backing file has no proper name")
+    return DiskFile(Path(name.decode(errors="surrogateescape")), _backing_format(disk.path, header[:offset]))
 
 
-def set_backing_file(overlay: Path, backing_file: Path) -> None:
-    """Let a qcow2 file, which must not be in use, stand over the same content under another name.
+def rename_backing(overlay: Path, backing: Path) -> None:
+    """Let a qcow2 file, which must stand over one and not be in use, stand over the same content under another name.
 
     Only the name in the header changes, as by ``qemu-img rebase -u``, which would follow all that the header names.
+    Raises HostError (``path_too_long``, ``disk_file_damaged``).
     """
-    name = os.fsencode(backing_file)
+    header = _read_header(overlay)
+    offset, length = int.from_bytes(header[8:16], "big"), int.from_bytes(header[16:20], "big")
+    name = os.fsencode(backing)
+    # The name is the last thing in the header.
+    room = len(header) - offset
+    if offset < _SHORTEST_HEADER_BYTES or not 0 < length <= room:
+        raise _damaged(overlay, "its backing file has no proper name")
+    if len(name) > min(room, _BACKING_NAME_MAX_BYTES):
+        raise HostError(
+            f"the header of {overlay} has no room for the name {backing}",
+            code="path_too_long",
+            hint="choose a data folder with a shorter path",
+        )
     with overlay.open("r+b") as file:
-        offset, length, cluster_bytes = _find_backing_name(overlay, file.read(32))
-        room = cluster_bytes - offset
-        if offset == 0 or len(name) > min(room, _BACKING_NAME_MAX_BYTES):
-            raise HostError(
-                f"the header of {overlay} has no room for the name {backing_file}",
-                code="path_too_long",
-                hint="choose a data folder with a shorter path",
-            )
         file.seek(offset)
-        # Source: the same: the name is the last thing in the header, and the header is the first cluster.
-        file.write(name.ljust(min(max(length, len(name)), room), b"\0"))
+        file.write(name.ljust(length, b"\0"))
         file.seek(16)
         file.write(len(name).to_bytes(4, "big"))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _find_backing_name(overlay: Path, header: bytes) -> tuple[int, int, int]:
-    """Offset (0: none) and length of the name, and the bytes of a cluster."""
-    if len(header) < 32 or header[:4] != _QCOW2_MAGIC:
-        raise _not_qcow2(overlay)
-    offset, length = int.from_bytes(header[8:16], "big"), int.from_bytes(header[16:20], "big")
-    cluster_bits = int.from_bytes(header[20:24], "big")
-    if not _MIN_CLUSTER_BITS <= cluster_bits <= _MAX_CLUSTER_BITS or length > _BACKING_NAME_MAX_BYTES:
-        raise _damaged(overlay)
-    if offset and (offset < 32 or offset + length > 1 << cluster_bits):
-        raise _damaged(overlay)
-    return offset, length, 1 << cluster_bits
+def _backing_format(path: Path, header: bytes) -> Literal["raw", "qcow2"]:
+    # Version 2 has no field for the header's length.
+    version = int.from_bytes(header[4:8], "big")
+    position = int.from_bytes(header[100:104], "big") if version >= 3 else _SHORTEST_HEADER_BYTES
+    while position + 8 <= len(header):
+        kind, length = (int.from_bytes(header[start : start + 4], "big") for start in (position, position + 4))
+        if kind == _BACKING_FORMAT_EXTENSION:
+            match header[position + 8 : position + 8 + length]:
+                case b"raw":
+                    return "raw"
+                case b"qcow2":
+                    return "qcow2"
+                case _:
+                    break
+        if kind == 0:
+            break
+        position += 8 + (length + 7) // 8 * 8
+    raise _damaged(path, "the format of its backing file is not stated")
 
 
-def _not_qcow2(path: Path) -> HostError:
-    return HostError(f"{path} is not a qcow2 file", code="disk_file_damaged")
+def _read_header(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except FileNotFoundError as error:
+        raise missing_disk_file(path) from error
+    if len(header) < _SHORTEST_HEADER_BYTES or header[:4] != _QCOW2_MAGIC:
+        raise _damaged(path, "it is not a qcow2 file")
+    return header
 
 
-def _damaged(overlay: Path) -> HostError:
-    return HostError(f"the header of {overlay} is damaged", code="disk_file_damaged")
+def missing_disk_file(path: Path) -> HostError:
+    return HostError(
+        f"the disk file {path} is missing", code="disk_file_missing", hint="if it is an image, build it again"
+    )
+
+
+def _damaged(path: Path, reason: str) -> HostError:
+    return HostError(f"{path} cannot be used as a disk: {reason}", code="disk_file_damaged")

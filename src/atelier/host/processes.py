@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import mmap
 import os
 import select
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +34,14 @@ _ANNOUNCE_AND_EXEC = 'umask 077; echo "$$"; exec "$@" >&2'
 
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
-    """Hard limits of a process, None: as inherited. Source: getrlimit(2)."""
+    """Limits of a process, None: as inherited. Source: getrlimit(2).
+
+    ``file_size_ceiling_bytes``: what the process, its user included, may raise ``file_size_bytes`` to; None: no further.
+    """
 
     open_files: int | None = None
     file_size_bytes: int | None = None
+    file_size_ceiling_bytes: int | None = None
     core_bytes: int | None = 0
 
 
@@ -78,19 +83,44 @@ def find_processes(executable_name: str, arguments: Sequence[str]) -> list[Proce
     Processes that this user may not look at are passed over.
     """
     wanted = b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
-    found: list[ProcessIdentity] = []
+    return [identity for identity, _ in _scan(executable_name, wanted)]
+
+
+def list_argument_values(executable_name: str, option: str, prefix: str) -> list[str]:
+    """What follows ``prefix`` in the argument after ``option``, of each live process whose executable file has this
+    name; one look at /proc for all. Processes that this user may not look at are passed over.
+    """
+    wanted = f"\0{option}\0{prefix}".encode()
+    found = (command_line for _, command_line in _scan(executable_name, wanted))
+    return [line.partition(wanted)[2].partition(b"\0")[0].decode(errors="replace") for line in found]
+
+
+def _scan(executable_name: str, wanted: bytes) -> Iterator[tuple[ProcessIdentity, bytes]]:
+    """Live processes of this executable with ``wanted`` in their command line, and that whole."""
     for entry in os.scandir(_PROC):
         if not entry.name.isdigit():
             continue
         # A process may end at any moment of this, or hide behind its rights.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-            if wanted not in (_PROC / entry.name / "cmdline").read_bytes():
+        try:
+            command_line = (_PROC / entry.name / "cmdline").read_bytes()
+            if wanted not in command_line:
                 continue
             executable = (_PROC / entry.name / "exe").readlink().name.removesuffix(" (deleted)")
-            identity = find_identity(int(entry.name))
-            if identity is not None and executable == executable_name:
-                found.append(identity)
-    return found
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+        identity = find_identity(int(entry.name))
+        if identity is not None and executable == executable_name:
+            yield identity, command_line
+
+
+def resident_bytes(identity: ProcessIdentity) -> int:
+    """Memory of this machine that the process holds, shared pages in full; 0 if it is gone. Source: proc(5), statm."""
+    try:
+        pages = int((_PROC / str(identity.pid) / "statm").read_bytes().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    # Looked at afterwards: if it lives now, it lived then.
+    return pages * mmap.PAGESIZE if is_alive(identity) else 0
 
 
 async def start_detached(
@@ -117,7 +147,7 @@ async def start_detached(
         raise MissingProgramError(f"{arguments[0]} is not installed", hint=f"install {arguments[0]}")
     chain = [
         *_limiter(limits),
-        *_privilege_dropper(user),
+        *privilege_dropper(user),
         "sh",
         "-c",
         _ANNOUNCE_AND_EXEC,
@@ -199,11 +229,19 @@ def _command_line(pid: int) -> bytes:
 
 
 def _limiter(limits: ResourceLimits) -> list[str]:
-    given = {"nofile": limits.open_files, "fsize": limits.file_size_bytes, "core": limits.core_bytes}
-    return ["prlimit", *(f"--{name}={value}:{value}" for name, value in given.items() if value is not None)]
+    file_size_ceiling = (
+        limits.file_size_bytes if limits.file_size_ceiling_bytes is None else limits.file_size_ceiling_bytes
+    )
+    given = {
+        "nofile": (limits.open_files, limits.open_files),
+        "fsize": (limits.file_size_bytes, file_size_ceiling),
+        "core": (limits.core_bytes, limits.core_bytes),
+    }
+    return ["prlimit", *(f"--{name}={soft}:{hard}" for name, (soft, hard) in given.items() if soft is not None)]
 
 
-def _privilege_dropper(user: ProcessUser | None) -> list[str]:
+def privilege_dropper(user: ProcessUser | None) -> list[str]:
+    """The words before a command by which it runs as this user, None: as the present one, with no privilege to gain."""
     if user is None:
         return ["setpriv", "--no-new-privs"]
     groups = ",".join(str(group) for group in user.supplementary_group_ids)

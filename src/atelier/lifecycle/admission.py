@@ -1,14 +1,22 @@
-"""Whether the host has room for one more sandbox. Asked inside the transaction that inserts it, so two cannot share
-the last place. Knows promised sizes only: what is really used is the drivers' to say.
+"""Whether the host has room for what is asked for. The room is measured just before, the decision falls inside the
+transaction that promises it, against all that was promised by then: so N at once never overshoot.
+
+Called by ``sandboxes``. Promised sizes count in full, used or not; what our own machines and volumes occupy already is
+part of the room, since their promises are counted beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from atelier.db.sandboxes import Usage
+from atelier.db.engine import Database
+from atelier.db.sandboxes import SandboxRepository, Usage
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.vmm.interface import VmmDriver
 from atelier.model.errors import CapacityError
-from atelier.model.sandbox import SandboxSpec
+
+_MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +26,81 @@ class Capacity:
     vcpu_count: int | None = None
     memory_mib: int | None = None
     disk_mib: int | None = None
+    slots: int | None = None
 
 
-def check_admission(capacity: Capacity, usage: Usage, spec: SandboxSpec) -> None:
-    """Raise CapacityError, with what is short and by how much, if ``spec`` does not fit beside what is there."""
-    wishes = (
-        ("vCPUs", "", capacity.vcpu_count, usage.vcpu_count, spec.vcpu_count),
-        ("memory", " MiB", capacity.memory_mib, usage.memory_mib, spec.memory_mib),
-        ("disk", " MiB", capacity.disk_mib, usage.disk_mib, spec.disk_mib),
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one operation asks for beyond what was promised before."""
+
+    vcpu_count: int = 0
+    memory_mib: int = 0
+    disk_mib: int = 0
+    slots: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoomPolicy:
+    """How much of the host is for sandboxes. ``memory_available_bytes`` tells what the kernel could give now (None:
+    memory is not measured), ``memory_reserve_mib`` stays the host's. ``disk_overcommit``: how many times the real room
+    on disk may be promised, since volumes grow only with what is written (None: disk is not measured)."""
+
+    memory_available_bytes: Callable[[], int] | None = None
+    memory_reserve_mib: int = 0
+    disk_overcommit: float | None = None
+    disk_reserve_mib: int = 0
+    fixed: Capacity = Capacity()
+
+
+class HostRoom:
+    """Measures what this host has for sandboxes, those that it has included."""
+
+    def __init__(
+        self, database: Database, host_id: str, vmm: VmmDriver, storage: StorageDriver, policy: RoomPolicy
+    ) -> None:
+        self._database = database
+        self._sandboxes = SandboxRepository()
+        self._host_id = host_id
+        self._vmm = vmm
+        self._storage = storage
+        self._policy = policy
+
+    async def measure(self) -> Capacity:
+        policy, fixed = self._policy, self._policy.fixed
+        memory_mib, disk_mib = fixed.memory_mib, fixed.disk_mib
+        if policy.memory_available_bytes is not None:
+            with self._database.read() as connection:
+                machines = self._sandboxes.list_vmm_processes(connection, self._host_id)
+            occupied = await self._vmm.resident_bytes(machines)
+            room_mib = (policy.memory_available_bytes() + occupied) // _MIB - policy.memory_reserve_mib
+            memory_mib = room_mib if memory_mib is None else min(memory_mib, room_mib)
+        if policy.disk_overcommit is not None:
+            with self._database.read() as connection:
+                holders = self._sandboxes.list_volume_holders(connection, self._host_id)
+            occupied = sum([await self._storage.used_bytes(sandbox_id) for sandbox_id in holders])
+            room_mib = (await self._storage.free_bytes() + occupied) // _MIB - policy.disk_reserve_mib
+            room_mib = int(room_mib * policy.disk_overcommit)
+            disk_mib = room_mib if disk_mib is None else min(disk_mib, room_mib)
+        return Capacity(
+            vcpu_count=fixed.vcpu_count,
+            memory_mib=None if memory_mib is None else max(0, memory_mib),
+            disk_mib=None if disk_mib is None else max(0, disk_mib),
+            slots=fixed.slots,
+        )
+
+
+def check_admission(capacity: Capacity, usage: Usage, wish: Wish) -> None:
+    """Raise CapacityError, with what is short and by how much, if ``wish`` does not fit beside what is promised."""
+    wants = (
+        ("vCPUs", "", capacity.vcpu_count, usage.vcpu_count, wish.vcpu_count),
+        ("memory", " MiB", capacity.memory_mib, usage.memory_mib, wish.memory_mib),
+        ("disk", " MiB", capacity.disk_mib, usage.disk_mib, wish.disk_mib),
+        ("network slots", "", capacity.slots, usage.slots, wish.slots),
     )
     shortages: list[str] = []
     hopeless = False
-    for what, unit, total, used, wanted in wishes:
-        if total is None or used + wanted <= total:
+    for what, unit, total, used, wanted in wants:
+        if total is None or wanted == 0 or used + wanted <= total:
             continue
         free = max(0, total - used)
         shortages.append(
@@ -39,8 +109,8 @@ def check_admission(capacity: Capacity, usage: Usage, spec: SandboxSpec) -> None
         hopeless = hopeless or wanted > total
     if shortages:
         raise CapacityError(
-            f"this host has no room for the sandbox ({'; '.join(shortages)})",
-            hint="ask for less: this host never has that much"
+            f"this host has no room for it ({'; '.join(shortages)})",
+            hint="ask for less: this host does not have that much"
             if hopeless
-            else "remove sandboxes (atelier ls, atelier rm), or ask for less",
+            else "stop or remove sandboxes (atelier ls, stop, rm), or ask for less",
         )

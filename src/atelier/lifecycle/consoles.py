@@ -61,6 +61,12 @@ class KeptConsoles:
             return b""
         return data[max(0, len(data) - limit_bytes) :]
 
+    async def list_sandboxes(self) -> list[str]:
+        """Of which a console is kept."""
+        if not await asyncio.to_thread(self._folder.is_dir):
+            return []
+        return [file.stem for file in await asyncio.to_thread(lambda: list(self._folder.glob("*.log")))]
+
     async def remove(self, sandbox_id: str) -> None:
         await asyncio.to_thread(self._file(sandbox_id).unlink, missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The door to a sandbox's life: begin to create it, wait, destroy it, watch its VMM, recover after a start.
+"""The door to a sandbox's life: create, stop, start, resize, destroy, wait; recover after a start; what goes on by itself.
 
 Called by ``services/sandboxes.py`` and the manager's program. Work goes on in the background, in the saga executor's
 tasks and one watcher per running sandbox; a caller that goes away stops nothing. Nothing here knows a concrete driver.
@@ -9,69 +9,63 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, TypeVar
 
 from atelier.db.engine import Connection, Database
 from atelier.db.outbox import Outbox
-from atelier.db.sagas import SagaStore
+from atelier.db.sagas import SagaStore, list_open_sagas_of
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
-from atelier.lifecycle.admission import Capacity, check_admission
+from atelier.lifecycle import operations, sandbox_create
+from atelier.lifecycle.activity import Activity, utc_now
+from atelier.lifecycle.admission import HostRoom, RoomPolicy, Wish, check_admission
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.consoles import KeptConsoles
 from atelier.lifecycle.errors import describe_error, is_transient
-from atelier.lifecycle.saga_values import process_from_json
-from atelier.lifecycle.sandbox_create import KIND, SandboxCreation, create_saga_id
-from atelier.lifecycle.transitions import Failure, Transitions, sandbox_topic
-from atelier.model.errors import AtelierError, HostError, NotFoundError
+from atelier.lifecycle.machines import Machines
+from atelier.lifecycle.operations import Operation
+from atelier.lifecycle.reclaim import Reclaim
+from atelier.lifecycle.sandbox_create import create_saga_id, define_create
+from atelier.lifecycle.sandbox_resize import define_resize
+from atelier.lifecycle.sandbox_start import define_start
+from atelier.lifecycle.sandbox_steps import SandboxSteps
+from atelier.lifecycle.sandbox_stop import define_stop
+from atelier.lifecycle.time_limits import TimeLimits
+from atelier.lifecycle.transitions import Transitions, sandbox_topic
+from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
-from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import Sandbox, SandboxSpec
-from atelier.model.states import SandboxState
+from atelier.model.states import UNDER_WAY, SandboxState, StopReason
+from atelier.saga.definition import SagaDefinition
 from atelier.saga.executor import Executor
-from atelier.saga.log import SagaGoneError, SagaStatus
+from atelier.saga.log import SagaGoneError, SagaRecord
 from atelier.saga.retry import RetryPolicies
 from atelier.telemetry.logs import log_context
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_UNDER_WAY = frozenset(
-    {
-        SandboxState.CREATING,
-        SandboxState.STARTING,
-        SandboxState.STOPPING,
-        SandboxState.PAUSING,
-        SandboxState.RESUMING,
-        SandboxState.DESTROYING,
-    }
-)
-_AT_ONCE = 16
-"""Sandboxes that recovery and ``destroy_all`` work on at the same time."""
-_WATCH_AGAIN_SECONDS = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class LifecycleLimits:
-    """``concurrent_boots`` None: as many at once as are asked for. ``console_bytes`` bounds a running sandbox's console
-    file."""
+    """``concurrent_boots`` None: as many at once as are asked for. ``stop_grace_seconds``: how long a guest may take to shut down, where the caller says nothing."""
 
     guest_ready_seconds: float = 60.0
+    stop_grace_seconds: float = 30.0
     concurrent_boots: int | None = None
-    console_bytes: int = 1024 * 1024
 
 
 class SandboxLifecycle:
-    """``capacity`` is what this host has for sandboxes; ``host_id`` stands in their rows, and is the installation's id
-    where nothing else is said."""
+    """``room`` says how much of this host is for sandboxes; ``host_id`` stands in their rows, and is the installation's
+    id where nothing else is said; ``now`` is the clock of the time limits."""
 
     def __init__(
         self,
@@ -86,22 +80,24 @@ class SandboxLifecycle:
         run: RunLayout,
         installation_id: str,
         host_id: str = "",
-        capacity: Capacity | None = None,
+        room: RoomPolicy | None = None,
         limits: LifecycleLimits | None = None,
         policies: RetryPolicies | None = None,
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._database = database
         self._vmm = vmm
         self._guests = guests
         self._run = run
         self._host_id = host_id or installation_id
-        self._capacity = capacity or Capacity()
         self._limits = limits or LifecycleLimits()
+        self._now = now
         self._sandboxes = SandboxRepository()
+        self._room = HostRoom(database, self._host_id, vmm, storage, room or RoomPolicy())
         outbox = Outbox(database)
         self._transitions = Transitions(self._sandboxes, outbox)
         self._consoles = KeptConsoles(data.consoles, run, vmm)
-        creation = SandboxCreation(
+        steps = SandboxSteps(
             database=database,
             sandboxes=self._sandboxes,
             outbox=outbox,
@@ -116,22 +112,53 @@ class SandboxLifecycle:
             gate=BootGate(self._limits.concurrent_boots),
             installation_id=installation_id,
             guest_ready_seconds=self._limits.guest_ready_seconds,
+            stop_grace_seconds=self._limits.stop_grace_seconds,
         )
+        self.sagas: tuple[SagaDefinition[Connection], ...] = (
+            define_create(steps),
+            define_start(steps),
+            define_stop(steps, self._write_restart),
+            define_resize(steps),
+        )
+        """Every saga there is, for the executor and for tests."""
         self._executor = Executor[Connection](
-            SagaStore(database),
-            [creation.definition()],
-            is_transient=is_transient,
-            describe=describe_error,
-            policies=policies,
+            SagaStore(database), self.sagas, is_transient=is_transient, describe=describe_error, policies=policies
         )
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._machines = Machines(
+            database=database,
+            transitions=self._transitions,
+            vmm=vmm,
+            guests=guests,
+            run=run,
+            consoles=self._consoles,
+            spawn=self._spawn,
+            boot_again=self._boot_again,
+        )
+        self.reclaim = Reclaim(
+            database=database,
+            vmm=vmm,
+            storage=storage,
+            network=network,
+            guests=guests,
+            run=run,
+            consoles=self._consoles,
+        )
+        self.activity = Activity(now)
+        """Who uses a sandbox says so here."""
+        self.time_limits = TimeLimits(
+            database, self.activity, now, stop=self._stop_idle, destroy=lambda each: self.destroy(each, wait=False)
+        )
+
+    # --- beginning things ---------------------------------------------------------------------------------------------
 
     async def start_create(self, name: str, spec: SandboxSpec) -> Sandbox:
         """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
 
-        Raises ConflictError (``name_taken``), CapacityError.
+        Raises ConflictError (``name_taken``), CapacityError, InvalidRequestError (``expiry_in_past``).
         """
-        now = datetime.now(UTC)
+        self._check_expiry(spec)
+        now = self._now()
         sandbox = Sandbox(
             id=new_sandbox_id(),
             name=name,
@@ -143,37 +170,109 @@ class SandboxLifecycle:
         )
         own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
         saga_id = create_saga_id(sandbox.id)
+        capacity = await self._room.measure()
 
         def insert(connection: Connection) -> None:
             usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(self._capacity, usage, spec)
+            check_admission(capacity, usage, Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1))
             self._transitions.begin(connection, sandbox, own)
-            self._executor.insert(connection, KIND, saga_id, sandbox.id)
+            self._executor.insert(connection, sandbox_create.KIND, saga_id, sandbox.id)
 
         async def begin() -> None:
             await self._database.write(insert)
-            with log_context(sandbox_id=sandbox.id):
-                self._executor.start(saga_id)
-                self._spawn(self._supervise(sandbox.id), f"supervise {sandbox.id}")
+            self._go_on(sandbox.id, saga_id)
 
         await self._unless_interrupted(begin())
         return sandbox
 
-    async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> Sandbox | None:
-        """The row once nothing is under way with the sandbox (or what is under way is stuck: ``failure_code``); None
-        after ``timeout_seconds``. Raises NotFoundError when it is gone."""
-        with self._database.subscribe(sandbox_topic(sandbox_id)) as news:
-            limit = asyncio.timeout(timeout_seconds)
-            try:
-                async with limit:
-                    while True:
-                        news.clear()
-                        sandbox = self._get(sandbox_id)
-                        if sandbox.state not in _UNDER_WAY or sandbox.failure_code:
-                            return sandbox
-                        await news.wait()
-            except TimeoutError:
-                return None
+    async def start(self, sandbox_id: str) -> Sandbox:
+        """Begin to boot a stopped or failed sandbox from its disk; its row in state ``starting``. Twice is once.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``), CapacityError.
+        """
+        return await self._begin_start(operations.START, sandbox_id)
+
+    async def stop(
+        self,
+        sandbox_id: str,
+        *,
+        grace_seconds: float | None = None,
+        reason: StopReason = StopReason.REQUESTED,
+        then_start: bool = False,
+    ) -> Sandbox:
+        """Begin to stop a running sandbox; its row in state ``stopping``. Its guest has ``grace_seconds`` to shut down,
+        then it is cut off. ``then_start``: start it again afterwards, also over a restart of the manager. Twice is
+        once.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``).
+        """
+        inputs: dict[str, Any] = {"reason": reason.value, "then_start": then_start}
+        if grace_seconds is not None:
+            inputs["grace_seconds"] = grace_seconds
+        return await self._begin(operations.STOP, sandbox_id, inputs)
+
+    async def resize(self, sandbox_id: str, disk_mib: int) -> Sandbox:
+        """Begin to grow the disk of a running or stopped sandbox. The same size again is no work.
+
+        Raises NotFoundError, InvalidRequestError (``disk_cannot_shrink``), ConflictError (``invalid_state``,
+        ``sandbox_busy``), CapacityError.
+        """
+        capacity = await self._room.measure()
+
+        def promise(connection: Connection, sandbox: Sandbox) -> None:
+            present = sandbox.spec.disk_mib
+            if disk_mib < present:
+                raise InvalidRequestError(
+                    f"the disk of sandbox {sandbox.name} has {present} MiB and cannot shrink to {disk_mib} MiB",
+                    code="disk_cannot_shrink",
+                    hint=f"ask for more than {present} MiB, or make a new sandbox",
+                )
+            usage = self._sandboxes.sum_usage(connection, self._host_id)
+            check_admission(capacity, usage, Wish(disk_mib=disk_mib - present))
+            self._sandboxes.set_disk_mib(connection, sandbox_id, disk_mib)
+
+        return await self._begin(operations.RESIZE, sandbox_id, {"disk_mib": disk_mib}, promise)
+
+    async def retry(self, sandbox_id: str) -> Sandbox:
+        """Try again what is stuck, after a person has mended what was in the way.
+
+        Raises NotFoundError, ConflictError (``nothing_stuck``).
+        """
+
+        def clear(connection: Connection) -> list[SagaRecord]:
+            sandbox = self._sandboxes.get(connection, sandbox_id)
+            stuck = [record for record in list_open_sagas_of(connection, sandbox_id) if record.is_stuck]
+            if not stuck:
+                raise ConflictError(
+                    f"nothing is stuck in sandbox {sandbox.name}: it is {sandbox.state}",
+                    code="nothing_stuck",
+                    hint="only what is stuck can be tried again; a failed sandbox can be started",
+                )
+            if sandbox.state is not SandboxState.FAILED:
+                self._transitions.restate(connection, sandbox_id, None)
+            return stuck
+
+        async def begin() -> None:
+            for record in await self._database.write(clear):
+                self._go_on(sandbox_id, record.id)
+
+        await self._unless_interrupted(begin())
+        return self._get(sandbox_id)
+
+    async def set_time_limits(
+        self, sandbox_id: str, *, expires_at: datetime | None, auto_stop_after_idle_seconds: int | None
+    ) -> Sandbox:
+        """Replace both limits. Raises NotFoundError, InvalidRequestError (``expiry_in_past``)."""
+
+        def write(connection: Connection) -> None:
+            spec = self._sandboxes.get(connection, sandbox_id).spec
+            changed = replace(spec, expires_at=expires_at, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds)
+            if changed.expires_at != spec.expires_at:
+                self._check_expiry(changed)
+            self._sandboxes.set_time_limits(connection, sandbox_id, changed)
+
+        await self._database.write(write)
+        return self._get(sandbox_id)
 
     async def destroy(self, sandbox_id: str, *, wait: bool = True) -> None:
         """Destroy a sandbox, whatever it is doing: the wish is durable when this has begun to wait. With ``wait``
@@ -202,6 +301,7 @@ class SandboxLifecycle:
                 code="sandbox_not_found",
                 hint="atelier ls shows the ones there are",
             ) from None
+        self.activity.forget(sandbox_id)
         if not wait:
             return
         record = await self._executor.wait(saga_id)
@@ -219,57 +319,52 @@ class SandboxLifecycle:
             hint="the next start goes on with it",
         )
 
-    async def destroy_all(self) -> list[str]:
-        """Destroy every sandbox; returns the names of those that are gone. What is stuck is logged and stays."""
-        places = asyncio.Semaphore(_AT_ONCE)
-        destroyed: list[str] = []
-        tried: set[str] = set()
+    # --- looking ------------------------------------------------------------------------------------------------------
 
-        async def one(sandbox_id: str) -> None:
-            async with places:
-                try:
-                    name = self._get(sandbox_id).name
-                    await self.destroy(sandbox_id)
-                except NotFoundError:
-                    return
-                except AtelierError as error:
-                    _logger.error("%s", error)
-                    return
-            destroyed.append(name)
-
-        while remaining := [each for each in self._ids() if each not in tried]:
-            tried.update(remaining)
-            await asyncio.gather(*(one(sandbox_id) for sandbox_id in remaining))
-        return sorted(destroyed)
+    async def wait_settled(self, sandbox_id: str, timeout_seconds: float | None) -> Sandbox | None:
+        """The row once nothing is under way with the sandbox (or what is under way is stuck: ``failure_code``); None
+        after ``timeout_seconds``. Raises NotFoundError when it is gone."""
+        with self._database.subscribe(sandbox_topic(sandbox_id)) as news:
+            limit = asyncio.timeout(timeout_seconds)
+            try:
+                async with limit:
+                    while True:
+                        news.clear()
+                        with self._database.read() as connection:
+                            sandbox = self._sandboxes.get(connection, sandbox_id)
+                            is_busy = bool(list_open_sagas_of(connection, sandbox_id))
+                        if sandbox.failure_code or not (is_busy or sandbox.state in UNDER_WAY):
+                            return sandbox
+                        await news.wait()
+            except TimeoutError:
+                return None
 
     async def console(self, sandbox: Sandbox, limit_bytes: int) -> bytes:
-        """The newest bytes of the serial console, as the guest wrote them; of a failed sandbox those that were kept."""
-        if sandbox.state is SandboxState.FAILED and (kept := await self._consoles.read(sandbox.id, limit_bytes)):
-            return kept
+        """The newest bytes of the serial console, as the guest wrote them; of a stopped or failed sandbox those that
+        were kept of its last run."""
+        if sandbox.state in (SandboxState.FAILED, SandboxState.STOPPED):
+            kept = await self._consoles.read(sandbox.id, limit_bytes)
+            if kept:
+                return kept
         return await self._vmm.console_tail(self._run.vmm_directory(sandbox.id), limit_bytes)
 
-    async def trim_consoles(self) -> None:
-        """Bound the consoles of the machines that run. The body of a background loop."""
-        for sandbox_id in self._ids(SandboxState.CREATING, SandboxState.RUNNING):
-            try:
-                await self._vmm.trim_console(self._run.vmm_directory(sandbox_id), self._limits.console_bytes)
-            except AtelierError as error:
-                _logger.warning("the console of %s cannot be trimmed: %s", sandbox_id, error)
+    # --- what goes on by itself ---------------------------------------------------------------------------------------
 
     async def recover(self) -> None:
-        """After a start: take up what the last process left half-way (it goes on in the background), and find the
-        machines that still run. One whose machine is gone becomes ``failed``."""
+        """After a start: take up what the last process left half-way (it goes on in the background), find the machines
+        that still run, and free what has no owner."""
         for record in await self._executor.recover():
             _logger.info("found %s of %s %s", record.kind, record.subject_id, record.status)
-            self._spawn(self._supervise(record.subject_id), f"supervise {record.subject_id}")
-        places = asyncio.Semaphore(_AT_ONCE)
+            self._spawn(self._supervise(record.subject_id, record.id), f"supervise {record.id}")
+        await self.reconcile()
 
-        async def adopt(sandbox_id: str) -> None:
-            async with places:
-                with log_context(sandbox_id=sandbox_id):
-                    await self._adopt(sandbox_id)
-
-        await asyncio.gather(*(adopt(sandbox_id) for sandbox_id in self._ids(SandboxState.RUNNING)))
+    async def reconcile(self) -> None:
+        """Bring what is there and what is written down together. The body of a background loop, too."""
+        await self._machines.adopt(self._ids(SandboxState.RUNNING))
+        try:
+            await self.reclaim.free_orphans()
+        except AtelierError as error:
+            _logger.error("what has no owner cannot be looked for: %s", error)
 
     async def close(self) -> None:
         """Stop watching and stop sagas where they are; machines go on. The next start takes up what is open."""
@@ -279,72 +374,96 @@ class SandboxLifecycle:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _supervise(self, sandbox_id: str) -> None:
-        """Wait for the creation's end; if the sandbox runs then, watch its machine."""
-        record = await self._executor.wait(create_saga_id(sandbox_id))
-        if record is None or record.status is not SagaStatus.COMPLETED:
-            return
-        identity = process_from_json(record.outputs["vmm"])
-        del record  # kilobytes, for as long as the machine runs
-        await self._watch(sandbox_id, identity)
+    # --- inside -------------------------------------------------------------------------------------------------------
 
-    async def _watch(self, sandbox_id: str, identity: ProcessIdentity) -> None:
-        while True:
-            try:
-                await self._vmm.wait_ended(identity)
-                break
-            except AtelierError as error:
-                _logger.warning("the machine of %s cannot be watched: %s", sandbox_id, error)
-            await asyncio.sleep(_WATCH_AGAIN_SECONDS)
-        await self._lose(sandbox_id, "its virtual machine ended by itself")
+    async def _begin(
+        self,
+        operation: Operation,
+        sandbox_id: str,
+        inputs: dict[str, Any] | None = None,
+        also: Callable[[Connection, Sandbox], None] | None = None,
+    ) -> Sandbox:
+        """Check, promise, change the state and write the saga in one transaction; then run it."""
+        saga_id = operation.saga_id(sandbox_id)
 
-    async def _lose(self, sandbox_id: str, message: str) -> None:
-        """The machine of a running sandbox is gone: say so, unless somebody ended it on purpose. Its volume stays."""
-        if self._state(sandbox_id) is not SandboxState.RUNNING:
-            return
-        tail = await self._consoles.keep(sandbox_id)
-        hint = "the end of its console may say why; its disk is kept until it is removed"
-        failure = Failure("vmm_ended", message, hint, tail)
+        def write(connection: Connection) -> bool:
+            sandbox = self._sandboxes.get(connection, sandbox_id)
+            under_way = list_open_sagas_of(connection, sandbox_id)
+            if sandbox.state is operation.meanwhile and any(record.id == saga_id for record in under_way):
+                return False
+            operation.check(sandbox)
+            if under_way:
+                raise ConflictError(
+                    f"cannot {operation.verb} sandbox {sandbox.name}: something else is under way ({under_way[0].kind})",
+                    code="sandbox_busy",
+                    hint="wait for it to end; atelier events shows what goes on",
+                )
+            if also is not None:
+                also(connection, sandbox)
+            if operation.meanwhile is not None:
+                self._transitions.apply(connection, sandbox_id, operation.meanwhile)
+            self._executor.insert(connection, operation.kind, saga_id, sandbox_id, inputs)
+            return True
 
-        def fail(connection: Connection) -> None:
-            sandbox = self._sandboxes.find(connection, sandbox_id)
-            if sandbox is not None and sandbox.state is SandboxState.RUNNING:
-                self._transitions.apply(connection, sandbox_id, SandboxState.FAILED, failure)
-                self._sandboxes.set_vmm_process(connection, sandbox_id, None)
+        async def begin() -> None:
+            if await self._database.write(write):
+                self._go_on(sandbox_id, saga_id)
 
-        await self._database.write(fail)
-        _logger.warning("sandbox %s failed: %s", sandbox_id, message)
+        await self._unless_interrupted(begin())
+        return self._get(sandbox_id)
 
-    async def _adopt(self, sandbox_id: str) -> None:
-        """Take a machine that outlived the last manager under watch again."""
-        directory = self._run.vmm_directory(sandbox_id)
-        try:
-            identity = await self._vmm.find_process(sandbox_id, directory)
-            if identity is None:
-                await self._lose(sandbox_id, "its virtual machine was gone when the manager started")
-                return
-            with self._database.read() as connection:
-                token = self._sandboxes.get_secrets(connection, sandbox_id).token
-            await self._guests.ensure_channel(sandbox_id, self._vmm.guest_endpoint(directory), token)
-        except AtelierError as error:
-            # The machine, if there is one, is left alone: the gateway may hold its channel still, a person can destroy.
-            _logger.error("sandbox %s could not be taken up: %s", sandbox_id, error)
-            return
+    async def _begin_start(self, operation: Operation, sandbox_id: str) -> Sandbox:
+        with self._database.read() as connection:
+            fresh = not self._sandboxes.get(connection, sandbox_id).holds_volume
+        capacity = await self._room.measure()
 
-        def note(connection: Connection) -> None:
-            self._sandboxes.set_vmm_process(connection, sandbox_id, identity)
+        def promise(connection: Connection, sandbox: Sandbox) -> None:
+            spec = sandbox.spec
+            wish = Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib if fresh else 0, slots=1 if fresh else 0)
+            if operation is not operations.BOOT_AGAIN:
+                check_admission(capacity, self._sandboxes.sum_usage(connection, self._host_id), wish)
+            self._sandboxes.set_holds_volume(connection, sandbox_id, True)
 
-        await self._database.write(note)
-        self._spawn(self._watch(sandbox_id, identity), f"watch {sandbox_id}")
+        return await self._begin(operation, sandbox_id, {"fresh": fresh}, promise)
+
+    async def _boot_again(self, sandbox_id: str) -> None:
+        await self._begin_start(operations.BOOT_AGAIN, sandbox_id)
+
+    async def _stop_idle(self, sandbox_id: str) -> None:
+        await self.stop(sandbox_id, reason=StopReason.IDLE)
+
+    def _write_restart(self, connection: Connection, sandbox_id: str) -> None:
+        """The second half of a restart, in the transaction that ends the first. Its memory was promised all along."""
+        self._transitions.apply(connection, sandbox_id, SandboxState.STARTING)
+        start = operations.START
+        self._executor.insert(connection, start.kind, start.saga_id(sandbox_id), sandbox_id, {"fresh": False})
+
+    def _go_on(self, sandbox_id: str, saga_id: str) -> None:
+        with log_context(sandbox_id=sandbox_id):
+            self._executor.start(saga_id)
+            self._spawn(self._supervise(sandbox_id, saga_id), f"supervise {saga_id}")
+
+    async def _supervise(self, sandbox_id: str, saga_id: str) -> None:
+        """Wait for a saga's end; run the one that it has left behind, and watch the machine if there is one now."""
+        await self._executor.wait(saga_id)
+        with self._database.read() as connection:
+            following = [each for each in list_open_sagas_of(connection, sandbox_id) if not each.is_stuck]
+        for record in following:
+            if not self._executor.is_under_way(record.id):
+                self._go_on(sandbox_id, record.id)
+        self._machines.watch(sandbox_id)
+
+    def _check_expiry(self, spec: SandboxSpec) -> None:
+        if spec.expires_at is not None and spec.expires_at <= self._now():
+            raise InvalidRequestError(
+                f"the sandbox cannot expire at {spec.expires_at.isoformat()}: that is in the past",
+                code="expiry_in_past",
+                hint="give a time that is still to come",
+            )
 
     def _get(self, sandbox_id: str) -> Sandbox:
         with self._database.read() as connection:
             return self._sandboxes.get(connection, sandbox_id)
-
-    def _state(self, sandbox_id: str) -> SandboxState | None:
-        with self._database.read() as connection:
-            sandbox = self._sandboxes.find(connection, sandbox_id)
-        return None if sandbox is None else sandbox.state
 
     def _ids(self, *states: SandboxState) -> list[str]:
         with self._database.read() as connection:
@@ -367,3 +486,5 @@ class SandboxLifecycle:
         task = asyncio.create_task(guarded(), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        # Cancelled before it began, it would never have been awaited.
+        task.add_done_callback(lambda _: work.close())

@@ -13,11 +13,13 @@ from atelier.db.engine import Connection, signal
 from atelier.db.outbox import Outbox
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
 from atelier.model.sandbox import Sandbox
-from atelier.model.states import SandboxState, check_transition
+from atelier.model.states import SandboxState, StopReason, check_transition
 
 STATE_CHANGED = "sandbox.state_changed"
 DESTROYED = "sandbox.destroyed"
 STUCK = "sandbox.stuck"
+RESIZED = "sandbox.resized"
+RESIZE_STUCK = "resize_stuck"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +50,31 @@ class Transitions:
         self._announce(connection, sandbox, previous=None)
 
     def apply(
-        self, connection: Connection, sandbox_id: str, target: SandboxState, failure: Failure | None = None
+        self,
+        connection: Connection,
+        sandbox_id: str,
+        target: SandboxState,
+        failure: Failure | None = None,
+        *,
+        stop_reason: StopReason | None = None,
     ) -> Sandbox:
-        """Move a sandbox to ``target``. ``failure`` belongs to the state ``failed``.
+        """Move a sandbox to ``target``. ``failure`` belongs to the state ``failed``, ``stop_reason`` to ``stopped``.
 
         Raises NotFoundError, and ConflictError (``invalid_state``) for a move that the table does not allow.
         """
         current = self._sandboxes.get(connection, sandbox_id)
         check_transition(sandbox_id, current.state, target)
-        sandbox = self._write(connection, replace(current, state=target), failure)
+        sandbox = self._write(connection, replace(current, state=target, stop_reason=stop_reason), failure)
         self._announce(connection, sandbox, previous=current.state)
         return sandbox
+
+    def tell_resized(self, connection: Connection, sandbox_id: str) -> None:
+        """The disk has the size that the row promises; trouble that was told of it is over."""
+        sandbox = self._sandboxes.get(connection, sandbox_id)
+        if sandbox.failure_code == RESIZE_STUCK:
+            self._write(connection, sandbox, None)
+        self._outbox.append(connection, RESIZED, sandbox_id, {"name": sandbox.name, "disk_mib": sandbox.spec.disk_mib})
+        signal(connection, sandbox_topic(sandbox_id))
 
     def mark_stuck(self, connection: Connection, sandbox_id: str, failure: Failure) -> None:
         """Keep the state, but say what does not go on and what a person can do."""
@@ -96,6 +112,7 @@ class Transitions:
             failure_message=words.message,
             failure_hint=words.hint,
             console_tail=words.console_tail,
+            stop_reason=changed.stop_reason,
         )
         signal(connection, sandbox_topic(sandbox.id))
         return changed
@@ -106,6 +123,8 @@ class Transitions:
             "state": sandbox.state.value,
             "previous": None if previous is None else previous.value,
         }
+        if sandbox.stop_reason is not None:
+            payload["stop_reason"] = sandbox.stop_reason.value
         if sandbox.failure_code:
             payload["failure"] = _failure_payload(sandbox)
         self._outbox.append(connection, STATE_CHANGED, sandbox.id, payload)

@@ -24,6 +24,7 @@ from atelier.manager.doctor import run_doctor
 from atelier.manager.installation import Installation
 from atelier.manager.server import Server
 from atelier.model.errors import AtelierError
+from atelier.services.host import SandboxesAtEnd
 from atelier.telemetry import logs
 
 logger = logging.getLogger("atelier.manager")
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.restore:
             return run_restore(settings, options.restore, as_json=options.json)
         logs.configure(settings.log_level, "json" if options.log_format == "json" else "line")
-        return uvloop.run(_serve(settings))
+        if options.down:
+            return uvloop.run(_end_sandboxes(settings, options.down))
+        return uvloop.run(_serve(settings, options.on_exit))
     except AtelierError as error:
         if options.json:
             document = {"code": error.code, "message": error.message, "hint": error.hint}
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,19 +67,36 @@ async def _serve(settings: Settings) -> int:
         server = Server(installation.application, installation.socket)
         installation.announce()
         serving = asyncio.create_task(server.serve())
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        # A second Ctrl-C ends the manager at once; the next start unwinds what this one leaves.
+        stopping = [asyncio.create_task(event.wait()) for event in (stop, installation.end_asked)]
+        await asyncio.wait({serving, *stopping}, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in stopping:
+            waiting.cancel()
+        # A second Ctrl-C ends the manager at once; the next start goes on with what this one leaves.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
         _say("stopping: no new requests")
         await server.shut_down(serving)
-        destroyed = await installation.destroy_sandboxes()
-        for name in destroyed:
-            _say(f"destroyed sandbox {name}")
-        _say(f"stopped; {len(destroyed)} sandboxes were running and are destroyed, nothing is left behind")
+        _say_goodbye(on_exit, *await installation.end_sandboxes(on_exit))
     return 0
+
+
+async def _end_sandboxes(settings: Settings, what: SandboxesAtEnd) -> int:
+    """Without serving anybody: what ``atelier down`` does where no manager runs."""
+    async with Installation.open(settings) as installation:
+        _say_goodbye(what, *await installation.end_sandboxes(what))
+    return 0
+
+
+def _say_goodbye(what: SandboxesAtEnd, changed: list[str], running: list[str]) -> None:
+    done = "destroyed" if what == "destroy" else "stopped"
+    for name in changed:
+        _say(f"{done} sandbox {name}")
+    for name in running:
+        _say(f"sandbox {name} goes on running")
+    if running:
+        _say(f"ended; {len(running)} sandboxes go on: atelier up finds them again, atelier down stops them")
+    else:
+        _say("ended; nothing goes on running")
 
 
 def _say(line: str) -> None:
@@ -89,6 +109,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--listen", default="", metavar="ADDRESS:PORT", help="default: 127.0.0.1:7420; port 0: any")
     parser.add_argument("--data-dir", default="", metavar="DIR", help="default: ~/.local/share/atelier")
     parser.add_argument("--mode", default="", metavar="MODE", help="local (real virtual machines) or mock")
+    parser.add_argument(
+        "--on-exit",
+        choices=["keep", "stop", "destroy"],
+        default="keep",
+        help="what becomes of the sandboxes when the manager is told to end (default: they go on)",
+    )
+    parser.add_argument(
+        "--down", choices=["stop", "destroy"], help="end the sandboxes of a manager that does not run, and serve nobody"
+    )
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     parser.add_argument("--doctor", action="store_true", help="check this machine instead, and change nothing")
     parser.add_argument("--backup", default="", metavar="FILE", help="write a backup instead: see `atelier backup`")

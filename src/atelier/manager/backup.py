@@ -18,7 +18,7 @@ from pathlib import Path
 from atelier import __version__
 from atelier.db.closed_files import StoredSandbox, copy_database, read_sandboxes
 from atelier.db.examination import examine
-from atelier.host.disk_files import find_backing_file
+from atelier.host.disk_files import find_backing
 from atelier.host.files import refusal_as_error, sync_folder
 from atelier.host.sparse_files import read_sparsely
 from atelier.manager.backup_archive import (
@@ -33,6 +33,7 @@ from atelier.manager.backup_archive import (
 )
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.layout import DataLayout
+from atelier.model.machine import DiskFile
 from atelier.model.states import SandboxState
 
 _AT_REST = frozenset({SandboxState.STOPPED, SandboxState.FAILED})
@@ -156,9 +157,10 @@ class _Disks:
         return entry.model_copy(update={"base": base, "left_out": reason})
 
     def _add_base(self, volume: Path) -> str:
-        named = find_backing_file(volume)
-        if named is None:
+        backing = find_backing(DiskFile(volume, "qcow2"))
+        if backing is None:
             return ""
+        named = backing.path
         # The header is within a VMM's reach: it must not choose which of the host's files are copied.
         base = named.resolve()
         if not any(base.parent == folder.resolve() for folder in self._trusted):

@@ -40,11 +40,15 @@ class GatewayProcess:
             await self._start()
         self._supervisor = asyncio.create_task(self._supervise())
 
-    async def close(self) -> None:
-        """End the gateway: to be called when no sandbox is left that needs it."""
+    async def release(self) -> None:
+        """Watch it no longer and leave it to the next manager: machines go on that need it."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End the gateway: to be called when no sandbox is left that needs it."""
+        await self.release()
         if (pid := await self._ping()) is not None and (identity := processes.find_identity(pid)) is not None:
             await processes.kill_and_wait(identity, _STOP_SECONDS, signal_number=signal.SIGTERM)
 

@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 from atelier.api.application import create_application
@@ -22,15 +22,22 @@ from atelier.config.settings import ListenAddress, Settings
 from atelier.db.engine import Database
 from atelier.db.installation import load_installation
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
+from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.outbox_trimming import trim_outbox
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
+from atelier.services.host import SandboxesAtEnd
 
 logger = logging.getLogger(__name__)
 
 _CONSOLE_TRIM_SECONDS = 10.0
+_RECONCILE_SECONDS = 30.0
+_TIME_LIMIT_SECONDS = 5.0
+_CLOCK_SECONDS = 60.0
+_DRAIN_SECONDS = 30.0
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
 
@@ -42,6 +49,9 @@ class Installation:
     application: Application
     socket: socket.socket
     lifecycle: SandboxLifecycle
+    fleet: SandboxFleet
+    end_asked: asyncio.Event
+    """Set when a client has asked for the manager's end."""
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -57,7 +67,6 @@ class Installation:
             host, port = listening.getsockname()[:2]
             address = ListenAddress(host, port)
             _make_run_folders(run)
-            stack.callback(_remove_run_folders, run)
             token = _ensure_token(data, address)
 
             database = Database(data.database)
@@ -66,19 +75,26 @@ class Installation:
             ids = await load_installation(database)
             drivers = choose_drivers(settings, data, run, ids)
             stack.push_async_callback(drivers.close)
+            lifecycle = build_lifecycle(drivers, database, data, run, ids)
+            fleet = SandboxFleet(lifecycle, database, drivers.vmm, drivers.guests, run)
+            stack.push_async_callback(_close_run_folders, run, fleet, drivers.gateway)
             if drivers.gateway is not None:
                 await drivers.gateway.open()
-                stack.push_async_callback(drivers.gateway.close)
-            lifecycle = build_lifecycle(drivers, database, data, run, ids)
             stack.push_async_callback(lifecycle.close)
-            services = assemble(drivers, database, lifecycle, settings.mode)
+            end_asked = asyncio.Event()
+            services = assemble(drivers, database, lifecycle, fleet, settings.mode, end_asked.set)
             stack.push_async_callback(services.images.close)
             await lifecycle.recover()
-            trimming = asyncio.create_task(_trim_consoles(lifecycle))
-            stack.push_async_callback(_cancel, trimming)
+            for seconds, work in (
+                (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
+                (_RECONCILE_SECONDS, lifecycle.reconcile),
+                (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
+                (_CLOCK_SECONDS, fleet.keep_clocks),
+            ):
+                stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
             stack.push_async_callback(_cancel, asyncio.create_task(trim_outbox(services.events)))
             application = create_application(services, token, frozenset({address.host}))
-            yield Installation(settings, address, data, application, listening, lifecycle)
+            yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
 
     def announce(self) -> None:
         """Tell the person at the terminal where everything is."""
@@ -86,13 +102,20 @@ class Installation:
             f"atelier: ready at {self.address.url} (mode {self.settings.mode})\n"
             f"atelier: API documentation at {self.address.url}/docs\n"
             f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
-            "atelier: Ctrl-C ends it and destroys its sandboxes\n"
+            "atelier: Ctrl-C ends it; sandboxes go on (atelier down stops them too)\n"
         )
         sys.stderr.flush()
 
-    async def destroy_sandboxes(self) -> list[str]:
-        """Destroy all sandboxes; returns their names."""
-        return await self.lifecycle.destroy_all()
+    async def end_sandboxes(self, what: SandboxesAtEnd) -> tuple[list[str], list[str]]:
+        """Let what is under way end, and the sandboxes as ``what`` says; (names of those that were stopped or
+        destroyed, names of those that go on)."""
+        changed: list[str] = []
+        if what == "destroy":
+            changed = await self.fleet.destroy_all()
+        elif what == "stop":
+            changed = await self.fleet.stop_all()
+        await self.fleet.drain(_DRAIN_SECONDS)
+        return changed, self.fleet.list_running_names()
 
 
 def _bind(address: ListenAddress) -> socket.socket:
@@ -120,6 +143,17 @@ def _make_run_folders(run: RunLayout) -> None:
         ensure_private_folder(folder)
 
 
+async def _close_run_folders(run: RunLayout, fleet: SandboxFleet, gateway: GatewayProcess | None) -> None:
+    """While machines go on so does their gateway, which the next manager finds. Otherwise nothing stays behind."""
+    if fleet.list_running_names():
+        if gateway is not None:
+            await gateway.release()
+        return
+    if gateway is not None:
+        await gateway.close()
+    _remove_run_folders(run)
+
+
 def _remove_run_folders(run: RunLayout) -> None:
     """Remove what is empty by now; what a failed unwinding left stays for the next start to find."""
     for file in (run.gateway_socket, *run.channels.glob("*.lock")):
@@ -139,13 +173,16 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     return token
 
 
-async def _trim_consoles(lifecycle: SandboxLifecycle) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+    """A background loop. Its body failing is told, and does not end it."""
     while True:
-        await asyncio.sleep(_CONSOLE_TRIM_SECONDS)
+        await asyncio.sleep(seconds)
         try:
-            await lifecycle.trim_consoles()
+            await work()
         except AtelierError as error:
-            logger.warning("cannot trim consoles: %s", error)
+            logger.warning("a background task failed: %s", error)
+        except Exception:
+            logger.exception("a background task met a defect")
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from atelier.db.closed_files import find_newest_event_id, fold_log_in, mark_restored, read_sandboxes
 from atelier.db.examination import Examined, examine
-from atelier.host.disk_files import find_backing_file, set_backing_file
+from atelier.host.disk_files import find_backing, rename_backing
 from atelier.host.files import ensure_private_folder, lock_folder, refusal_as_error, sync_folder
 from atelier.host.sparse_files import write_sparsely
 from atelier.manager.backup_archive import (
@@ -37,6 +37,7 @@ from atelier.manager.backup_archive import (
 )
 from atelier.model.errors import AlreadyRunningError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.layout import DataLayout
+from atelier.model.machine import DiskFile
 from atelier.model.states import SandboxState
 
 _STAGING_PREFIX = ".restoring-"
@@ -192,7 +193,7 @@ class _Restore:
     def _prepare_disks(self, included: list[VolumeEntry]) -> None:
         for entry in included:
             staged = self._staging / "volumes" / f"{entry.sandbox_id}.qcow2"
-            named = find_backing_file(staged)
+            named = find_backing(DiskFile(staged, "qcow2"))
             if (named is None) != (not entry.base):
                 raise HostError(
                     f"{self._archive} cannot be restored: the disk of {entry.name} is not the one its manifest tells of",
@@ -207,7 +208,7 @@ class _Restore:
                         code="base_differs",
                         hint="nothing was changed; restore into another data folder",
                     )
-                set_backing_file(staged, base)
+                rename_backing(staged, base)
 
     # From here on the data folder changes.
 

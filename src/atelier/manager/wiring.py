@@ -29,17 +29,21 @@ from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.host.memory import memory_bytes
-from atelier.lifecycle.admission import Capacity
+from atelier.lifecycle.admission import Capacity, RoomPolicy
+from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
+from atelier.services.host import HostService
 from atelier.services.images import ImageService
 from atelier.services.sandboxes import SandboxService
 
-_HOST_RESERVE_MIB = 512
+_MEMORY_RESERVE_MIB = 512
 """What the host itself, manager and gateway keep of its memory."""
+_DISK_RESERVE_MIB = 512
+"""What database, logs and consoles keep of the disk."""
 _GUEST_READY_SECONDS = 120.0
 """A boot takes 3 s under emulation on an idle machine; on one that is overloaded it takes its time."""
 _MOCK_MEMORY_MIB = 1_000_000
@@ -55,7 +59,7 @@ class Drivers:
     images: ImageDriver
     guests: GuestDriver
     gateway: GatewayProcess | None
-    capacity: Capacity
+    room: RoomPolicy
     concurrent_boots: int | None
     close: Callable[[], Awaitable[None]]
 
@@ -68,14 +72,22 @@ def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
             return _local_drivers(settings, data, run, ids)
 
 
-def assemble(drivers: Drivers, database: Database, lifecycle: SandboxLifecycle, mode: str) -> Services:
+def assemble(
+    drivers: Drivers,
+    database: Database,
+    lifecycle: SandboxLifecycle,
+    fleet: SandboxFleet,
+    mode: str,
+    end_manager: Callable[[], None],
+) -> Services:
     """The services that the API calls."""
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     return Services(
         sandboxes=sandboxes,
-        sessions=GuestSessions(sandboxes.get, drivers.guests),
+        sessions=GuestSessions(sandboxes.get, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),
+        host=HostService(lifecycle.reclaim, fleet, end_manager),
         mode=mode,
     )
 
@@ -94,7 +106,7 @@ def build_lifecycle(
         run=run,
         installation_id=ids.installation_id,
         host_id=ids.host_id,
-        capacity=drivers.capacity,
+        room=drivers.room,
         limits=LifecycleLimits(guest_ready_seconds=_GUEST_READY_SECONDS, concurrent_boots=drivers.concurrent_boots),
     )
 
@@ -111,21 +123,28 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
-        capacity=Capacity(memory_mib=memory_bytes("MemTotal") // 2**20 - _HOST_RESERVE_MIB),
+        room=RoomPolicy(
+            memory_available_bytes=lambda: memory_bytes("MemAvailable"),
+            memory_reserve_mib=_MEMORY_RESERVE_MIB,
+            disk_overcommit=settings.disk_overcommit,
+            disk_reserve_mib=_DISK_RESERVE_MIB,
+        ),
         close=guests.close,
     )
 
 
 def _mock_drivers() -> Drivers:
+    vmm = FakeVmm()
     guests = FakeGuests()
+    guests.on_shut_down = vmm.end_machine
     return Drivers(
-        vmm=FakeVmm(),
+        vmm=vmm,
         storage=FakeStorage(),
         network=FakeNetwork(),
         images=FakeImages(),
         guests=guests,
         gateway=None,
         concurrent_boots=None,
-        capacity=Capacity(memory_mib=_MOCK_MEMORY_MIB),
+        room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,
     )

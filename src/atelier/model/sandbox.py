@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from atelier.model.states import SandboxState
+from atelier.model.states import SandboxState, StopReason
 
 DEFAULT_VCPU_COUNT = 1
 DEFAULT_MEMORY_MIB = 512
@@ -19,7 +19,11 @@ MIN_DISK_MIB, MAX_DISK_MIB = 512, 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
-    """What the creator asked for. ``image`` is the image's name (``base``); ``image_id`` the exact build it resolved to."""
+    """What the creator asked for. ``image`` is the image's name (``base``); ``image_id`` the exact build it resolved to.
+
+    ``auto_stop_after_idle_seconds``: stopped when nobody has used it for so long; ``expires_at``: destroyed then.
+    None: never.
+    """
 
     image: str = DEFAULT_IMAGE
     image_id: str = ""
@@ -28,12 +32,15 @@ class SandboxSpec:
     disk_mib: int = DEFAULT_DISK_MIB
     environment: dict[str, str] = field(default_factory=dict[str, str])
     labels: dict[str, str] = field(default_factory=dict[str, str])
+    auto_stop_after_idle_seconds: int | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed``, and in ``destroying`` when that is
-    stuck."""
+    """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed``, and in any state when what is under
+    way is stuck. ``holds_volume``: it has a disk, or is about to. ``file_system_mib``: what the guest's root file system
+    was grown to; 0: never. ``last_active_at``: the last use that was written down; None: it has never run."""
 
     id: str
     name: str
@@ -46,3 +53,7 @@ class Sandbox:
     failure_message: str = ""
     failure_hint: str = ""
     console_tail: str = ""
+    stop_reason: StopReason | None = None
+    holds_volume: bool = True
+    file_system_mib: int = 0
+    last_active_at: datetime | None = None

@@ -23,11 +23,34 @@ class SandboxState(StrEnum):
     FAILED = "failed"
 
 
+UNDER_WAY = frozenset(
+    {
+        SandboxState.CREATING,
+        SandboxState.STARTING,
+        SandboxState.STOPPING,
+        SandboxState.PAUSING,
+        SandboxState.RESUMING,
+        SandboxState.DESTROYING,
+    }
+)
+"""States in which a saga is at work."""
+
+
+class StopReason(StrEnum):
+    """Why a sandbox is stopped. ``forced``: its guest did not shut down in time and was cut off, so what it had not
+    written to its disk is lost."""
+
+    REQUESTED = "requested"
+    FORCED = "forced"
+    IDLE = "idle"
+
+
 _S = SandboxState
 
 TRANSITIONS: dict[SandboxState, frozenset[SandboxState]] = {
     _S.CREATING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),
-    _S.RUNNING: frozenset({_S.STOPPING, _S.PAUSING, _S.FAILED, _S.DESTROYING}),
+    # To STARTING without being stopped first: the host was rebooted.
+    _S.RUNNING: frozenset({_S.STOPPING, _S.STARTING, _S.PAUSING, _S.FAILED, _S.DESTROYING}),
     _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED, _S.DESTROYING}),
     _S.STOPPED: frozenset({_S.STARTING, _S.DESTROYING}),
     _S.STARTING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),

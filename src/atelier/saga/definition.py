@@ -46,7 +46,12 @@ class Step(Generic[TransactionT]):
 
 
 class Recovery(Enum):
-    """What a start does with a saga that the last process left half-way forward."""
+    """What a start does with a saga that the last process left half-way forward, before its pivot.
+
+    ``RESUME`` runs the list again from its beginning: each ``do`` ensures presence, so what stands is found and what a
+    reboot of the host took away comes back. ``UNWIND`` takes back what was acquired. Past the pivot both go on from
+    the step that was interrupted.
+    """
 
     RESUME = "resume"
     UNWIND = "unwind"
@@ -87,6 +92,10 @@ class SagaDefinition(Generic[TransactionT]):
             if step.name == step_name:
                 return position
         raise UnknownStepError(f"saga {self.kind} has no step {step_name!r}")
+
+    def further(self, one: str, other: str) -> str:
+        """That one of two steps which comes later in the list."""
+        return max(one, other, key=self.index)
 
     def is_past_pivot(self, step_name: str) -> bool:
         return self.pivot is not None and self.index(step_name) >= self.index(self.pivot)

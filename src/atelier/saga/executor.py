@@ -28,6 +28,8 @@ from atelier.telemetry.logs import log_context
 
 _logger = logging.getLogger(__name__)
 
+_RECOVERIES_MAX = 3
+"""A saga that so many starts have resumed is unwound by the next one: it may be what ends the process."""
 _LOG_ATTEMPTS = 12
 """After so many refusals of the log (a full disk, as a rule) an unwinding tries to say that it is stuck."""
 
@@ -52,6 +54,13 @@ class _Run:
         self.unwind_requested.set()
         if self.doing is not None:
             self.doing.cancel()
+
+    def going_on(self, record: SagaRecord) -> SagaRecord:
+        """The record of a saga that goes forward (again): no longer stuck, its recoveries counted."""
+        if record.unwind_requested:
+            return record
+        recoveries = record.recoveries + 1 if self.recovering else record.recoveries
+        return replace(record, status=SagaStatus.RUNNING, error={}, recoveries=recoveries)
 
     async def pause(self, seconds: float) -> None:
         """Sleep, but not past a requested unwinding."""
@@ -119,21 +128,29 @@ class Executor(Generic[TransactionT]):
         self._launch(saga_id, recovering=False)
 
     async def request_unwind(self, saga_id: str, also: Hook[TransactionT] | None = None) -> None:
-        """Have the saga unwind, wherever it is: running, completed, failed or stuck. Returns once the wish is durable
-        (``also`` joins that transaction); a ``do`` under way is cancelled. Twice is once.
+        """Have the saga unwind, wherever it is: running, completed, failed or stuck; and with it all open sagas of its
+        subject, the youngest first. Returns once the wish is durable (``also`` joins that transaction); a ``do`` under
+        way is cancelled. Twice is once.
 
         Raises SagaGoneError, and whatever ``also`` raises; then nothing has changed.
         """
+        marked: list[SagaRecord] = []
 
         def mark(record: SagaRecord) -> SagaRecord:
             return replace(record, unwind_requested=True, status=SagaStatus.UNWINDING, error={})
 
-        await self._log.update(saga_id, mark, also)
-        run = self._runs.get(saga_id)
-        if run is None:
-            self._launch(saga_id, recovering=False)
-        else:
-            run.request_unwind()
+        def mark_all(transaction: TransactionT, record: SagaRecord) -> None:
+            marked[:] = self._log.update_open(transaction, record.subject_id, mark)
+            if also is not None:
+                also(transaction, record)
+
+        await self._log.update(saga_id, mark, mark_all)
+        for record in marked:
+            run = self._runs.get(record.id)
+            if run is None:
+                self._launch(record.id, recovering=False)
+            else:
+                run.request_unwind()
 
     async def wait(self, saga_id: str) -> SagaRecord | None:
         """Wait until the saga has ended or is stuck; its record as it stands then, None if a hook removed it."""
@@ -194,22 +211,29 @@ class Executor(Generic[TransactionT]):
             return
         definition = self._definitions[record.kind]
         if record.status in (SagaStatus.RUNNING, SagaStatus.STUCK_RUNNING):
-            given_up = (
-                run.recovering and definition.recovery is Recovery.UNWIND and not definition.is_past_pivot(record.step)
-            )
+            position = definition.index(record.step)
+            given_up = False
+            if run.recovering and not definition.is_past_pivot(record.step):
+                position = 0
+                given_up = definition.recovery is Recovery.UNWIND or record.recoveries >= _RECOVERIES_MAX
             if given_up:
                 record = await self._fail(definition, record, SagaInterruptedError("the process ended in the middle"))
             else:
-                record = await self._forward(run, definition, record)
+                if run.going_on(record) != record:
+                    record = await self._log.update(record.id, run.going_on)
+                if record.status is SagaStatus.RUNNING:
+                    record = await self._forward(run, definition, record, position)
         run.recovering = False
         if record.status in (SagaStatus.UNWINDING, SagaStatus.STUCK_UNWINDING):
             await self._unwind(run, definition, record)
 
-    async def _forward(self, run: _Run, definition: SagaDefinition[TransactionT], record: SagaRecord) -> SagaRecord:
-        """Run steps until the last has ended (completed), one failed or an unwinding was asked for (unwinding), or
-        there is no way on past the pivot (stuck)."""
+    async def _forward(
+        self, run: _Run, definition: SagaDefinition[TransactionT], record: SagaRecord, begin: int
+    ) -> SagaRecord:
+        """Run the steps from ``begin`` on until the last has ended (completed), one failed or an unwinding was asked
+        for (unwinding), or there is no way on past the pivot (stuck)."""
         steps = definition.steps
-        for position in range(definition.index(record.step), len(steps)):
+        for position in range(begin, len(steps)):
             step = steps[position]
             following = steps[position + 1] if position + 1 < len(steps) else None
             try:
@@ -281,17 +305,19 @@ class Executor(Generic[TransactionT]):
     ) -> SagaRecord:
         """Put the output of ``step`` and the intent of ``following`` on disk, in one transaction."""
         outputs = {**record.outputs, step.name: output}
-        if following is not None and step.undo is None and step.commit is None and following.undo is None:
+        is_plain = step.undo is None and step.commit is None and not definition.is_past_pivot(step.name)
+        if following is not None and is_plain and following.undo is None and following.name != definition.pivot:
             # Neither the output nor the intent is needed to unwind, and both steps may run twice: no write.
-            return replace(record, outputs=outputs, step=following.name)
+            return replace(record, outputs=outputs, step=definition.further(record.step, following.name))
 
         def change(stored: SagaRecord) -> SagaRecord:
+            begun = definition.further(stored.step, step.name)
             if stored.unwind_requested:
                 # The output serves the undo; the next step has not begun and never will.
-                return replace(stored, outputs=outputs, step=step.name)
+                return replace(stored, outputs=outputs, step=begun)
             if following is None:
-                return replace(stored, outputs=outputs, step=step.name, status=SagaStatus.COMPLETED)
-            return replace(stored, outputs=outputs, step=following.name)
+                return replace(stored, outputs=outputs, step=begun, status=SagaStatus.COMPLETED)
+            return replace(stored, outputs=outputs, step=definition.further(begun, following.name))
 
         def also(transaction: TransactionT, stored: SagaRecord) -> None:
             if step.commit is not None:
@@ -317,7 +343,8 @@ class Executor(Generic[TransactionT]):
             if stored.unwind_requested:
                 return stored
             # The step too: the log may lag behind by steps that need no undo.
-            return replace(stored, status=SagaStatus.UNWINDING, failure=failure, step=record.step)
+            step = definition.further(stored.step, record.step)
+            return replace(stored, status=SagaStatus.UNWINDING, failure=failure, step=step)
 
         try:
             return await self._log.update(record.id, change)
@@ -332,13 +359,16 @@ class Executor(Generic[TransactionT]):
     async def _unwind(self, run: _Run, definition: SagaDefinition[TransactionT], record: SagaRecord) -> None:
         """Undo from the furthest step back to the first; then ``unwound``, or ``stuck`` at an undo that keeps failing.
 
-        Undos leave no trace in the log until all are done: each may run twice. When the unwinding of a failure turns
-        out to have been asked for meanwhile, all run once more, for good.
+        Undos leave no trace in the log until all are done: each may run twice. One that was asked for undoes the whole
+        list: later sagas may have acquired for the subject what this record knows nothing of. When the unwinding of a
+        failure turns out to have been asked for meanwhile, all run once more, for good.
         """
+        await self._await_younger(record)
         ended = False
         while not ended:
             requested = record.unwind_requested or run.unwind_requested.is_set()
-            for step in reversed(definition.steps[: definition.index(record.step) + 1]):
+            begun = definition.steps if requested else definition.steps[: definition.index(record.step) + 1]
+            for step in reversed(begun):
                 if step.undo is None:
                     continue
                 error = await self._undo(step.name, step.undo, _context(record, unwind_requested=requested))
@@ -348,6 +378,14 @@ class Executor(Generic[TransactionT]):
                     return
             ended = await self._end_unwinding(definition, record, requested=requested)
             record = replace(record, unwind_requested=True)
+
+    async def _await_younger(self, record: SagaRecord) -> None:
+        """Sagas of one subject build on one another: the youngest lets go first."""
+        while True:
+            runs = [self._runs.get(younger.id) for younger in self._log.list_younger(record)]
+            if not (tasks := [run.task for run in runs if run is not None and run.task is not None]):
+                return
+            await asyncio.wait(tasks)
 
     async def _undo(
         self, name: str, undo: Callable[[StepContext], Awaitable[None]], context: StepContext

@@ -33,6 +33,7 @@ STUCK_STATUSES = frozenset({SagaStatus.STUCK_RUNNING, SagaStatus.STUCK_UNWINDING
 @dataclass(frozen=True, slots=True)
 class SagaRecord:
     """One saga. ``step`` is the furthest step that may have begun; unwinding starts from it, however often.
+    ``recoveries`` counts the starts of the process that resumed it.
 
     ``failure`` is why it unwinds by itself (empty if it was asked to), ``error`` why it is stuck. Both, ``inputs`` and
     ``outputs`` hold JSON. ``unwind_requested`` never goes back to False.
@@ -48,6 +49,7 @@ class SagaRecord:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     failure: dict[str, Any] = field(default_factory=dict[str, Any])
     error: dict[str, Any] = field(default_factory=dict[str, Any])
+    recoveries: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -84,6 +86,14 @@ class SagaLog(Protocol[TransactionT]):
         """All records of an open status, oldest first."""
         ...
 
+    def list_younger(self, record: SagaRecord) -> list[SagaRecord]:
+        """The open records of the same subject that were inserted after this one, oldest first."""
+        ...
+
+    def update_open(self, transaction: TransactionT, subject_id: str, change: Change) -> list[SagaRecord]:
+        """Change all open records of a subject as part of a transaction that the caller commits; returns them."""
+        ...
+
     async def update(self, saga_id: str, change: Change, also: Hook[TransactionT] | None = None) -> SagaRecord:
         """In one durable transaction: read the record, store what ``change`` makes of it, then call ``also`` with the
         transaction and the new record. Returns the new record once it is on disk.
@@ -108,6 +118,16 @@ class MemorySagaLog:
 
     def list_open(self) -> list[SagaRecord]:
         return [record for record in self.records.values() if record.is_open]
+
+    def list_younger(self, record: SagaRecord) -> list[SagaRecord]:
+        ids = list(self.records)
+        younger = ids[ids.index(record.id) + 1 :] if record.id in self.records else []
+        return [each for each in self.list_open() if each.id in younger and each.subject_id == record.subject_id]
+
+    def update_open(self, transaction: MemorySagaLog, subject_id: str, change: Change) -> list[SagaRecord]:
+        changed = [change(each) for each in transaction.list_open() if each.subject_id == subject_id]
+        transaction.records.update({each.id: each for each in changed})
+        return changed
 
     async def update(self, saga_id: str, change: Change, also: Hook[MemorySagaLog] | None = None) -> SagaRecord:
         before = dict(self.records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from atelier.model.sandbox import (
     DEFAULT_DISK_MIB,
@@ -19,11 +19,12 @@ from atelier.model.sandbox import (
     MIN_MEMORY_MIB,
     MIN_VCPU_COUNT,
 )
-from atelier.model.states import SandboxState
+from atelier.model.states import SandboxState, StopReason
 from atelier.schemas.errors import ErrorBody
 
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+IdleSeconds = Annotated[int, Field(ge=10, le=365 * 86400)]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
 
 
@@ -39,10 +40,37 @@ class CreateSandboxRequest(BaseModel):
     disk_mib: int = Field(DEFAULT_DISK_MIB, ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
     environment: dict[EnvironmentName, str] = Field(default_factory=dict[str, str], max_length=200)
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
+    auto_stop_after_idle_seconds: IdleSeconds | None = None
+    expires_at: AwareDatetime | None = None
+
+
+class ChangeSandboxRequest(BaseModel):
+    """A field that is absent stays as it is; ``null`` takes a limit away. ``expires_at``: destroyed then;
+    ``auto_stop_after_idle_seconds``: stopped when nobody has used it for so long."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    auto_stop_after_idle_seconds: IdleSeconds | None = None
+    expires_at: AwareDatetime | None = None
+
+
+class StopRequest(BaseModel):
+    """``grace_seconds``: how long the guest may take to shut down before it is cut off; absent: half a minute."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    grace_seconds: float | None = Field(None, ge=0, le=3600)
+
+
+class ResizeRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    disk_mib: int = Field(ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
 
 
 class Sandbox(BaseModel):
-    """A sandbox as the API shows it. ``failure`` and ``console_tail`` are set in state ``failed`` only."""
+    """A sandbox as the API shows it. ``failure`` is set in state ``failed``, and in any state when what is under way is
+    stuck; ``stop_reason`` in state ``stopped``. ``last_active_at`` lags behind by up to a minute."""
 
     id: str
     name: str
@@ -55,6 +83,10 @@ class Sandbox(BaseModel):
     labels: dict[str, str]
     created_at: datetime
     updated_at: datetime
+    stop_reason: StopReason | None = None
+    auto_stop_after_idle_seconds: int | None = None
+    expires_at: datetime | None = None
+    last_active_at: datetime | None = None
     failure: ErrorBody | None = None
     console_tail: str | None = None
 

@@ -12,12 +12,19 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from atelier.drivers.guest.interface import GuestDriver
+from atelier.lifecycle.activity import Activity
 from atelier.model.errors import AtelierError, InvalidRequestError, PreconditionError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
 
 _INPUT_PIECE_BYTES = 64 * 1024
+_HINTS = {
+    SandboxState.CREATING: "wait until it is running",
+    SandboxState.STARTING: "wait until it is running",
+    SandboxState.STOPPING: "wait until it is stopped, then start it",
+    SandboxState.DESTROYING: "it is being removed; create another one",
+}
 MAX_PATH_BYTES = 4096
 """PATH_MAX of the guest's kernel. Source: linux/limits.h."""
 
@@ -49,27 +56,44 @@ class _Collector:
 class GuestSession:
     """One running sandbox, entered. ``driver`` methods take ``sandbox_id`` first."""
 
-    def __init__(self, sandbox_id: str, driver: GuestDriver) -> None:
+    def __init__(self, sandbox_id: str, driver: GuestDriver, activity: Activity) -> None:
         self.sandbox_id = sandbox_id
         self.driver = driver
+        self._activity = activity
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """The sandbox counts as used for as long as the block runs."""
+        return self._activity.in_use(self.sandbox_id)
 
     async def stream(self, spec: ProcessSpec) -> AsyncGenerator[ProcessEvent]:
         """Start a process and yield its events; closing the iterator detaches and leaves the process alone."""
         async with self.driver.start_process(self.sandbox_id, spec) as events:
-            async for event in events:
-                yield event
+            # In a terminal it is what is typed that counts.
+            with contextlib.nullcontext() if spec.terminal is not None else self.in_use():
+                async for event in events:
+                    yield event
 
-    async def attach(self, pid: int) -> AsyncGenerator[ProcessEvent]:
+    async def attach(self, pid: int, *, terminal: bool = False) -> AsyncGenerator[ProcessEvent]:
         """The newest kept output of a process that runs, then what follows."""
         async with self.driver.connect_process(self.sandbox_id, pid) as events:
-            async for event in events:
-                yield event
+            with contextlib.nullcontext() if terminal else self.in_use():
+                async for event in events:
+                    yield event
+
+    async def type_into(self, pid: int, data: bytes) -> None:
+        """Input into a terminal."""
+        self._activity.touch(self.sandbox_id)
+        await self.driver.send_input(self.sandbox_id, pid, data, terminal=True)
 
     async def run(self, spec: ProcessSpec, input_bytes: bytes | None, output_limit_bytes: int) -> CollectedRun:
         """Run a program to its end and collect what it writes.
 
         If the caller goes away (cancellation), the program is killed: nobody would ever read its result.
         """
+        with self.in_use():
+            return await self._run(spec, input_bytes, output_limit_bytes)
+
+    async def _run(self, spec: ProcessSpec, input_bytes: bytes | None, output_limit_bytes: int) -> CollectedRun:
         stdout, stderr = _Collector(output_limit_bytes), _Collector(output_limit_bytes)
         pid = 0
         feeding: asyncio.Task[None] | None = None
@@ -118,20 +142,23 @@ class GuestSession:
 class GuestSessions:
     """Opens sessions. ``get_sandbox`` finds a sandbox by id or name, or raises NotFoundError."""
 
-    def __init__(self, get_sandbox: Callable[[str], Sandbox], driver: GuestDriver) -> None:
+    def __init__(self, get_sandbox: Callable[[str], Sandbox], driver: GuestDriver, activity: Activity) -> None:
         self._get_sandbox = get_sandbox
         self._driver = driver
+        self._activity = activity
 
-    def enter(self, sandbox: str) -> GuestSession:
-        """Raises NotFoundError, or PreconditionError when the sandbox does not run."""
+    def enter(self, sandbox: str, *, is_use: bool = True) -> GuestSession:
+        """``is_use``: it counts as use of the sandbox. Raises NotFoundError, or PreconditionError when the sandbox does
+        not run."""
         row = self._get_sandbox(sandbox)
         if row.state is not SandboxState.RUNNING:
-            waiting = row.state is SandboxState.CREATING
             raise PreconditionError(
                 f"sandbox {row.name} is {row.state}",
-                hint="wait until it is running" if waiting else "only a running sandbox can be entered",
+                hint=_HINTS.get(row.state, f"start it: atelier start {row.name}"),
             )
-        return GuestSession(row.id, self._driver)
+        if is_use:
+            self._activity.touch(row.id)
+        return GuestSession(row.id, self._driver, self._activity)
 
 
 def check_path(path: bytes) -> bytes:

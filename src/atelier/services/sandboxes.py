@@ -1,8 +1,9 @@
-"""Sandboxes: create, find, list, destroy, console."""
+"""Sandboxes: create, find, list, stop, start, resize, destroy, console."""
 
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 
 from atelier.db.engine import Database
 from atelier.db.sandboxes import SandboxRepository
@@ -46,7 +47,7 @@ class SandboxService:
         return await self._lifecycle.start_create(new_sandbox_name(), spec)
 
     async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> Sandbox:
-        """The row once it is no longer ``creating``, or as it is after ``timeout_seconds``. Raises NotFoundError when
+        """The row once nothing is under way with it, or as it is after ``timeout_seconds``. Raises NotFoundError when
         it was destroyed meanwhile."""
         settled = await self._lifecycle.wait_settled(sandbox_id, timeout_seconds)
         return settled if settled is not None else self.get(sandbox_id)
@@ -63,6 +64,40 @@ class SandboxService:
         with self._database.read() as connection:
             return self._sandboxes.list_page(connection, limit, cursor or None, state, labels)
 
+    async def start(self, reference: str) -> Sandbox:
+        """Begin to boot a stopped or failed sandbox from its disk.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``), CapacityError.
+        """
+        return await self._lifecycle.start(self.get(reference).id)
+
+    async def stop(self, reference: str, grace_seconds: float | None, *, then_start: bool = False) -> Sandbox:
+        """Begin to stop a running sandbox, and to start it again if ``then_start``.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``).
+        """
+        sandbox_id = self.get(reference).id
+        return await self._lifecycle.stop(sandbox_id, grace_seconds=grace_seconds, then_start=then_start)
+
+    async def resize(self, reference: str, disk_mib: int) -> Sandbox:
+        """Begin to grow the disk.
+
+        Raises NotFoundError, InvalidRequestError (``disk_cannot_shrink``), ConflictError, CapacityError.
+        """
+        return await self._lifecycle.resize(self.get(reference).id, disk_mib)
+
+    async def retry(self, reference: str) -> Sandbox:
+        """Try again what is stuck. Raises NotFoundError, ConflictError (``nothing_stuck``)."""
+        return await self._lifecycle.retry(self.get(reference).id)
+
+    async def set_time_limits(
+        self, reference: str, *, expires_at: datetime | None, auto_stop_after_idle_seconds: int | None
+    ) -> Sandbox:
+        """Replace both limits; None: never. Raises NotFoundError, InvalidRequestError (``expiry_in_past``)."""
+        return await self._lifecycle.set_time_limits(
+            self.get(reference).id, expires_at=expires_at, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds
+        )
+
     async def destroy(self, reference: str, wait_seconds: float | None) -> bool:
         """Destroy whatever the sandbox is doing. True when nothing of it is left; False when that takes longer than
         ``wait_seconds`` (None: do not wait)."""
@@ -78,5 +113,5 @@ class SandboxService:
         return True
 
     async def console(self, reference: str, limit_bytes: int) -> bytes:
-        """The newest bytes of the serial console; of a failed sandbox, those that were kept."""
+        """The newest bytes of the serial console; of a stopped or failed sandbox, those of its last run."""
         return await self._lifecycle.console(self.get(reference), limit_bytes)

@@ -1,21 +1,31 @@
-"""Create, list, show and destroy sandboxes; their console and figures."""
+"""Create, list, show, stop, start, resize and destroy sandboxes; their console and figures."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from atelier.api.parameters import SandboxReference, services_of, session_of
+from atelier.api.parameters import SandboxReference, looking_session_of, services_of
 from atelier.api.rendering import render_sandbox
+from atelier.model import sandbox as sandbox_model
 from atelier.model.errors import InvalidRequestError
 from atelier.model.sandbox import SandboxSpec
-from atelier.model.states import SandboxState
-from atelier.schemas.sandboxes import CreateSandboxRequest, Sandbox, SandboxMetrics, SandboxPage
+from atelier.model.states import UNDER_WAY, SandboxState
+from atelier.schemas.sandboxes import (
+    ChangeSandboxRequest,
+    CreateSandboxRequest,
+    ResizeRequest,
+    Sandbox,
+    SandboxMetrics,
+    SandboxPage,
+    StopRequest,
+)
 from atelier.services.guest_sessions import GuestSession
 
 router = APIRouter(prefix="/sandboxes", tags=["sandboxes"])
 
+_ENDED: dict[int | str, dict[str, Any]] = {200: {"model": Sandbox, "description": "It has ended."}}
 WaitSeconds = Annotated[float, Query(gt=0, le=3600, description="how long to wait at most")]
 
 
@@ -42,12 +52,113 @@ async def create_sandbox(
         disk_mib=body.disk_mib,
         environment=body.environment,
         labels=body.labels,
+        auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds,
+        expires_at=body.expires_at,
     )
     row = await service.create(body.name, spec)
     if wait:
         row = await service.wait_settled(row.id, timeout_seconds)
         if row.state is not SandboxState.CREATING:
             response.status_code = 201
+    return render_sandbox(row)
+
+
+async def _settled(
+    request: Request, response: Response, row: sandbox_model.Sandbox, wait_seconds: float | None
+) -> Sandbox:
+    """The row, once nothing is under way (then 200), or as it is after ``wait_seconds``; None: do not wait."""
+    if wait_seconds is not None:
+        row = await services_of(request).sandboxes.wait_settled(row.id, wait_seconds)
+        if row.state not in UNDER_WAY:
+            response.status_code = 200
+    return render_sandbox(row)
+
+
+@router.post("/{sandbox}/start", operation_id="start_sandbox", status_code=202, responses=_ENDED)
+async def start_sandbox(
+    request: Request,
+    response: Response,
+    sandbox: SandboxReference,
+    wait: bool = False,
+    timeout_seconds: WaitSeconds = 120,
+) -> Sandbox:
+    """Boot a stopped or failed sandbox from its disk, under the same name. Answers 202 at once; with `wait=true` 200
+    when it is `running`, or `failed` again."""
+    row = await services_of(request).sandboxes.start(sandbox)
+    return await _settled(request, response, row, timeout_seconds if wait else None)
+
+
+@router.post("/{sandbox}/stop", operation_id="stop_sandbox", status_code=202, responses=_ENDED)
+async def stop_sandbox(
+    request: Request,
+    response: Response,
+    sandbox: SandboxReference,
+    body: StopRequest | None = None,
+    wait: bool = False,
+    timeout_seconds: WaitSeconds = 120,
+) -> Sandbox:
+    """Shut a running sandbox down; its disk, name and labels stay. A guest that does not end within `grace_seconds` is
+    cut off, which `stop_reason` then says. Answers 202 at once; with `wait=true` 200 when it is `stopped`."""
+    row = await services_of(request).sandboxes.stop(sandbox, body.grace_seconds if body else None)
+    return await _settled(request, response, row, timeout_seconds if wait else None)
+
+
+@router.post("/{sandbox}/restart", operation_id="restart_sandbox", status_code=202, responses=_ENDED)
+async def restart_sandbox(
+    request: Request,
+    response: Response,
+    sandbox: SandboxReference,
+    body: StopRequest | None = None,
+    wait: bool = False,
+    timeout_seconds: WaitSeconds = 120,
+) -> Sandbox:
+    """Stop a running sandbox and start it again, as one piece of work. Answers 202 at once; with `wait=true` 200 when
+    it is `running` again, or `failed`."""
+    row = await services_of(request).sandboxes.stop(sandbox, body.grace_seconds if body else None, then_start=True)
+    return await _settled(request, response, row, timeout_seconds if wait else None)
+
+
+@router.post("/{sandbox}/resize", operation_id="resize_sandbox", status_code=202, responses=_ENDED)
+async def resize_sandbox(
+    request: Request,
+    response: Response,
+    sandbox: SandboxReference,
+    body: ResizeRequest,
+    wait: bool = False,
+    timeout_seconds: WaitSeconds = 120,
+) -> Sandbox:
+    """Grow the disk of a running or stopped sandbox, and the file system on it (of a stopped one at its next start).
+    A disk cannot shrink. Answers 202 at once; with `wait=true` 200 when it is done."""
+    row = await services_of(request).sandboxes.resize(sandbox, body.disk_mib)
+    return await _settled(request, response, row, timeout_seconds if wait else None)
+
+
+@router.post("/{sandbox}/retry", operation_id="retry_sandbox", status_code=202, responses=_ENDED)
+async def retry_sandbox(
+    request: Request,
+    response: Response,
+    sandbox: SandboxReference,
+    wait: bool = False,
+    timeout_seconds: WaitSeconds = 120,
+) -> Sandbox:
+    """Try again what is stuck with a sandbox (its `failure` says so), once what was in the way is mended."""
+    row = await services_of(request).sandboxes.retry(sandbox)
+    return await _settled(request, response, row, timeout_seconds if wait else None)
+
+
+@router.patch("/{sandbox}", operation_id="change_sandbox")
+async def change_sandbox(request: Request, sandbox: SandboxReference, body: ChangeSandboxRequest) -> Sandbox:
+    """Change a sandbox's time limits, as to let it live longer."""
+    service = services_of(request).sandboxes
+    spec = service.get(sandbox).spec
+    given = body.model_fields_set
+    row = await service.set_time_limits(
+        sandbox,
+        expires_at=body.expires_at if "expires_at" in given else spec.expires_at,
+        auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds
+        if "auto_stop_after_idle_seconds" in given
+        else spec.auto_stop_after_idle_seconds,
+    )
     return render_sandbox(row)
 
 
@@ -109,7 +220,7 @@ async def get_console(
 
 
 @router.get("/{sandbox}/metrics", operation_id="get_metrics")
-async def get_metrics(session: Annotated[GuestSession, Depends(session_of)]) -> SandboxMetrics:
+async def get_metrics(session: Annotated[GuestSession, Depends(looking_session_of)]) -> SandboxMetrics:
     """Processor, memory and disk of a running sandbox, as its guest sees them."""
     figures = await session.driver.metrics(session.sandbox_id)
     return SandboxMetrics(

@@ -59,7 +59,7 @@ async def open_terminal(
             stdin=True,
             terminal=TerminalSize(columns, rows),
         )
-        await _relay(socket, session, session.attach(pid) if pid else session.stream(spec), pid)
+        await _relay(socket, session, session.attach(pid, terminal=True) if pid else session.stream(spec), pid)
     except AtelierError as error:
         failed = FailedEvent(code=error.code, message=error.message, hint=error.hint)
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
@@ -95,7 +95,7 @@ async def _relay(
             if message["type"] == "websocket.disconnect":
                 return
             if data := message.get("bytes"):
-                await session.driver.send_input(session.sandbox_id, pid, data, terminal=True)
+                await session.type_into(pid, data)
             elif (text := message.get("text")) is not None and (size := _parse_resize(text)) is not None:
                 await session.driver.resize_terminal(session.sandbox_id, pid, size)
 

@@ -14,12 +14,24 @@ from atelier.cli.invocation import Invocation, json_option, pass_invocation
 @click.option("--listen", metavar="ADDRESS:PORT", help="Where the API listens.  [default: 127.0.0.1:7420]")
 @click.option("--data-dir", metavar="FOLDER", help="Where database, volumes and the local key are kept.")
 @click.option("--mode", type=click.Choice(["local", "mock"]), help="Real sandboxes, or fakes for trying out the API.")
+@click.option(
+    "--on-exit",
+    type=click.Choice(["keep", "stop", "destroy"]),
+    help="What becomes of the sandboxes when Atelier ends.  [default: keep]",
+)
 @json_option("Write the log as lines of JSON.")
 @pass_invocation
-def up(invocation: Invocation, listen: str | None, data_dir: str | None, mode: str | None, as_json: bool) -> None:
+def up(
+    invocation: Invocation,
+    listen: str | None,
+    data_dir: str | None,
+    mode: str | None,
+    on_exit: str | None,
+    as_json: bool,
+) -> None:
     """Start Atelier on this machine and stay in the foreground.
 
-    Ctrl-C stops it and destroys its sandboxes. The key for the API is kept in the data folder, where the other
+    Ctrl-C ends it; sandboxes go on running, and the next start finds them. `atelier down` stops them too. The key for the API is kept in the data folder, where the other
     commands of the same user find it.
 
     \b
@@ -33,6 +45,7 @@ def up(invocation: Invocation, listen: str | None, data_dir: str | None, mode: s
         ("--listen", listen),
         ("--data-dir", data_dir or invocation.data_dir),
         ("--mode", mode),
+        ("--on-exit", on_exit),
     ):
         if value:
             arguments += [option, value]

@@ -17,6 +17,7 @@ from typing import Final
 from urllib.parse import urlencode
 
 from atelier.drivers.guest.channel_connection import in_big_pieces
+from atelier.drivers.guest.control_calls import initialize, shut_down, synchronize_clock, wait_ready
 from atelier.drivers.guest.gateway_control import GatewayControl
 from atelier.drivers.guest.guest_http import STALL_SECONDS, GuestHttp, basic_user, body_of, header
 from atelier.drivers.guest.messages import (
@@ -34,12 +35,10 @@ from atelier.drivers.guest.messages import (
 )
 from atelier.guest_protocol import connect
 from atelier.model.errors import (
-    AtelierError,
     GuestError,
     GuestProtocolError,
     HostError,
     InvalidRequestError,
-    TimeoutExceededError,
     TransientError,
 )
 from atelier.model.guest import (
@@ -59,10 +58,6 @@ _INPUT_PIECE_BYTES: Final = 1024 * 1024
 _LIST_PAGE_BYTES: Final = 1024 * 1024
 _LIST_MAX_ENTRIES: Final = 100_000
 _LIST_MAX_PAGES: Final = 1_000
-_READY_PAUSE_SECONDS: Final = 0.025
-_READY_OVERLAP_SECONDS: Final = 0.25
-_READY_ATTEMPT_SECONDS: Final = 5.0
-_READY_ATTEMPTS_MAX: Final = 4
 _END_SECONDS: Final = 1.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED_RANGE: Final = re.compile(r"bytes \*/(\d{1,18})")
@@ -109,58 +104,22 @@ class AgentGuests:
             await guest.close()
         await self._gateway.detach(sandbox_id)
 
+    async def list_channels(self) -> list[str]:
+        return sorted(await self._gateway.list_attached())
+
+    # The guest as a whole.
+
     async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
-        # While a guest boots, the gateway may hold an attempt until the guest is there, refuse it at once, or lose it
-        # in a guest that starts anew. So one attempt waits, and a further one is begun beside it when it takes long.
-        guest = self._guest(sandbox_id)
-        attempts: set[asyncio.Task[AtelierError | None]] = set()
-        failure: AtelierError | None = None
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                while True:
-                    if len(attempts) < _READY_ATTEMPTS_MAX:
-                        attempts.add(asyncio.create_task(_is_healthy(guest)))
-                    done, attempts = await asyncio.wait(
-                        attempts, timeout=_READY_OVERLAP_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    for attempt in done:
-                        failure = attempt.result()
-                        if failure is None:
-                            return
-                    if done:
-                        await asyncio.sleep(_READY_PAUSE_SECONDS)
-        except TimeoutError as error:
-            reason = f": {failure.message}" if failure is not None else ""
-            raise TimeoutExceededError(
-                f"the guest agent of sandbox {sandbox_id} did not answer within {timeout_seconds:g} s{reason}",
-                code="guest_not_ready",
-                hint="its console shows how far it came",
-            ) from error
-        finally:
-            for attempt in attempts:
-                attempt.cancel()
-            await asyncio.gather(*attempts, return_exceptions=True)
+        await wait_ready(self._guest(sandbox_id), sandbox_id, timeout_seconds)
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
-        guest = self._guest(sandbox_id)
-        await guest.ask(
-            "initializing the guest",
-            "POST",
-            "/init",
-            headers={"content-type": connect.CONTENT_TYPE_UNARY},
-            body=connect.encode_json(
-                {
-                    "hostname": identity.hostname,
-                    "machineId": identity.machine_id,
-                    "accessToken": identity.token,
-                    "entropy": base64.b64encode(identity.entropy).decode(),
-                    "hostTimeNs": str(identity.host_time_ns),
-                    "envVars": identity.environment,
-                }
-            ),
-            expected=(200, 204),
-        )
-        guest.token = identity.token
+        await initialize(self._guest(sandbox_id), identity)
+
+    async def synchronize_clock(self, sandbox_id: str) -> float:
+        return await synchronize_clock(self._guest(sandbox_id))
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        await shut_down(self._guest(sandbox_id))
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics:
         return metrics(await self._guest(sandbox_id).ask("reading the metrics", "GET", "/metrics", is_question=True))
@@ -380,22 +339,6 @@ class AgentGuests:
             stall_seconds=2 * STALL_SECONDS,
         ) as response:
             await read_bounded(body_of(response), MESSAGE_MAX_BYTES)
-
-
-async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
-    """None when the guest agent answers, else why not."""
-    try:
-        await guest.ask(
-            "asking for health",
-            "GET",
-            "/health",
-            expected=(200, 204),
-            answer_seconds=_READY_ATTEMPT_SECONDS,
-            connect_seconds=_READY_ATTEMPT_SECONDS,
-        )
-    except (TransientError, GuestError) as error:
-        return error
-    return None
 
 
 async def _process_events(chunks: AsyncIterator[bytes], absent: str) -> AsyncIterator[ProcessEvent]:

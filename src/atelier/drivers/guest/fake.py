@@ -8,7 +8,7 @@ never do so. It starts no process and touches no file of the host.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -40,6 +40,7 @@ class _Guest:
     answers_at: float
     token: str
     identity: GuestIdentity | None = None
+    clock_offset_seconds: float = 0.0
     own_files: FakeFiles | None = None
     next_pid: int = _FIRST_PID
     running: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
@@ -72,7 +73,10 @@ class _Guest:
 
 class FakeGuests:
     """GuestDriver without guests. A sandbox has one from ``ensure_channel`` to ``ensure_channel_absent``; what it
-    holds is kept when its channel is offered again. Operations in ``faults`` bear the names of the methods."""
+    holds is kept when its channel is offered again. Operations in ``faults`` bear the names of the methods.
+
+    ``on_shut_down`` is called with the id of each sandbox whose guest has agreed to stop: there its machine can end.
+    With ``ignores_shut_down`` guests agree and go on, as one that hangs on its way down."""
 
     def __init__(
         self, faults: Faults | None = None, *, boot_delay_seconds: float = 0.0, never_ready: bool = False
@@ -80,6 +84,8 @@ class FakeGuests:
         self.faults = faults or Faults()
         self.boot_delay_seconds = boot_delay_seconds
         self.never_ready = never_ready
+        self.on_shut_down: Callable[[str], None] | None = None
+        self.ignores_shut_down = False
         self._guests: dict[str, _Guest] = {}
 
     @property
@@ -90,6 +96,10 @@ class FakeGuests:
     def identity(self, sandbox_id: str) -> GuestIdentity | None:
         """What ``initialize`` was last given, for tests."""
         return self._guests[sandbox_id].identity
+
+    def set_clock_offset(self, sandbox_id: str, seconds: float) -> None:
+        """How far the guest's clock is ahead of the host's."""
+        self._guests[sandbox_id].clock_offset_seconds = seconds
 
     async def close(self) -> None:
         """All guests end."""
@@ -123,6 +133,10 @@ class FakeGuests:
         await self.faults.before("ensure_channel_absent")
         await self._end(sandbox_id)
 
+    async def list_channels(self) -> list[str]:
+        await self.faults.before("list_channels")
+        return sorted(self._guests)
+
     async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -140,6 +154,21 @@ class FakeGuests:
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
         (await self._guest(sandbox_id, "initialize")).identity = identity
+
+    async def synchronize_clock(self, sandbox_id: str) -> float:
+        guest = await self._guest(sandbox_id, "synchronize_clock")
+        offset_seconds, guest.clock_offset_seconds = guest.clock_offset_seconds, 0.0
+        return offset_seconds
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        guest = await self._guest(sandbox_id, "shut_down")
+        if self.ignores_shut_down:
+            return
+        for process in list(guest.running.values()):
+            await process.close()
+        if self.on_shut_down is not None:
+            # The guest has agreed before its machine ends.
+            asyncio.get_running_loop().call_soon(self.on_shut_down, sandbox_id)
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics:
         guest = await self._guest(sandbox_id, "metrics")

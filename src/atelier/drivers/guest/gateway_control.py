@@ -25,14 +25,28 @@ class GatewayControl:
 
     async def attach(self, sandbox_id: str, socket_path: Path, token: str) -> None:
         """Idempotent. Raises GuestUnreachableError when the gateway does not answer, HostError when it refuses."""
-        await self._ask("attach", sandbox_id=sandbox_id, socket_path=str(socket_path), token=token)
+        await self._ask(
+            "attach",
+            f"attaching the guest channel of {sandbox_id}",
+            sandbox_id=sandbox_id,
+            socket_path=str(socket_path),
+            token=token,
+        )
 
     async def detach(self, sandbox_id: str) -> None:
         """Idempotent: a sandbox that is not attached is no error."""
-        await self._ask("detach", sandbox_id=sandbox_id)
+        await self._ask("detach", f"detaching the guest channel of {sandbox_id}", sandbox_id=sandbox_id)
 
-    async def _ask(self, operation: str, **arguments: str) -> dict[str, Any]:
-        what = f"cannot {operation} the guest channel of {arguments['sandbox_id']}"
+    async def list_attached(self) -> list[str]:
+        """Ids of the sandboxes whose channels are attached."""
+        what = "listing the guest channels"
+        channels = (await self._ask("list", what)).get("channels")
+        if not isinstance(channels, list):
+            raise HostError(f"{what}: the gateway's answer holds no list")
+        found = (cast("dict[str, Any]", channel).get("sandbox_id") for channel in cast("list[object]", channels))
+        return [sandbox_id for sandbox_id in found if isinstance(sandbox_id, str)]
+
+    async def _ask(self, operation: str, what: str, **arguments: str) -> dict[str, Any]:
         writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(_TIMEOUT_SECONDS):

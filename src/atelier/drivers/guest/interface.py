@@ -33,12 +33,31 @@ class GuestDriver(Protocol):
 
     async def ensure_channel_absent(self, sandbox_id: str) -> None: ...
 
+    async def list_channels(self) -> list[str]:
+        """Sandbox ids whose channels are offered, sorted."""
+        ...
+
     async def wait_ready(self, sandbox_id: str, timeout_seconds: float) -> None:
         """Return when the guest agent answers; raise TimeoutExceededError after ``timeout_seconds``."""
         ...
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
         """Set who the guest is: hostname, machine-id, clock, entropy, token, default environment."""
+        ...
+
+    async def synchronize_clock(self, sandbox_id: str) -> float:
+        """Bring the guest's wall clock to the host's; returns by how many seconds it was off (guest minus host).
+
+        A guest's time never jumps back for a little: see ``guest_agent.clock`` for what is slewed and what is stepped.
+        """
+        ...
+
+    async def shut_down(self, sandbox_id: str) -> None:
+        """Ask the guest to end its processes, write everything to disk and stop; returns when it has agreed. Its VMM
+        then ends by itself, unless the guest hangs.
+
+        Raises GuestUnreachableError also when the guest has stopped already.
+        """
         ...
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics: ...

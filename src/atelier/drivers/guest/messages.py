@@ -322,7 +322,12 @@ def next_page(message: Message) -> str:
     return _text(message.get("nextPage"), "nextPage")
 
 
-# Metrics.
+# The guest as a whole.
+
+
+def clock_time_ns(message: Message) -> int:
+    """``atelier.v1.Control/SetClock``: the guest's wall clock, ns since the epoch."""
+    return _integer(message.get("timeNs"), "timeNs")
 
 
 def metrics(message: Message) -> GuestMetrics:

@@ -23,3 +23,7 @@ class FakeNetwork:
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         await self.faults.before("ensure_slot_absent")
         self.slots.pop(sandbox_id, None)
+
+    async def list_slots(self) -> list[str]:
+        await self.faults.before("list_slots")
+        return sorted(self.slots)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atelier.drivers.faults import Faults
-from atelier.model.errors import DiskFullError, InvalidRequestError
+from atelier.model.errors import DiskFullError, InvalidRequestError, NotFoundError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeRequest
 
@@ -23,6 +23,7 @@ class FakeStorage:
         self.base_size_mib = base_size_mib
         self.capacity_bytes = capacity_bytes
         self.volumes: dict[str, Disk] = {}
+        self.sizes_mib: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -42,12 +43,31 @@ class FakeStorage:
                 raise DiskFullError("no space left while creating the volume", hint="remove sandboxes, then try again")
             top = DiskFile(Path("/nonexistent") / f"{request.sandbox_id}.qcow2", "qcow2")
             self.volumes[request.sandbox_id] = Disk(ROOT_DISK_SERIAL, top, (request.base,))
+            self.sizes_mib[request.sandbox_id] = request.size_mib
         return self.volumes[request.sandbox_id]
+
+    async def find_volume(self, sandbox_id: str) -> Disk | None:
+        await self.faults.before("find_volume")
+        _check_id(sandbox_id)
+        return self.volumes.get(sandbox_id)
+
+    async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
+        await self.faults.before("grow_volume")
+        _check_id(sandbox_id)
+        present_mib = self.sizes_mib.get(sandbox_id)
+        if present_mib is None:
+            raise NotFoundError(f"there is no volume of sandbox {sandbox_id}", code="volume_not_found")
+        if size_mib < present_mib:
+            raise InvalidRequestError(
+                f"the disk has {present_mib} MiB and cannot shrink to {size_mib} MiB", code="disk_cannot_shrink"
+            )
+        self.sizes_mib[sandbox_id] = size_mib
 
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
         await self.faults.before("ensure_volume_absent")
         _check_id(sandbox_id)
         self.volumes.pop(sandbox_id, None)
+        self.sizes_mib.pop(sandbox_id, None)
 
     async def list_volumes(self) -> list[str]:
         await self.faults.before("list_volumes")

@@ -20,6 +20,20 @@ class StorageDriver(Protocol):
         """
         ...
 
+    async def find_volume(self, sandbox_id: str) -> Disk | None:
+        """The sandbox's volume with its whole chain as it is on disk, whatever image is current; None if there is none.
+
+        Raises HostError (``disk_file_damaged``) when it is not what this driver makes.
+        """
+        ...
+
+    async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
+        """Grow a volume that no VMM has open to ``size_mib``; nothing if it has that size.
+
+        Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, NotFoundError (``volume_not_found``).
+        """
+        ...
+
     async def ensure_volume_absent(self, sandbox_id: str) -> None: ...
 
     async def list_volumes(self) -> list[str]:

@@ -1,39 +1,47 @@
 """A VMM that starts nothing: machines are words in memory. For mock mode and tests; cheap enough for thousands.
 
-Faults come from ``faults``; ``end_machine`` lets one die as a crashed VMM would. Its pids lie above any that Linux
-gives, so nothing can mistake them for a process.
+Faults come from ``faults``; ``end_machine`` lets one die as a crashed VMM would, ``reboot`` all of them as with their
+host. Its pids lie above any that Linux gives, so nothing can mistake them for a process.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from atelier.drivers.faults import Faults
-from atelier.model.errors import VmmError
+from atelier.model.errors import InvalidRequestError, VmmError
+from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import GuestEndpoint, MachineSpec, ProcessIdentity
 
 _FIRST_PID = 2**22 + 1
 """Linux gives pids up to 2**22. Source: proc(5), pid_max."""
-_BOOT_ID = "00000000-0000-0000-0000-000000000000"
 
 
 @dataclass(slots=True)
 class _Machine:
-    sandbox_id: str
+    spec: MachineSpec
     identity: ProcessIdentity
+    disks_mib: dict[str, int]
+    """By serial, as ``resize_disk`` left them: how large they were before is written nowhere."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FakeVmm:
-    def __init__(self, faults: Faults | None = None) -> None:
+    """Each has a boot id of its own: its machines end with the manager that it belongs to."""
+
+    def __init__(self, faults: Faults | None = None, *, machine_resident_bytes: int = 0) -> None:
         self.faults = faults or Faults()
+        self.machine_resident_bytes = machine_resident_bytes
         self.run_directories: dict[Path, bytearray] = {}
         """Each with what its console holds."""
         self._machines: dict[str, _Machine] = {}
         self._by_pid: dict[int, _Machine] = {}
         self._next_pid = _FIRST_PID
+        self._boot_id = str(uuid.uuid4())
 
     @property
     def name(self) -> str:
@@ -43,6 +51,14 @@ class FakeVmm:
     def running(self) -> list[str]:
         """Sandbox ids of the machines that run."""
         return list(self._machines)
+
+    def boot_id(self) -> str:
+        return self._boot_id
+
+    async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
+        await self.faults.before("list_sandboxes")
+        names = {path.name for path in self.run_directories if path.parent == sandboxes_directory}
+        return sorted(self._machines.keys() | {name for name in names if is_sandbox_id(name)})
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         await self.faults.before("ensure_run_directory")
@@ -60,7 +76,8 @@ class FakeVmm:
         if console is None:
             raise VmmError(f"the machine cannot be started: there is no {spec.run_directory}")
         console += f"fake machine of sandbox {spec.sandbox_id} started\n".encode()
-        machine = _Machine(spec.sandbox_id, ProcessIdentity(self._next_pid, self._next_pid, _BOOT_ID))
+        identity = ProcessIdentity(self._next_pid, self._next_pid, self._boot_id)
+        machine = _Machine(spec, identity, {disk.serial: 0 for disk in (spec.root, spec.tools)})
         self._next_pid += 1
         self._machines[spec.sandbox_id] = machine
         self._by_pid[machine.identity.pid] = machine
@@ -81,11 +98,36 @@ class FakeVmm:
             del self._by_pid[machine.identity.pid]
             machine.ended.set()
 
+    def reboot(self) -> None:
+        """The host goes down and comes up again: no machine runs, and what lay in the run directories is gone."""
+        for sandbox_id in self.running:
+            self.end_machine(sandbox_id)
+        self.run_directories.clear()
+        self._boot_id = str(uuid.uuid4())
+
     async def wait_ended(self, identity: ProcessIdentity) -> None:
         await self.faults.before("wait_ended")
         machine = self._by_pid.get(identity.pid)
         if machine is not None and machine.identity == identity:
             await machine.ended.wait()
+
+    async def resident_bytes(self, identities: Sequence[ProcessIdentity]) -> int:
+        await self.faults.before("resident_bytes")
+        running = {machine.identity for machine in self._machines.values()}
+        return len(running.intersection(identities)) * self.machine_resident_bytes
+
+    async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
+        await self.faults.before("resize_disk")
+        running = (machine for machine in self._machines.values() if machine.spec.run_directory == run_directory)
+        machine = next(running, None)
+        if machine is None or serial not in machine.disks_mib:
+            raise VmmError(f"no machine with a disk {serial} runs in {run_directory}")
+        if size_mib < machine.disks_mib[serial]:
+            raise InvalidRequestError(
+                f"the disk has {machine.disks_mib[serial]} MiB and cannot shrink to {size_mib} MiB",
+                code="disk_cannot_shrink",
+            )
+        machine.disks_mib[serial] = size_mib
 
     def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
         return GuestEndpoint("fake", run_directory / "guest.sock")

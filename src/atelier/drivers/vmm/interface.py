@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,15 @@ class VmmDriver(Protocol):
     @property
     def name(self) -> str:
         """``qemu-tcg``, ``qemu-kvm``, ``firecracker``, ``fake``."""
+        ...
+
+    def boot_id(self) -> str:
+        """Names the host's present boot: a machine whose identity bears another boot id ended with that boot."""
+        ...
+
+    async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
+        """Ids of this installation's sandboxes that have a live VMM process, whoever started it, or a run directory
+        in ``sandboxes_directory``; sorted. Another installation's processes never appear."""
         ...
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
@@ -47,6 +57,19 @@ class VmmDriver(Protocol):
 
     async def wait_ended(self, identity: ProcessIdentity) -> None:
         """Return when the process is gone, without polling faster than once in 0.2 s."""
+        ...
+
+    async def resident_bytes(self, identities: Sequence[ProcessIdentity]) -> int:
+        """The host's memory that these processes hold together, what they share counted for each; one that is gone
+        holds none."""
+        ...
+
+    async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
+        """Grow a disk of the running machine; the guest sees the new size at once, its file system is its own affair.
+
+        Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, VmmError when no machine runs there or
+        it has no such disk.
+        """
         ...
 
     def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:

@@ -12,11 +12,13 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 from weakref import WeakValueDictionary
 
+from atelier.drivers.vmm.disk_growth import file_size_limits, grow_disk
 from atelier.drivers.vmm.kvm_probe import KvmAnswer, kvm_group_ids, probe_kvm
 from atelier.drivers.vmm.qemu_arguments import (
     AcceleratorKind,
@@ -31,9 +33,11 @@ from atelier.drivers.vmm.vmm_users import claim_user, find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
 from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
+from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.processes import ResourceLimits
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.errors import CommandError, MissingProgramError, VmmError
+from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.machine import BootFiles, Disk, GuestEndpoint, MachineSpec, ProcessIdentity
 
@@ -57,6 +61,7 @@ class QemuVmm:
         self._users = find_user_range()
         self._chosen: AcceleratorKind | None = "tcg" if accelerator == "tcg" else None
         self._tsc_khz = 0
+        self._may_raise_hard_limits: bool | None = None
         self._preparing = asyncio.Lock()
         self._starting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.kvm_answer: KvmAnswer | None = None
@@ -67,7 +72,8 @@ class QemuVmm:
         return "qemu-kvm" if self._chosen == "kvm" else "qemu-tcg"
 
     async def prepare(self, boot: BootFiles) -> AcceleratorKind:
-        """Find out, once, what the first start needs to know: whether KVM works, the counter's rate.
+        """Find out, once, what the first start needs to know: whether KVM works, the counter's rate, and whether the
+        limits of a running process can be raised.
 
         Takes up to 3 s; ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
         demanded and does not work.
@@ -77,6 +83,8 @@ class QemuVmm:
                 self._chosen = await self._choose(boot)
             if self._chosen == "tcg" and not self._tsc_khz:
                 self._tsc_khz = await asyncio.to_thread(cached_tsc_khz, self._cache_dir / "tsc.json")
+            if self._may_raise_hard_limits is None:
+                self._may_raise_hard_limits = await may_raise_hard_limits()
             return self._chosen
 
     async def _choose(self, boot: BootFiles) -> AcceleratorKind:
@@ -91,6 +99,16 @@ class QemuVmm:
                 hint="; ".join(filter(None, [self.kvm_answer.hint, "or set ATELIER_ACCELERATOR=auto"])),
             )
         return "tcg"
+
+    def boot_id(self) -> str:
+        return processes.boot_id()
+
+    async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
+        prefix = process_name(self._installation_id, "")
+        names = await asyncio.to_thread(processes.list_argument_values, _PROGRAM, "-name", prefix)
+        with contextlib.suppress(FileNotFoundError):
+            names += [entry.name for entry in sandboxes_directory.iterdir()]
+        return sorted({name for name in names if is_sandbox_id(name)})
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         for path in (RunFolder(run_directory).control_socket, RunFolder(run_directory).guest_socket):
@@ -115,8 +133,12 @@ class QemuVmm:
     async def _start(self, spec: MachineSpec) -> ProcessIdentity:
         folder = RunFolder(spec.run_directory)
         folder.stderr.unlink(missing_ok=True)
+        file_size_bytes, ceiling_bytes = file_size_limits(
+            virtual_size_bytes(spec.root.top), may_raise_hard_limits=self._may_raise_hard_limits is True
+        )
+        limits = ResourceLimits(_OPEN_FILES_LIMIT, file_size_bytes, ceiling_bytes, core_bytes=0)
         try:
-            identity = await self._spawn(spec, folder)
+            identity = await self._spawn(spec, folder, limits)
         except CommandError as error:
             raise self._failure(spec, folder, error.message) from error
         try:
@@ -132,7 +154,7 @@ class QemuVmm:
             raise self._failure(spec, folder, error.message) from error
         return identity
 
-    async def _spawn(self, spec: MachineSpec, folder: RunFolder) -> ProcessIdentity:
+    async def _spawn(self, spec: MachineSpec, folder: RunFolder, limits: ResourceLimits) -> ProcessIdentity:
         assert self._chosen is not None
         with contextlib.ExitStack() as stack:
             descriptors = stack.enter_context(opened_machine(folder, spec.boot))
@@ -154,9 +176,7 @@ class QemuVmm:
                 arguments,
                 stderr_path=folder.stderr,
                 user=claim.process_user(groups) if claim else None,
-                limits=ResourceLimits(
-                    open_files=_OPEN_FILES_LIMIT, file_size_bytes=_largest_file_bytes(spec.root), core_bytes=0
-                ),
+                limits=limits,
                 pass_descriptors=[
                     *asdict(descriptors).values(),
                     *(descriptor for disk in disks for descriptor in disk.descriptors),
@@ -174,10 +194,8 @@ class QemuVmm:
         return VmmError(f"QEMU did not start the machine of sandbox {spec.sandbox_id}: {said or reason}", hint=hint)
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-            kept = ProcessIdentity(**json.loads(RunFolder(run_directory).identity.read_bytes()))
-            if processes.is_alive(kept):
-                return kept
+        if kept := _kept_identity(RunFolder(run_directory)):
+            return kept
         # Nobody wrote down what a manager started that died at that very moment.
         arguments = ["-name", process_name(self._installation_id, sandbox_id)]
         found = await asyncio.to_thread(processes.find_processes, _PROGRAM, arguments)
@@ -192,6 +210,17 @@ class QemuVmm:
     async def wait_ended(self, identity: ProcessIdentity) -> None:
         await processes.wait_ended(identity)
 
+    async def resident_bytes(self, identities: Sequence[ProcessIdentity]) -> int:
+        return await asyncio.to_thread(lambda: sum(map(processes.resident_bytes, identities)))
+
+    async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
+        folder = RunFolder(run_directory)
+        identity = _kept_identity(folder)
+        if identity is None:
+            raise VmmError(f"no machine runs in {run_directory}")
+        async with await QmpConnection.open(folder.control_socket) as control:
+            await grow_disk(control, identity, serial, size_mib * _MIB)
+
     def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
         return GuestEndpoint("virtio_serial", RunFolder(run_directory).guest_socket)
 
@@ -201,6 +230,15 @@ class QemuVmm:
     async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
         # Half of it stays, so that a console at the limit is not rewritten each time.
         trim_to_tail(RunFolder(run_directory).console, limit_bytes, keep_bytes=limit_bytes // 2)
+
+
+def _kept_identity(folder: RunFolder) -> ProcessIdentity | None:
+    """What was written down at the start, if that process lives."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+        kept = ProcessIdentity(**json.loads(folder.identity.read_bytes()))
+        if processes.is_alive(kept):
+            return kept
+    return None
 
 
 def _find_executable() -> Path:
@@ -214,9 +252,3 @@ def _open_disk(disk: Disk, stack: contextlib.ExitStack) -> OpenDisk:
     top = stack.enter_context(opened(disk.top.path, os.O_RDONLY if disk.read_only else os.O_RDWR))
     backing = [stack.enter_context(opened(file.path)) for file in disk.backing]
     return OpenDisk(disk, (top, *backing))
-
-
-def _largest_file_bytes(disk: Disk) -> int:
-    """What the disk's file can grow to: its content, the qcow2 tables (1/8192 and 1/32768 of it), and room to spare."""
-    size = virtual_size_bytes(disk.top)
-    return size + size // 1000 + 64 * _MIB

@@ -19,7 +19,7 @@ AcceleratorKind = Literal["tcg", "kvm"]
 
 _GUEST_KERNEL_HZ = 250
 _CODE_CACHE_MIB = 32
-_LOCKED_DOWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+LOCKED_DOWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def machine_arguments(
     arguments = [
         *(str(executable), "-name", name),
         *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
-        *("-sandbox", _LOCKED_DOWN),
+        *("-sandbox", LOCKED_DOWN),
         # No PIT and PIC: Debian's kernel takes its devices and interrupts from ACPI.
         *("-machine", "microvm,pit=off,pic=off,mem-merge=off,dump-guest-core=off"),
         *_processor(accelerator),

@@ -1,0 +1,121 @@
+"""What the host asks of a guest as a whole: is it there, who it is, what time it is, and that it stops.
+
+Used by ``agent``. The guest's side is ``guest_agent.control``. What a guest answers decides about itself only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from typing import Final
+
+from atelier.drivers.guest.guest_http import GuestHttp
+from atelier.drivers.guest.messages import Message, clock_time_ns
+from atelier.guest_protocol import connect
+from atelier.model.errors import AtelierError, GuestError, TimeoutExceededError, TransientError
+from atelier.model.guest import GuestIdentity
+
+_READY_PAUSE_SECONDS: Final = 0.025
+_READY_OVERLAP_SECONDS: Final = 0.25
+_READY_ATTEMPT_SECONDS: Final = 5.0
+_READY_ATTEMPTS_MAX: Final = 4
+_CLOCK_READINGS: Final = 4
+
+_CONTROL: Final = "atelier.v1.Control/"
+
+
+async def wait_ready(guest: GuestHttp, sandbox_id: str, timeout_seconds: float) -> None:
+    # While a guest boots, the gateway may hold an attempt until the guest is there, refuse it at once, or lose it
+    # in a guest that starts anew. So one attempt waits, and a further one is begun beside it when it takes long.
+    attempts: set[asyncio.Task[AtelierError | None]] = set()
+    failure: AtelierError | None = None
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            while True:
+                if len(attempts) < _READY_ATTEMPTS_MAX:
+                    attempts.add(asyncio.create_task(_is_healthy(guest)))
+                done, attempts = await asyncio.wait(
+                    attempts, timeout=_READY_OVERLAP_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                for attempt in done:
+                    failure = attempt.result()
+                    if failure is None:
+                        return
+                if done:
+                    await asyncio.sleep(_READY_PAUSE_SECONDS)
+    except TimeoutError as error:
+        reason = f": {failure.message}" if failure is not None else ""
+        raise TimeoutExceededError(
+            f"the guest agent of sandbox {sandbox_id} did not answer within {timeout_seconds:g} s{reason}",
+            code="guest_not_ready",
+            hint="its console shows how far it came",
+        ) from error
+    finally:
+        for attempt in attempts:
+            attempt.cancel()
+        await asyncio.gather(*attempts, return_exceptions=True)
+
+
+async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
+    """None when the guest agent answers, else why not."""
+    try:
+        await guest.ask(
+            "asking for health",
+            "GET",
+            "/health",
+            expected=(200, 204),
+            answer_seconds=_READY_ATTEMPT_SECONDS,
+            connect_seconds=_READY_ATTEMPT_SECONDS,
+        )
+    except (TransientError, GuestError) as error:
+        return error
+    return None
+
+
+async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
+    await guest.ask(
+        "initializing the guest",
+        "POST",
+        "/init",
+        headers={"content-type": connect.CONTENT_TYPE_UNARY},
+        body=connect.encode_json(
+            {
+                "hostname": identity.hostname,
+                "machineId": identity.machine_id,
+                "accessToken": identity.token,
+                "entropy": base64.b64encode(identity.entropy).decode(),
+                "hostTimeNs": str(identity.host_time_ns),
+                "envVars": identity.environment,
+            }
+        ),
+        expected=(200, 204),
+    )
+    guest.token = identity.token
+
+
+async def synchronize_clock(guest: GuestHttp) -> float:
+    """The guest's clock is read a few times, each reading taken for one of the middle of its round trip. The shortest
+    round trip counts: a longer one waited somewhere on its way. Then the guest is told the difference, not the time,
+    so that it does not matter how long that takes."""
+    readings = [await _read_clock(guest) for _ in range(_CLOCK_READINGS)]
+    _, offset_ns = min(readings)
+    await _call_set_clock(guest, {"offsetNs": str(offset_ns)})
+    return offset_ns / 1e9
+
+
+async def _read_clock(guest: GuestHttp) -> tuple[int, int]:
+    """(round trip, guest's clock minus the host's), both in ns."""
+    host_time_ns, begun_ns = time.time_ns(), time.monotonic_ns()
+    guest_time_ns = clock_time_ns(await _call_set_clock(guest, {}))
+    round_trip_ns = time.monotonic_ns() - begun_ns
+    return round_trip_ns, guest_time_ns - (host_time_ns + round_trip_ns // 2)
+
+
+async def _call_set_clock(guest: GuestHttp, message: Message) -> Message:
+    return await guest.call("setting the clock", _CONTROL + "SetClock", message, absent="not_found")
+
+
+async def shut_down(guest: GuestHttp) -> None:
+    # A second request changes nothing, so it may be repeated on a new connection.
+    await guest.call("shutting down", _CONTROL + "Shutdown", {}, absent="not_found", is_question=True)

@@ -1,0 +1,83 @@
+"""How large a disk's file may become, and growing a disk of a running QEMU: first that limit, then the disk.
+
+Called by the QEMU driver. The disk is found by its serial, not by its place in the argument list. Source: QEMU
+qapi/block-core.json (query-block, block_resize).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
+from atelier.host.process_limits import highest_inherited_file_size, raise_file_size_limit
+from atelier.model.errors import InvalidRequestError, VmmError
+from atelier.model.machine import ProcessIdentity
+from atelier.model.sandbox import MAX_DISK_MIB
+
+_MIB = 1024 * 1024
+
+
+def file_size_limits(disk_bytes: int, *, may_raise_hard_limits: bool) -> tuple[int, int]:
+    """(soft, hard) limit for the files of a VMM with this disk.
+
+    Where the manager may raise hard limits both are what the disk needs. Else the hard one leaves room for the largest
+    disk there can be: QEMU's own sandbox does not keep it from raising its soft limit (``resourcecontrol`` denies
+    scheduling and priorities, not setrlimit), so there a QEMU that was broken out of is bound by the higher one.
+    """
+    needed_bytes = _largest_file_bytes(disk_bytes)
+    if may_raise_hard_limits:
+        return needed_bytes, needed_bytes
+    ceiling_bytes = max(needed_bytes, _largest_file_bytes(MAX_DISK_MIB * _MIB))
+    inherited_bytes = highest_inherited_file_size()
+    if inherited_bytes is not None:
+        ceiling_bytes = min(ceiling_bytes, inherited_bytes)
+    return min(needed_bytes, ceiling_bytes), ceiling_bytes
+
+
+def _largest_file_bytes(disk_bytes: int) -> int:
+    """What the file of a disk can grow to: its content, the qcow2 tables (1/8192 and 1/32768 of it), room to spare."""
+    return disk_bytes + disk_bytes // 1000 + 64 * _MIB
+
+
+async def grow_disk(control: QmpConnection, identity: ProcessIdentity, serial: str, size_bytes: int) -> None:
+    """Have the disk with this serial at ``size_bytes``; nothing if it is.
+
+    Raises InvalidRequestError (``disk_cannot_shrink``), HostError (``limit_not_raised``), VmmError.
+    """
+    node, present_bytes = await _find_disk(control, serial)
+    if size_bytes < present_bytes:
+        raise InvalidRequestError(
+            f"the disk has {present_bytes // _MIB} MiB and cannot shrink to {size_bytes // _MIB} MiB",
+            code="disk_cannot_shrink",
+            hint="a disk only grows",
+        )
+    # Also where the disk has its size already: a manager may have died between the two.
+    await raise_file_size_limit(identity, _largest_file_bytes(size_bytes))
+    if size_bytes > present_bytes:
+        await control.execute("block_resize", {"node-name": node, "size": size_bytes})
+
+
+async def _find_disk(control: QmpConnection, serial: str) -> tuple[str, int]:
+    """Block node and size in bytes."""
+    for device in _objects(await control.execute("query-block")):
+        path = device.get("qdev")
+        if not isinstance(path, str):
+            continue
+        if await control.execute("qom-get", {"path": path, "property": "serial"}) != serial:
+            continue
+        node = _object(device.get("inserted"))
+        name, size_bytes = node.get("node-name"), _object(node.get("image")).get("virtual-size")
+        if isinstance(name, str) and isinstance(size_bytes, int):
+            return name, size_bytes
+        raise VmmError(f"QEMU does not say how large the disk {serial} is")
+    raise VmmError(f"the machine has no disk {serial}")
+
+
+def _objects(value: object) -> Iterator[JsonObject]:
+    for item in cast("list[object]", value) if isinstance(value, list) else []:
+        yield _object(item)
+
+
+def _object(value: object) -> JsonObject:
+    return cast("JsonObject", value) if isinstance(value, dict) else {}

@@ -1,0 +1,412 @@
+"""The steps of which a sandbox's sagas are made: each ensures that one resource is present, or absent.
+
+Used by ``sandbox_create``, ``sandbox_start``, ``sandbox_stop`` and ``sandbox_resize``. Each resource bears a name derived
+from the installation and the sandbox's id, so a step finds what an earlier run, or an earlier saga, has left. Steps call
+drivers; what they hand to the log's transactions calls none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from atelier.db.engine import Connection, Database
+from atelier.db.outbox import Outbox
+from atelier.db.sandboxes import SandboxRepository
+from atelier.drivers.guest.interface import GuestDriver
+from atelier.drivers.images.interface import ImageDriver
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.vmm.interface import VmmDriver
+from atelier.lifecycle.boot_gate import BootGate
+from atelier.lifecycle.consoles import KeptConsoles
+from atelier.lifecycle.progress import ProgressEvents
+from atelier.lifecycle.saga_values import (
+    boot_files_from_json,
+    boot_files_to_json,
+    disk_from_json,
+    disk_to_json,
+    network_from_json,
+    network_to_json,
+    process_from_json,
+    process_to_json,
+)
+from atelier.lifecycle.transitions import Transitions
+from atelier.model.errors import (
+    AtelierError,
+    GuestError,
+    GuestUnreachableError,
+    HostError,
+    NotFoundError,
+    TimeoutExceededError,
+    VmmError,
+)
+from atelier.model.guest import GuestIdentity, ProcessEnded, ProcessOutput, ProcessSpec
+from atelier.model.layout import RunLayout
+from atelier.model.machine import (
+    ROOT_DISK_SERIAL,
+    TOOLS_DISK_SERIAL,
+    Disk,
+    DiskFile,
+    MachineSpec,
+    ProcessIdentity,
+    VolumeRequest,
+)
+from atelier.model.sandbox import Sandbox
+from atelier.model.states import SandboxState
+from atelier.saga.definition import Step, StepContext
+from atelier.saga.log import SagaRecord
+
+WARNING = "sandbox.warning"
+
+_ENTROPY_BYTES = 64
+_GROWTH_SECONDS = 300.0
+_GROWTH_OUTPUT_BYTES = 4096
+_PROGRAM_NOT_FOUND = 127
+# The device node may be missing in an image with a /dev of its own. The growth is online, to the disk's size.
+_GROWTH_SCRIPT = (
+    "test -e /dev/vda || { IFS=: read -r major minor </sys/block/vda/dev && mknod /dev/vda b $major $minor; }; "
+    "exec resize2fs /dev/vda"
+)
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSteps:
+    """The steps, with what they need. ``guest_ready_seconds`` runs from the VMM's start to the guest agent's first
+    answer."""
+
+    database: Database
+    sandboxes: SandboxRepository
+    outbox: Outbox
+    transitions: Transitions
+    vmm: VmmDriver
+    storage: StorageDriver
+    network: NetworkDriver
+    images: ImageDriver
+    guests: GuestDriver
+    run: RunLayout
+    consoles: KeptConsoles
+    gate: BootGate
+    installation_id: str
+    guest_ready_seconds: float
+    stop_grace_seconds: float
+
+    def acquiring(self, *, find: Step[Connection], keeps_disk: bool) -> tuple[Step[Connection], ...]:
+        """All that a running sandbox consists of, in the order in which it is acquired: DESIGN's, from the network slot
+        up to the VMM process, so that unwinding kills the VMM first and frees the network last. ``keeps_disk``: slot
+        and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``)."""
+        free_slot, remove_volume = self._free_slot, self._remove_volume
+        if keeps_disk:
+            free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
+        return (
+            find,
+            Step("network", self._take_slot, free_slot),
+            Step("volume", self._make_volume, remove_volume, self._commit_volume),
+            Step("run_directory", self._make_run_directory, self._remove_run_directory),
+            Step("guest_channel", self._attach_channel, self._detach_channel),
+            Step("vmm", self._start_vmm, self._stop_vmm, self._commit_vmm),
+            Step("guest_ready", self._wait_for_guest),
+            Step("guest_identity", self._give_identity),
+            Step("file_system", self._grow_file_system, commit=self._commit_growth),
+        )
+
+    def releasing(self) -> tuple[Step[Connection], ...]:
+        """What a stopped sandbox does not hold: the same undos, as steps that go forward only."""
+        return (
+            Step("vmm", _as_step(self._stop_vmm)),
+            Step("guest_channel", _as_step(self._detach_channel)),
+            Step("run_directory", _as_step(self._remove_run_directory)),
+        )
+
+    def find_image(self) -> Step[Connection]:
+        """Images and boot files are shared and cached by content: nothing to undo."""
+        return Step("image", self._find_image, commit=self._commit_image)
+
+    def find_disk(self) -> Step[Connection]:
+        """The sandbox's own disk, whatever its image is by now; or, where it has none (its creation failed), the image
+        to make one from."""
+        return Step("image", self._find_disk, commit=self._commit_image)
+
+    def shut_guest_down(self) -> Step[Connection]:
+        """The guest writes everything to its disk and ends. It cannot be undone."""
+        return Step("guest_shutdown", self._shut_guest_down)
+
+    def grow_disk(self) -> tuple[Step[Connection], ...]:
+        """The disk, and in a running guest the file system on it, to the row's ``disk_mib``."""
+        return (
+            Step("disk", self._grow_disk),
+            Step("file_system", self._grow_running_file_system, commit=self._commit_growth),
+        )
+
+    # --- before there is anything -------------------------------------------------------------------------------------
+
+    async def _find_image(self, context: StepContext) -> dict[str, Any]:
+        sandbox = self._sandbox(context)
+        progress = ProgressEvents(self.database, self.outbox, sandbox.id)
+        boot = await self.images.ensure_boot_files(progress.report)
+        image = await self.images.ensure_image(sandbox.spec.image, progress.report)
+        await progress.finish()
+        return {
+            "image_id": image.id,
+            "path": str(image.path),
+            "size_mib": image.size_mib,
+            "boot": boot_files_to_json(boot),
+        }
+
+    def _commit_image(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        if image_id := output.get("image_id"):
+            self.sandboxes.set_image_id(connection, record.subject_id, image_id)
+
+    async def _find_disk(self, context: StepContext) -> dict[str, Any]:
+        sandbox = self._sandbox(context)
+        disk = await self.storage.find_volume(sandbox.id)
+        if disk is None and context.inputs.get("fresh"):
+            return await self._find_image(context)
+        if disk is None:
+            raise HostError(
+                f"the disk of sandbox {sandbox.name} is gone",
+                code="volume_lost",
+                hint=f"put its file back, or let go of the sandbox: atelier rm {sandbox.name}",
+            )
+        progress = ProgressEvents(self.database, self.outbox, sandbox.id)
+        boot = await self.images.ensure_boot_files(progress.report)
+        await progress.finish()
+        return {"disk": disk_to_json(disk), "boot": boot_files_to_json(boot)}
+
+    # --- resources ----------------------------------------------------------------------------------------------------
+
+    async def _take_slot(self, context: StepContext) -> dict[str, Any]:
+        return network_to_json(await self.network.ensure_slot(context.subject_id))
+
+    async def _free_slot(self, context: StepContext) -> None:
+        await self.network.ensure_slot_absent(context.subject_id)
+
+    async def _make_volume(self, context: StepContext) -> dict[str, Any]:
+        if disk := context.outputs["image"].get("disk"):
+            return disk
+        sandbox = self._sandbox(context)
+        base = DiskFile(Path(context.outputs["image"]["path"]), "raw")
+        return disk_to_json(await self.storage.ensure_volume(VolumeRequest(sandbox.id, base, sandbox.spec.disk_mib)))
+
+    def _commit_volume(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        self.sandboxes.set_holds_volume(connection, record.subject_id, True)
+
+    async def _remove_volume(self, context: StepContext) -> None:
+        await self.storage.ensure_volume_absent(context.subject_id)
+
+    async def _make_run_directory(self, context: StepContext) -> dict[str, Any]:
+        await self.vmm.ensure_run_directory(context.subject_id, self._directory(context))
+        return {}
+
+    async def _remove_run_directory(self, context: StepContext) -> None:
+        """The console lies in it. Its kept copy tells what the last run came to, until the sandbox itself goes."""
+        if not context.unwind_requested:
+            await self.consoles.keep(context.subject_id)
+        await self.vmm.ensure_run_directory_absent(self._directory(context))
+        if context.unwind_requested:
+            await self.consoles.remove(context.subject_id)
+
+    async def _attach_channel(self, context: StepContext) -> dict[str, Any]:
+        """Before the VMM starts: the other end is then connected as soon as there is one."""
+        with self.database.read() as connection:
+            token = self.sandboxes.get_secrets(connection, context.subject_id).token
+        await self.guests.ensure_channel(context.subject_id, self.vmm.guest_endpoint(self._directory(context)), token)
+        return {}
+
+    async def _detach_channel(self, context: StepContext) -> None:
+        await self.guests.ensure_channel_absent(context.subject_id)
+
+    async def _start_vmm(self, context: StepContext) -> dict[str, Any]:
+        sandbox = self._sandbox(context)
+        boot = boot_files_from_json(context.outputs["image"]["boot"])
+        spec = MachineSpec(
+            sandbox_id=sandbox.id,
+            installation_id=self.installation_id,
+            vcpu_count=sandbox.spec.vcpu_count,
+            memory_mib=sandbox.spec.memory_mib,
+            boot=boot,
+            root=disk_from_json(context.outputs["volume"]),
+            tools=Disk(TOOLS_DISK_SERIAL, DiskFile(boot.tools, "raw"), read_only=True),
+            network=network_from_json(context.outputs["network"]),
+            run_directory=self._directory(context),
+        )
+        await self.gate.enter(sandbox.id)
+        return process_to_json(await self.vmm.ensure_started(spec))
+
+    async def _stop_vmm(self, context: StepContext) -> None:
+        self.gate.leave(context.subject_id)
+        await self.vmm.ensure_stopped(context.subject_id, self._directory(context), _process(context))
+
+    def _commit_vmm(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        self.sandboxes.set_vmm_process(connection, record.subject_id, process_from_json(output))
+
+    async def _wait_for_guest(self, context: StepContext) -> dict[str, Any]:
+        try:
+            await self._while_machine_runs(
+                context, self.guests.wait_ready(context.subject_id, self.guest_ready_seconds)
+            )
+        except TimeoutExceededError as error:
+            # Not worth another try: the limit is generous, and the guest had all of it.
+            raise GuestError(
+                f"the guest did not answer within {self.guest_ready_seconds:g} s of its machine's start",
+                code="guest_not_ready",
+                hint="the end of its console says how far it came",
+            ) from error
+        finally:
+            self.gate.leave(context.subject_id)
+        return {}
+
+    async def _give_identity(self, context: StepContext) -> dict[str, Any]:
+        with self.database.read() as connection:
+            sandbox = self.sandboxes.get(connection, context.subject_id)
+            kept = self.sandboxes.get_secrets(connection, context.subject_id)
+        identity = GuestIdentity(
+            hostname=sandbox.name,
+            machine_id=kept.machine_id,
+            token=kept.token,
+            entropy=secrets.token_bytes(_ENTROPY_BYTES),
+            host_time_ns=time.time_ns(),
+            environment=sandbox.spec.environment,
+        )
+        await self._while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
+        return {}
+
+    async def _grow_file_system(self, context: StepContext) -> dict[str, Any]:
+        sandbox = self._sandbox(context)
+        if sandbox.spec.disk_mib <= max(sandbox.file_system_mib, context.outputs["image"].get("size_mib", 0)):
+            return {"file_system_mib": sandbox.spec.disk_mib}
+        warning = await self._while_machine_runs(context, self._run_resize(sandbox.id))
+        return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
+
+    async def _run_resize(self, sandbox_id: str) -> str:
+        """Grow the root file system to its disk, online. Returns a warning where the image cannot; raises GuestError
+        when it should have worked."""
+        spec = ProcessSpec(("sh", "-c", _GROWTH_SCRIPT), user="root", timeout_seconds=_GROWTH_SECONDS)
+        without = "the image has no resize2fs: the file system keeps the image's size, not the disk's"
+        output = bytearray()
+        try:
+            async with self.guests.start_process(sandbox_id, spec) as events:
+                async for event in events:
+                    if isinstance(event, ProcessOutput):
+                        output += event.data
+                        del output[:-_GROWTH_OUTPUT_BYTES]
+                    elif isinstance(event, ProcessEnded):
+                        if event.exit_code == 0:
+                            return ""
+                        if event.exit_code == _PROGRAM_NOT_FOUND:
+                            return without
+                        said = output.decode("utf-8", "replace").strip()
+                        raise GuestError(
+                            f"the file system could not be grown: resize2fs: {event.error or event.status}: {said}",
+                            code="file_system_not_grown",
+                            hint="look at the console's end for errors of the disk",
+                        )
+        except NotFoundError:
+            return without
+        raise GuestUnreachableError(f"the guest of {sandbox_id} went silent while its file system was grown")
+
+    def _commit_growth(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        if file_system_mib := output.get("file_system_mib"):
+            self.sandboxes.set_file_system_mib(connection, record.subject_id, file_system_mib)
+        if message := output.get("warning"):
+            self.outbox.append(connection, WARNING, record.subject_id, {"message": message})
+
+    # --- stopping and resizing ----------------------------------------------------------------------------------------
+
+    async def _shut_guest_down(self, context: StepContext) -> dict[str, Any]:
+        """Ask, wait for the machine's end, and say whether it has to be cut off. A guest that cannot be asked is no
+        reason to keep it."""
+        identity = await self.vmm.find_process(context.subject_id, self._directory(context))
+        if identity is None:
+            return {"forced": False}
+        grace_seconds = float(context.inputs.get("grace_seconds", self.stop_grace_seconds))
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self.guests.shut_down(context.subject_id)
+                await self.vmm.wait_ended(identity)
+        except TimeoutError:
+            reason = f"its guest did not shut down within {grace_seconds:g} s"
+        except AtelierError as error:
+            reason = f"its guest could not be asked to shut down: {error.message}"
+        else:
+            return {"forced": False}
+        _logger.warning("sandbox %s is cut off: %s", context.subject_id, reason)
+        return {"forced": True, "reason": reason}
+
+    async def _grow_disk(self, context: StepContext) -> dict[str, Any]:
+        sandbox = self._sandbox(context)
+        directory = self._directory(context)
+        if await self.vmm.find_process(sandbox.id, directory) is not None:
+            await self.vmm.resize_disk(directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
+        else:
+            await self.storage.grow_volume(sandbox.id, sandbox.spec.disk_mib)
+        return {}
+
+    async def _grow_running_file_system(self, context: StepContext) -> dict[str, Any]:
+        """Without a running guest nothing is to be done: the next start does it."""
+        sandbox = self._sandbox(context)
+        identity = await self.vmm.find_process(sandbox.id, self._directory(context))
+        if sandbox.state is not SandboxState.RUNNING or identity is None:
+            return {}
+        warning = await self._run_resize(sandbox.id)
+        return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
+
+    async def _while_machine_runs(self, context: StepContext, work: Coroutine[Any, Any, _T]) -> _T:
+        """What ``work`` returns; or VmmError at once when the machine ends meanwhile."""
+        identity = _process(context)
+        assert identity is not None
+        working = asyncio.create_task(work)
+        ending = asyncio.create_task(self.vmm.wait_ended(identity))
+        try:
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            ending.result()
+            raise VmmError(
+                "the virtual machine ended before its guest was ready",
+                code="vmm_ended",
+                hint="the end of its console says how far the guest came",
+            )
+        finally:
+            working.cancel()
+            ending.cancel()
+            await asyncio.gather(working, ending, return_exceptions=True)
+
+    # --- what steps share ---------------------------------------------------------------------------------------------
+
+    def _sandbox(self, context: StepContext) -> Sandbox:
+        with self.database.read() as connection:
+            return self.sandboxes.get(connection, context.subject_id)
+
+    def _directory(self, context: StepContext) -> Path:
+        return self.run.vmm_directory(context.subject_id)
+
+
+def _process(context: StepContext) -> ProcessIdentity | None:
+    output = context.outputs.get("vmm")
+    return None if output is None else process_from_json(output)
+
+
+def _as_step(undo: Callable[[StepContext], Awaitable[None]]) -> Callable[[StepContext], Awaitable[dict[str, Any]]]:
+    async def do(context: StepContext) -> dict[str, Any]:
+        await undo(context)
+        return {}
+
+    return do
+
+
+def _only_if_fresh(undo: Callable[[StepContext], Awaitable[None]]) -> Callable[[StepContext], Awaitable[None]]:
+    async def undo_if_fresh(context: StepContext) -> None:
+        if context.inputs.get("fresh"):
+            await undo(context)
+
+    return undo_if_fresh
