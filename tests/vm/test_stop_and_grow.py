@@ -23,7 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.real_machines import NO_QEMU, emulated, get_base_image, get_boot_files
+from tests.real_machines import (
+    INIT_PREPARES,
+    NO_QEMU,
+    emulated,
+    get_base_image,
+    get_boot_files,
+    machine_spec,
+    with_init,
+)
 
 from atelier.drivers.guest.agent import AgentGuests
 from atelier.drivers.network.user import UserNetwork
@@ -261,15 +269,48 @@ async def test_a_disk_grows_under_a_running_guest(machine: Machine) -> None:
     assert json.loads(told)["virtual-size"] == grown_mib * MIB
 
 
-async def test_a_guest_may_write_as_much_as_its_disk_grew_by(machine: Machine) -> None:
-    """Past the size that the file could have at the start: without the raised limit this fails."""
-    async with machine.guests() as guests:
-        free_mib = int((await run(guests, "df", "--output=avail", "-m", "/")).split()[-1])
-        assert free_mib > 400
-        before = machine.spec.root.top.path.stat().st_size
-        await run(guests, "sh", "-c", "head -c 200M /dev/urandom >/root/filling && sync")
-        assert machine.spec.root.top.path.stat().st_size > before + 150 * MIB
-        await run(guests, "rm", "/root/filling")
+FILLS_ITS_GROWN_DISK = (
+    INIT_PREPARES
+    + """
+for block in /sys/block/vd*; do
+    read -r serial <$block/serial
+    [ "$serial" = atelier-root ] && name=${block##*/}
+done
+echo WAITING
+while read -r sectors </sys/block/$name/size; [ "$sectors" -lt 1048576 ]; do usleep 50000; done
+echo "SEES $sectors"
+dd if=/dev/zero of=/dev/$name bs=1M count=100 conv=notrunc,fsync && echo FILLED
+reboot -f
+"""
+)
+
+
+async def test_a_guest_may_write_as_much_as_its_disk_grew_by() -> None:
+    """Far past the size that the file of its disk of 16 MiB could have at the start: without a raised limit it fails."""
+    folder = Path(tempfile.mkdtemp(prefix="atl-grow-"))
+    folder.chmod(0o711)
+    vmm = emulated(INSTALLATION, folder)
+    spec = machine_spec(SANDBOX, INSTALLATION, with_init(await get_boot_files(), FILLS_ITS_GROWN_DISK, folder), folder)
+
+    async def console() -> str:
+        return (await vmm.console_tail(spec.run_directory, 10_000)).decode(errors="replace")
+
+    try:
+        await vmm.ensure_run_directory(SANDBOX, spec.run_directory)
+        identity = await vmm.ensure_started(spec)
+        assert file_size_limits(identity.pid)[0] < 100 * MIB
+        async with asyncio.timeout(READY_SECONDS):
+            while "WAITING" not in await console():
+                await asyncio.sleep(0.05)
+            await vmm.resize_disk(spec.run_directory, ROOT_DISK_SERIAL, 512)
+            await vmm.wait_ended(identity)
+        said = await console()
+        assert "SEES 1048576" in said
+        assert "FILLED" in said, said
+        assert spec.root.top.path.stat().st_size > 100 * MIB
+    finally:
+        await vmm.ensure_stopped(SANDBOX, spec.run_directory, None)
+        shutil.rmtree(folder)
 
 
 SPY = r"""

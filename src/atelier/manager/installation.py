@@ -25,7 +25,6 @@ from atelier.host.files import ensure_private_folder, lock_folder, write_atomica
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
-from atelier.manager.outbox_trimming import trim_outbox
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
@@ -37,6 +36,7 @@ _CONSOLE_TRIM_SECONDS = 10.0
 _RECONCILE_SECONDS = 30.0
 _TIME_LIMIT_SECONDS = 5.0
 _CLOCK_SECONDS = 60.0
+_EVENT_TRIM_SECONDS = 60.0
 _DRAIN_SECONDS = 30.0
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
@@ -90,9 +90,9 @@ class Installation:
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
                 (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
                 (_CLOCK_SECONDS, fleet.keep_clocks),
+                (_EVENT_TRIM_SECONDS, services.events.trim),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
-            stack.push_async_callback(_cancel, asyncio.create_task(trim_outbox(services.events)))
             application = create_application(services, token, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
 
@@ -173,7 +173,7 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     return token
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
     """A background loop. Its body failing is told, and does not end it."""
     while True:
         await asyncio.sleep(seconds)
