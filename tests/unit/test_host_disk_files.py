@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from tests.real_machines import missing_programs
 
-from atelier.host.disk_files import find_backing, rename_backing, virtual_size_bytes
+from atelier.host.disk_files import find_backing, set_backing_file, virtual_size_bytes
 from atelier.model.errors import HostError
 from atelier.model.machine import DiskFile
 
 NO_QEMU_IMG = missing_programs("qemu-img")
+MIB = 1024 * 1024
 needs_qemu_img = pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)
 
 
@@ -80,6 +81,25 @@ def test_a_header_that_makes_no_sense(tmp_path: Path, offset: int, value: bytes)
 
 
 @needs_qemu_img
+def test_the_name_of_the_backing_file_can_be_changed(tmp_path: Path) -> None:
+    (tmp_path / "base").write_bytes(bytes(5 * MIB))
+    disk = overlay(tmp_path / "one", backing=str(tmp_path / "base"))
+    for name in ("b", "a-much-longer-name" * 10, "short"):
+        moved = tmp_path / name
+        moved.write_bytes(bytes(5 * MIB))
+        set_backing_file(disk.path, moved)
+        assert find_backing(disk) == DiskFile(moved, "raw")
+        told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(disk.path)]))
+        assert (told["backing-filename"], told["backing-filename-format"]) == (str(moved), "raw")
+        subprocess.run(["qemu-img", "check", "-q", str(disk.path)], check=True)
+    before = disk.path.read_bytes()
+    with pytest.raises(HostError) as refused:
+        set_backing_file(disk.path, tmp_path / ("x" * 1100))
+    assert refused.value.code == "path_too_long"
+    assert disk.path.read_bytes() == before
+
+
+@needs_qemu_img
 def test_a_relative_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HostError):
         find_backing(overlay(tmp_path / "one", backing="base.raw"))
@@ -95,21 +115,3 @@ def test_every_header_cut_short_is_refused_or_read(tmp_path: Path) -> None:
             assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
         except HostError as error:
             assert error.code == "disk_file_damaged"
-
-
-@needs_qemu_img
-def test_the_backing_file_gets_another_name(tmp_path: Path) -> None:
-    disk = overlay(tmp_path / "one", backing=str(tmp_path / "base"))
-    for name in ("b", "a-much-longer-name" * 10, "short"):
-        moved = tmp_path / name
-        moved.write_bytes(bytes(5 * 1024 * 1024))
-        rename_backing(disk.path, moved)
-        assert find_backing(disk) == DiskFile(moved, "raw")
-        told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(disk.path)]))
-        assert (told["backing-filename"], told["backing-filename-format"]) == (str(moved), "raw")
-        subprocess.run(["qemu-img", "check", "-q", str(disk.path)], check=True)
-    before = disk.path.read_bytes()
-    with pytest.raises(HostError) as refused:
-        rename_backing(disk.path, tmp_path / ("x" * 1100))
-    assert refused.value.code == "path_too_long"
-    assert disk.path.read_bytes() == before

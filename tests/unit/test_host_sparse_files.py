@@ -1,4 +1,4 @@
-"""Files with holes: copied without reading or writing them."""
+"""Files with holes, read and written without filling them."""
 
 from __future__ import annotations
 

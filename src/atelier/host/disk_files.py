@@ -1,8 +1,8 @@
 """What disk image files say of themselves, read without starting a program.
 
-Called by storage and VMM drivers, and by the manager's backup. Only headers of files of our own making are read, never
-what a guest wrote: a guest writes to the disk inside the file. But a VMM that was taken over can write to the header:
-lengths are bounded, and who opens a file that a header names checks where it lies. Source: QEMU docs/interop/qcow2.txt.
+Called by storage and VMM drivers, and by the manager's backup. Only headers are read, never what a guest wrote: a guest
+writes to the disk inside the file. A VMM that was taken over can write there, so lengths are bounded, and what a header
+says of other files must be checked by whoever opens them. Source: QEMU docs/interop/qcow2.txt.
 """
 
 from __future__ import annotations
@@ -59,28 +59,26 @@ def find_backing(disk: DiskFile) -> DiskFile | None:
     return DiskFile(Path(name.decode(errors="surrogateescape")), _backing_format(disk.path, header[:offset]))
 
 
-def rename_backing(overlay: Path, backing: Path) -> None:
-    """Let a qcow2 file, which must stand over one and not be in use, stand over the same content under another name.
+def set_backing_file(overlay: Path, backing_file: Path) -> None:
+    """Let a qcow2 file, which must not be in use, stand over the same content under another name.
 
     Only the name in the header changes, as by ``qemu-img rebase -u``, which would follow all that the header names.
     Raises HostError (``path_too_long``, ``disk_file_damaged``).
     """
+    present = find_backing(DiskFile(overlay, "qcow2"))
     header = _read_header(overlay)
-    offset, length = int.from_bytes(header[8:16], "big"), int.from_bytes(header[16:20], "big")
-    name = os.fsencode(backing)
-    # The name is the last thing in the header.
+    name, offset = os.fsencode(backing_file), int.from_bytes(header[8:16], "big")
+    # The name is the last thing in the header, which is the first cluster, and ours begin in what is read of that.
     room = len(header) - offset
-    if offset < _SHORTEST_HEADER_BYTES or not 0 < length <= room:
-        raise _damaged(overlay, "its backing file has no proper name")
-    if len(name) > min(room, _BACKING_NAME_MAX_BYTES):
+    if present is None or len(name) > min(room, _BACKING_NAME_MAX_BYTES):
         raise HostError(
-            f"the header of {overlay} has no room for the name {backing}",
+            f"the header of {overlay} has no room for the name {backing_file}",
             code="path_too_long",
             hint="choose a data folder with a shorter path",
         )
     with overlay.open("r+b") as file:
         file.seek(offset)
-        file.write(name.ljust(length, b"\0"))
+        file.write(name.ljust(min(max(len(os.fsencode(present.path)), len(name)), room), b"\0"))
         file.seek(16)
         file.write(len(name).to_bytes(4, "big"))
         file.flush()

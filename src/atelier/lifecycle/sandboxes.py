@@ -95,7 +95,7 @@ class SandboxLifecycle:
         self._sandboxes = SandboxRepository()
         self._room = HostRoom(database, self._host_id, vmm, storage, room or RoomPolicy())
         outbox = Outbox(database)
-        self._transitions = Transitions(self._sandboxes, outbox)
+        self._transitions = Transitions(self._sandboxes, outbox, now)
         self._consoles = KeptConsoles(data.consoles, run, vmm)
         steps = SandboxSteps(
             database=database,

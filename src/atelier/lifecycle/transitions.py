@@ -5,6 +5,7 @@ Called by the sagas' hooks and by ``sandboxes``, inside a transaction of theirs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -38,11 +39,14 @@ def sandbox_topic(sandbox_id: str) -> str:
 
 
 class Transitions:
-    """Stateless but for where it writes."""
+    """Stateless but for where it writes. ``now`` is the clock of ``updated_at``."""
 
-    def __init__(self, sandboxes: SandboxRepository, outbox: Outbox) -> None:
+    def __init__(
+        self, sandboxes: SandboxRepository, outbox: Outbox, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
         self._sandboxes = sandboxes
         self._outbox = outbox
+        self._now = now
 
     def begin(self, connection: Connection, sandbox: Sandbox, secrets: GuestSecrets) -> None:
         """Add the row of a new sandbox. Raises ConflictError (``name_taken``)."""
@@ -97,7 +101,7 @@ class Transitions:
         words = failure or Failure("", "")
         changed = replace(
             sandbox,
-            updated_at=datetime.now(UTC),
+            updated_at=self._now(),
             failure_code=words.code,
             failure_message=words.message,
             failure_hint=words.hint,

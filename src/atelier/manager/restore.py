@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from atelier.db.closed_files import find_newest_event_id, fold_log_in, mark_restored, read_sandboxes
 from atelier.db.examination import Examined, examine
-from atelier.host.disk_files import find_backing, rename_backing
+from atelier.host.disk_files import find_backing, set_backing_file
 from atelier.host.files import ensure_private_folder, lock_folder, refusal_as_error, sync_folder
 from atelier.host.sparse_files import write_sparsely
 from atelier.manager.backup_archive import (
@@ -193,8 +193,8 @@ class _Restore:
     def _prepare_disks(self, included: list[VolumeEntry]) -> None:
         for entry in included:
             staged = self._staging / "volumes" / f"{entry.sandbox_id}.qcow2"
-            named = find_backing(DiskFile(staged, "qcow2"))
-            if (named is None) != (not entry.base):
+            backing = find_backing(DiskFile(staged, "qcow2"))
+            if (backing is None) != (not entry.base):
                 raise HostError(
                     f"{self._archive} cannot be restored: the disk of {entry.name} is not the one its manifest tells of",
                     code="backup_damaged",
@@ -208,7 +208,7 @@ class _Restore:
                         code="base_differs",
                         hint="nothing was changed; restore into another data folder",
                     )
-                rename_backing(staged, base)
+                set_backing_file(staged, base)
 
     # From here on the data folder changes.
 
