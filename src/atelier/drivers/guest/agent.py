@@ -63,6 +63,7 @@ _READY_PAUSE_SECONDS: Final = 0.025
 _READY_OVERLAP_SECONDS: Final = 0.25
 _READY_ATTEMPT_SECONDS: Final = 5.0
 _READY_ATTEMPTS_MAX: Final = 4
+_EVENTS_PER_TURN: Final = 32
 _END_SECONDS: Final = 1.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED_RANGE: Final = re.compile(r"bytes \*/(\d{1,18})")
@@ -401,7 +402,12 @@ async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
 async def _process_events(chunks: AsyncIterator[bytes], absent: str) -> AsyncIterator[ProcessEvent]:
     """Up to ProcessEnded, which is held back until the stream has ended too: so its connection serves again."""
     frames = read_frames(chunks, absent=absent)
+    taken = 0
     async for message in frames:
+        taken += 1
+        if taken % _EVENTS_PER_TURN == 0:
+            # Tens of thousands of tiny ones may be here already: nothing else would make the loop serve others.
+            await asyncio.sleep(0)
         event = process_event(message)
         if event is None:
             continue
