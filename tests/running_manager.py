@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,14 @@ class RunningManager:
         )
 
 
-def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningManager:
-    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``."""
+def start_manager(
+    folder: Path, *options: str, mode: str = "mock", variables: Mapping[str, str] | None = None
+) -> RunningManager:
+    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
+    ``variables`` are added to its environment."""
     environment = {
         **os.environ,
+        **(variables or {}),
         "ATELIER_DATA_DIR": str(folder / "data"),
         "ATELIER_RUN_DIR": str(folder / "run"),
         "ATELIER_SERVER_MODE": mode,
@@ -90,13 +94,13 @@ def stop_manager(manager: RunningManager) -> int:
 
 
 @contextmanager
-def running_local_manager() -> Generator[RunningManager]:
+def running_local_manager(variables: Mapping[str, str] | None = None) -> Generator[RunningManager]:
     """A manager of real machines in a folder of its own; the test is skipped where there is no QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     # Short: sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local")
+        running = start_manager(Path(folder), mode="local", variables=variables)
         try:
             yield running
         finally:
