@@ -256,6 +256,15 @@ class SandboxLifecycle:
             except AtelierError as error:
                 _logger.warning("the console of %s cannot be trimmed: %s", sandbox_id, error)
 
+    async def resume_after_full_disk(self) -> None:
+        """Let machines go on that the host's full disk has halted. The body of a background loop."""
+        for sandbox_id in self._ids(SandboxState.CREATING, SandboxState.RUNNING):
+            try:
+                if await self._vmm.resume_after_full_disk(self._run.vmm_directory(sandbox_id)):
+                    _logger.warning("sandbox %s was halted: no space left on this host for its disk", sandbox_id)
+            except AtelierError as error:
+                _logger.debug("the machine of %s cannot be asked for its state: %s", sandbox_id, error)
+
     async def recover(self) -> None:
         """After a start: take up what the last process left half-way (it goes on in the background), and find the
         machines that still run. One whose machine is gone becomes ``failed``."""

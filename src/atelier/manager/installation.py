@@ -29,7 +29,7 @@ from atelier.model.layout import DataLayout, RunLayout
 
 logger = logging.getLogger(__name__)
 
-_CONSOLE_TRIM_SECONDS = 10.0
+_LOOK_AFTER_SECONDS = 10.0
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
 
@@ -73,8 +73,8 @@ class Installation:
             services = assemble(drivers, database, lifecycle, settings.mode)
             stack.push_async_callback(services.images.close)
             await lifecycle.recover()
-            trimming = asyncio.create_task(_trim_consoles(lifecycle))
-            stack.push_async_callback(_cancel, trimming)
+            looking = asyncio.create_task(_look_after_machines(lifecycle))
+            stack.push_async_callback(_cancel, looking)
             application = create_application(services, token, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle)
 
@@ -137,13 +137,14 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     return token
 
 
-async def _trim_consoles(lifecycle: SandboxLifecycle) -> None:
+async def _look_after_machines(lifecycle: SandboxLifecycle) -> None:
     while True:
-        await asyncio.sleep(_CONSOLE_TRIM_SECONDS)
+        await asyncio.sleep(_LOOK_AFTER_SECONDS)
         try:
             await lifecycle.trim_consoles()
         except AtelierError as error:
             logger.warning("cannot trim consoles: %s", error)
+        await lifecycle.resume_after_full_disk()
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

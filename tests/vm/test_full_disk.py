@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -21,10 +23,20 @@ SANDBOXES = "/api/v1/sandboxes"
 @pytest.fixture
 def small_data_folder() -> Iterator[Path]:
     """A folder whose ``data`` is a file system of 8 MiB."""
+    yield from mounted("8m")
+
+
+@pytest.fixture
+def larger_data_folder() -> Iterator[Path]:
+    """A folder whose ``data`` is a file system of 64 MiB: enough for a guest to boot and write a little."""
+    yield from mounted("64m")
+
+
+def mounted(size: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
         data = Path(folder) / "data"
         data.mkdir(mode=0o700)
-        mounting = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=0700", "tmpfs", str(data)]
+        mounting = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(data)]
         if os.geteuid() != 0 or subprocess.run(mounting, capture_output=True).returncode != 0:
             pytest.skip("mounting needs root")
         try:
@@ -100,3 +112,32 @@ def test_a_manager_that_finds_no_room_to_start(small_data_folder: Path) -> None:
     assert "error: " in said and "hint: " in said, said
     assert "no space left" in said or "disk is full" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
+def test_a_guest_that_met_a_full_host_goes_on_once_there_is_room(larger_data_folder: Path) -> None:
+    """It is halted, not told of an error: what it wrote is whole in the end."""
+    manager = start_manager(larger_data_folder, mode="local")
+    try:
+        with manager.client() as api, ThreadPoolExecutor(1) as pool:
+            assert created(api, "writer").json()["state"] == "running"
+            filler = fill(larger_data_folder)
+            command = (
+                "dd if=/dev/urandom of=big bs=1M count=20 conv=fsync 2>/dev/null; sha256sum < big; sha256sum < big"
+            )
+            writing = pool.submit(
+                api.post, f"{SANDBOXES}/writer/run", json={"command": ["sh", "-c", command]}, timeout=180
+            )
+            deadline = time.monotonic() + 120
+            while "no space left on this host" not in manager.log.read_text():
+                assert time.monotonic() < deadline and not writing.done()
+                time.sleep(0.2)
+            assert api.get("/health").status_code == 200
+            filler.unlink()
+            written = writing.result(180).json()
+            assert written["exit_code"] == 0
+            first, second = written["stdout"].splitlines()
+            assert first == second
+            remove(api, "writer")
+    finally:
+        assert stop_manager(manager) == 0
