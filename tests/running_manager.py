@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.footprint import processes_naming
 from tests.real_machines import NO_QEMU
 
 
@@ -39,10 +40,14 @@ class RunningManager:
         )
 
 
-def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningManager:
-    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``."""
+def start_manager(
+    folder: Path, *options: str, mode: str = "mock", variables: Mapping[str, str] | None = None
+) -> RunningManager:
+    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
+    ``variables`` are added to its environment."""
     environment = {
         **os.environ,
+        **(variables or {}),
         "ATELIER_DATA_DIR": str(folder / "data"),
         "ATELIER_RUN_DIR": str(folder / "run"),
         "ATELIER_SERVER_MODE": mode,
@@ -153,28 +158,14 @@ def local_installation() -> Generator[LocalInstallation]:
         assert processes_naming(folder) == []
 
 
-def processes_naming(text: str) -> list[str]:
-    """Command lines of the processes that name ``text``, this one's aside."""
-    found: list[str] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if text in line:
-                found.append(line)
-    return found
-
-
 @contextmanager
-def running_local_manager() -> Generator[RunningManager]:
+def running_local_manager(variables: Mapping[str, str] | None = None) -> Generator[RunningManager]:
     """A manager of real machines in a folder of its own; the test is skipped where there is no QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     # Short: sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local")
+        running = start_manager(Path(folder), mode="local", variables=variables)
         try:
             yield running
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -11,6 +12,7 @@ from atelier.guest_protocol.connect import (
     FLAG_END_STREAM,
     HTTP_STATUS_OF_CODE,
     MAX_JSON_DEPTH,
+    MAX_JSON_ITEMS,
     ConnectError,
     EnvelopeReader,
     decode_json,
@@ -95,6 +97,24 @@ def test_depth_is_bounded() -> None:
 def test_brackets_inside_text_and_side_by_side_are_no_depth() -> None:
     message = {"text": "[{" * 1000 + '"\\' * 50, "entries": [{"a": [1], "b": {}} for _ in range(2000)]}
     assert decode_json(json.dumps(message).encode()) == message
+
+
+@pytest.mark.parametrize("unit", [b'\\"', b"x", b"\\", b'"', b'"\\'])
+def test_text_that_is_never_closed_takes_linear_time(unit: bytes) -> None:
+    """Looking for its end again from each quote within took 14 s for 16,000 of them, and hours for a whole message."""
+    began = time.monotonic()
+    with pytest.raises(ConnectError):
+        decode_json(b'{"a":' + b"[" * 2 * MAX_JSON_DEPTH + b'"' + unit * 300_000)
+    assert time.monotonic() - began < 10
+
+
+def test_the_number_of_values_is_bounded() -> None:
+    for value in (b"[]", b"{}", b"0", b'{"a":1}'):
+        with pytest.raises(ConnectError, match="values"):
+            decode_json(b'{"a":[' + (value + b",") * MAX_JSON_ITEMS + value + b"]}")
+    assert len(decode_json(b'{"a":[' + b"0," * (MAX_JSON_ITEMS - 10) + b"0]}")["a"]) == MAX_JSON_ITEMS - 9
+    text = ",[{" * MAX_JSON_ITEMS
+    assert decode_json(encode_json({"a": text})) == {"a": text}, "marks inside of text do not count"
 
 
 @pytest.mark.parametrize(

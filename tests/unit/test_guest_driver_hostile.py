@@ -338,6 +338,43 @@ async def test_endless_output_is_not_gathered(hostile: Hostile) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
 
 
+@pytest.mark.parametrize("kind", ["events", "chunks"])
+async def test_tiny_pieces_leave_the_loop_to_others(hostile: Hostile, kind: str) -> None:
+    """Thousands of them come with one read; while they are taken, everybody else must be served."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    if kind == "events":
+        hostile.stream(START)
+        hostile.forever = envelope({"event": {"data": {"stdout": "eA=="}}}) * 5000
+    else:
+        hostile.answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+        hostile.forever = b"1\r\nx\r\n" * 40_000
+    taken = 0
+    serving_others = asyncio.create_task(others())
+    try:
+        if kind == "events":
+            async with hostile.driver.start_process(BOX, ProcessSpec(("yes",))) as events:
+                async for _ in events:
+                    taken += 1
+                    if taken == 20_000:
+                        break
+        else:
+            async with hostile.driver.read_archive(BOX, b"/f") as chunks:
+                async for _ in chunks:
+                    taken += 1
+                    if taken == 20_000:
+                        break
+    finally:
+        serving_others.cancel()
+    assert turns > taken / 100
+
+
 async def test_words_of_a_guest_are_made_harmless(hostile: Hostile) -> None:
     hostile.json({"code": "not_found", "message": "\x1b[2J\x07evil\nline" + "x" * 10_000}, 404)
     error = await failure(hostile, stat)

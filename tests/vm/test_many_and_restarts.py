@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.running_manager import RunningManager, processes_naming, running_local_manager
+from tests.footprint import gateway_pid, left_of, processes_naming
+from tests.running_manager import RunningManager, running_local_manager
 
 from atelier import Sandbox
 from atelier.model.errors import AtelierError
@@ -42,18 +41,7 @@ def test_ten_at_once_and_nothing_left(own_manager: RunningManager) -> None:
         assert all(len(processes_naming(sandbox_id)) == 1 for sandbox_id in ids)
         list(pool.map(lambda sandbox: sandbox.destroy(), sandboxes))
     for sandbox_id in ids:
-        assert processes_naming(sandbox_id) == []
-        left = [path for root in (own_manager.run_dir, own_manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
-        assert left == []
-
-
-def gateway_pid(manager: RunningManager) -> int:
-    (control,) = manager.run_dir.glob("*/gateway.sock")
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
-        connection.connect(str(control))
-        connection.sendall(b'{"operation": "ping"}\n')
-        return int(json.loads(connection.makefile().readline())["pid"])
+        assert left_of(own_manager, sandbox_id) == []
 
 
 def test_a_killed_gateway_is_replaced_and_guests_work_on(own_manager: RunningManager) -> None:

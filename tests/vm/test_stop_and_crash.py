@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.running_manager import LocalInstallation, local_installation, processes_naming
+from tests.footprint import processes_naming
+from tests.running_manager import LocalInstallation, local_installation
 
 MACHINE = "qemu-system-x86_64"
 

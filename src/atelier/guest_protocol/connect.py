@@ -2,7 +2,8 @@
 
 A unary call is a POST of ``application/json``. A streaming one is ``application/connect+json``: envelopes of one flag
 byte, a 4-byte big-endian length and that many bytes of JSON, ended by one with ``FLAG_END_STREAM``. The other side is
-never trusted: every length is checked before a byte of it is kept, and JSON may be nested MAX_JSON_DEPTH deep only.
+never trusted: every length is checked before a byte of it is kept, JSON may be nested MAX_JSON_DEPTH deep only and
+hold MAX_JSON_ITEMS values (each takes up to 50 times its text in memory), and no check takes more than linear time.
 Source: https://connectrpc.com/docs/protocol (Connect protocol, version 1).
 """
 
@@ -24,6 +25,8 @@ MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """The longest JSON message that either side takes, unless a caller sets a smaller bound."""
 MAX_JSON_DEPTH: Final = 32
 """E2B's deepest message has 6 levels."""
+MAX_JSON_ITEMS: Final = 250_000
+"""A long page of a listing has a third of it."""
 
 HTTP_STATUS_OF_CODE: Final[dict[str, int]] = {
     "canceled": 499,
@@ -57,7 +60,9 @@ _CODE_OF_HTTP_STATUS: Final[dict[int, str]] = {
 }
 
 _MAX_ERROR_TEXT: Final = 4096
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""Possessive, and what is never closed goes to the end: looking for the end of each string again would take hours."""
+_ITEM_MARKS = (b",", b"[", b"{")
 _ALL_BUT_BRACKETS = bytes(value for value in range(256) if value not in b"[]{}")
 
 
@@ -81,12 +86,15 @@ def encode_json(message: object) -> bytes:
 
 
 def decode_json(data: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """The object that ``data`` holds. Raises ConnectError ``invalid_argument`` if it is none, or nested too deep."""
+    """The object that ``data`` holds. Raises ConnectError ``invalid_argument`` if it is none, nested too deep,
+    or has too many values."""
     raw = bytes(data)
     if not raw:
         return {}
     if _is_too_deep(raw):
         raise ConnectError("invalid_argument", f"the JSON is nested more than {MAX_JSON_DEPTH} deep")
+    if _has_too_many_items(raw):
+        raise ConnectError("invalid_argument", f"the JSON has more than {MAX_JSON_ITEMS} values")
     try:
         message = _DECODER.decode(raw.decode())
     except (ValueError, RecursionError) as error:
@@ -190,6 +198,13 @@ def _is_too_deep(raw: bytes) -> bool:
             return False  # unbalanced: the decoder says where
         brackets = shorter
     return True
+
+
+def _has_too_many_items(raw: bytes) -> bool:
+    if sum(raw.count(mark) for mark in _ITEM_MARKS) <= MAX_JSON_ITEMS:
+        return False
+    without_strings = _STRINGS.sub(b"", raw)
+    return sum(without_strings.count(mark) for mark in _ITEM_MARKS) > MAX_JSON_ITEMS
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -88,6 +88,15 @@ class SandboxFleet:
             except AtelierError as error:
                 _logger.warning("the console of %s cannot be trimmed: %s", sandbox.name, error)
 
+    async def resume_after_full_disk(self) -> None:
+        """Let machines go on that the host's full disk has halted. The body of a background loop."""
+        for sandbox in self._list(*_WITH_MACHINE):
+            try:
+                if await self._vmm.resume_after_full_disk(self._run.vmm_directory(sandbox.id)):
+                    _logger.warning("sandbox %s was halted: no space left on this host for its disk", sandbox.name)
+            except AtelierError as error:
+                _logger.debug("the machine of %s cannot be asked for its state: %s", sandbox.name, error)
+
     async def keep_clocks(self) -> None:
         """Keep the guests' clocks on the host's. The body of a background loop."""
         places = asyncio.Semaphore(_AT_ONCE)

@@ -36,6 +36,7 @@ _CONSOLE_TRIM_SECONDS = 10.0
 _RECONCILE_SECONDS = 30.0
 _TIME_LIMIT_SECONDS = 5.0
 _CLOCK_SECONDS = 60.0
+_FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
 _DRAIN_SECONDS = 30.0
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
@@ -90,6 +91,7 @@ class Installation:
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
                 (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
                 (_CLOCK_SECONDS, fleet.keep_clocks),
+                (_FULL_DISK_SECONDS, fleet.resume_after_full_disk),
                 (_EVENT_TRIM_SECONDS, services.events.trim),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))

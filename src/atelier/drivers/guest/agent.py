@@ -58,6 +58,7 @@ _INPUT_PIECE_BYTES: Final = 1024 * 1024
 _LIST_PAGE_BYTES: Final = 1024 * 1024
 _LIST_MAX_ENTRIES: Final = 100_000
 _LIST_MAX_PAGES: Final = 1_000
+_EVENTS_PER_TURN: Final = 32
 _END_SECONDS: Final = 1.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED_RANGE: Final = re.compile(r"bytes \*/(\d{1,18})")
@@ -344,7 +345,12 @@ class AgentGuests:
 async def _process_events(chunks: AsyncIterator[bytes], absent: str) -> AsyncIterator[ProcessEvent]:
     """Up to ProcessEnded, which is held back until the stream has ended too: so its connection serves again."""
     frames = read_frames(chunks, absent=absent)
+    taken = 0
     async for message in frames:
+        taken += 1
+        if taken % _EVENTS_PER_TURN == 0:
+            # Tens of thousands of tiny ones may be here already: nothing else would make the loop serve others.
+            await asyncio.sleep(0)
         event = process_event(message)
         if event is None:
             continue

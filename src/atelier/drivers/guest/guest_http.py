@@ -32,6 +32,7 @@ ANSWER_SECONDS: Final = 60.0
 """How long a guest may take for the answer to a call, or for the headers of a streamed one."""
 STALL_SECONDS: Final = 60.0
 """How long a file transfer may stand still."""
+_PIECES_PER_TURN: Final = 32
 _ORIGIN: Final = b"guest"
 _CUT_OFF: Final = ("Server disconnected", "peer closed connection")
 """How httpcore and h11 begin to say that an answer ended before its end; they have no class of its own for that."""
@@ -180,7 +181,12 @@ class GuestHttp:
 
 async def body_of(response: httpcore.Response) -> AsyncIterator[bytes]:
     """The body's pieces as they come. Who opened the response closes it."""
+    taken = 0
     async for piece in response.aiter_stream():
+        taken += 1
+        if taken % _PIECES_PER_TURN == 0:
+            # What is here already may be thousands of tiny chunks: others are served in between.
+            await asyncio.sleep(0)
         yield piece
 
 

@@ -142,3 +142,7 @@ class FakeVmm:
         console = self.run_directories.get(run_directory, bytearray())
         if len(console) > limit_bytes:
             del console[: len(console) - limit_bytes // 2]
+
+    async def resume_after_full_disk(self, run_directory: Path) -> bool:
+        await self.faults.before("resume_after_full_disk")
+        return False

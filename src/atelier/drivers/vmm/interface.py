@@ -83,3 +83,8 @@ class VmmDriver(Protocol):
     async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
         """Bound the kept console: where it is longer than ``limit_bytes`` drop the older part."""
         ...
+
+    async def resume_after_full_disk(self, run_directory: Path) -> bool:
+        """Let a machine go on that was halted because the host had no room for what its guest wrote; True if it was.
+        With still no room it is halted again at once, and its guest never learns of it. Raises VmmError."""
+        ...

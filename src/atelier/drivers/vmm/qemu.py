@@ -231,6 +231,14 @@ class QemuVmm:
         # Half of it stays, so that a console at the limit is not rewritten each time.
         trim_to_tail(RunFolder(run_directory).console, limit_bytes, keep_bytes=limit_bytes // 2)
 
+    async def resume_after_full_disk(self, run_directory: Path) -> bool:
+        # Source: QEMU's werror=enospc, the default: a full host halts the machine instead of telling its guest.
+        async with await QmpConnection.open(RunFolder(run_directory).control_socket) as control:
+            if (await control.query("query-status")).get("status") != "io-error":
+                return False
+            await control.execute("cont")
+        return True
+
 
 def _kept_identity(folder: RunFolder) -> ProcessIdentity | None:
     """What was written down at the start, if that process lives."""
