@@ -134,6 +134,15 @@ async def test_two_machines_do_not_touch_each_other(bench: Bench) -> None:
     assert await bench.vmm.find_process(OTHER, other.run_directory) == identity
 
 
+async def test_a_process_that_is_not_this_sandboxs_is_not_ended(bench: Bench) -> None:
+    """A row that was restored from an old backup, or is damaged, names the process of somebody else."""
+    spec, other = await _started(bench), await _started(bench, OTHER)
+    somebody_else = await bench.vmm.find_process(OTHER, other.run_directory)
+    await bench.vmm.ensure_stopped(SANDBOX, spec.run_directory, somebody_else)
+    assert await bench.vmm.find_process(SANDBOX, spec.run_directory) is None
+    assert await bench.vmm.find_process(OTHER, other.run_directory) == somebody_else
+
+
 async def test_stopping_without_knowing_the_process(bench: Bench) -> None:
     spec = await _started(bench)
     await bench.vmm.ensure_stopped(SANDBOX, spec.run_directory, None)

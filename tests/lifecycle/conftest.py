@@ -203,8 +203,11 @@ class Host:
         self.faults.hang(operation)
         self.faults.reached[operation] = asyncio.Event()
 
+    async def begun(self, lifecycle: SandboxLifecycle, name: str = "one", **spec: Any) -> Sandbox:
+        return await lifecycle.start_create(name, SandboxSpec(**spec))
+
     async def created(self, lifecycle: SandboxLifecycle, name: str = "one", **spec: Any) -> Sandbox:
-        sandbox = await lifecycle.start_create(name, SandboxSpec(**spec))
+        sandbox = await self.begun(lifecycle, name, **spec)
         settled = await lifecycle.wait_settled(sandbox.id, 20)
         assert settled is not None
         return settled

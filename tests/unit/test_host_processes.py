@@ -73,6 +73,20 @@ async def test_processes_are_found_by_executable_and_arguments(log: Path) -> Non
     assert processes.find_processes("sleep", ["1000", "0.125"]) == []
 
 
+async def test_a_process_is_proved_by_executable_and_arguments_too(log: Path) -> None:
+    identity = await processes.start_detached(["sleep", "4242"], stderr_path=log)
+    try:
+        assert processes.runs(identity, "sleep", ["4242"])
+        assert not processes.runs(identity, "sleep", ["424"])
+        assert not processes.runs(identity, "sleep", ["4242", "4242"])
+        assert not processes.runs(identity, "slee", ["4242"])
+        assert not processes.runs(replace(identity, start_time_ticks=1), "sleep", ["4242"])
+        assert not processes.runs(replace(identity, boot_id="another"), "sleep", ["4242"])
+    finally:
+        await processes.kill_and_wait(identity)
+    assert not processes.runs(identity, "sleep", ["4242"])
+
+
 async def test_values_of_an_argument_are_listed(log: Path) -> None:
     """Of this program only, after this option only, with this prefix only."""
     shell = Path(shutil.which("sh") or "").resolve().name

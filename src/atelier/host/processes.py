@@ -77,13 +77,38 @@ def is_alive(identity: ProcessIdentity) -> bool:
     return find_identity(identity.pid) == identity
 
 
+def runs(identity: ProcessIdentity, executable_name: str, arguments: Sequence[str]) -> bool:
+    """Whether this very process lives, and is of an executable file of this name with ``arguments`` in a row.
+
+    Where this user may not see the executable file of another one's process, the arguments decide.
+    """
+    try:
+        if _in_a_row(arguments) not in (_PROC / str(identity.pid) / "cmdline").read_bytes():
+            return False
+        with contextlib.suppress(PermissionError):
+            if _executable_name(str(identity.pid)) != executable_name:
+                return False
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    # Looked at afterwards: what was read is this process's only if it bears the pid still.
+    return is_alive(identity)
+
+
 def find_processes(executable_name: str, arguments: Sequence[str]) -> list[ProcessIdentity]:
     """Live processes whose executable file has this name and whose argument list holds ``arguments`` in a row.
 
     Processes that this user may not look at are passed over.
     """
-    wanted = b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
-    return [identity for identity, _ in _scan(executable_name, wanted)]
+    return [identity for identity, _ in _scan(executable_name, _in_a_row(arguments))]
+
+
+def _in_a_row(arguments: Sequence[str]) -> bytes:
+    """As they stand in /proc/<pid>/cmdline behind another one."""
+    return b"\0".join([b"", *(argument.encode() for argument in arguments), b""])
+
+
+def _executable_name(pid: str) -> str:
+    return (_PROC / pid / "exe").readlink().name.removesuffix(" (deleted)")
 
 
 def list_argument_values(executable_name: str, option: str, prefix: str) -> list[str]:
@@ -105,7 +130,7 @@ def _scan(executable_name: str, wanted: bytes) -> Iterator[tuple[ProcessIdentity
             command_line = (_PROC / entry.name / "cmdline").read_bytes()
             if wanted not in command_line:
                 continue
-            executable = (_PROC / entry.name / "exe").readlink().name.removesuffix(" (deleted)")
+            executable = _executable_name(entry.name)
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
         identity = find_identity(int(entry.name))

@@ -194,15 +194,22 @@ class QemuVmm:
         return VmmError(f"QEMU did not start the machine of sandbox {spec.sandbox_id}: {said or reason}", hint=hint)
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
-        if kept := _kept_identity(RunFolder(run_directory)):
+        if (kept := _kept_identity(RunFolder(run_directory))) and self._is_ours(kept, sandbox_id):
             return kept
         # Nobody wrote down what a manager started that died at that very moment.
-        arguments = ["-name", process_name(self._installation_id, sandbox_id)]
-        found = await asyncio.to_thread(processes.find_processes, _PROGRAM, arguments)
+        found = await asyncio.to_thread(processes.find_processes, _PROGRAM, self._marks(sandbox_id))
         return found[0] if found else None
 
+    def _marks(self, sandbox_id: str) -> list[str]:
+        """The arguments that no other process of this executable has."""
+        return ["-name", process_name(self._installation_id, sandbox_id)]
+
+    def _is_ours(self, identity: ProcessIdentity, sandbox_id: str) -> bool:
+        """Proved by pid, start time, boot id, executable, and the sandbox's id in its arguments."""
+        return processes.runs(identity, _PROGRAM, self._marks(sandbox_id))
+
     async def ensure_stopped(self, sandbox_id: str, run_directory: Path, identity: ProcessIdentity | None) -> None:
-        if identity is not None:
+        if identity is not None and self._is_ours(identity, sandbox_id):
             await processes.kill_and_wait(identity)
         while found := await self.find_process(sandbox_id, run_directory):
             await processes.kill_and_wait(found)
