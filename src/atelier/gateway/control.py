@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import atelier
 from atelier.gateway.attachments import Attachment, AttachmentFiles, parse_attachment
 from atelier.gateway.channel import GuestChannel
 from atelier.gateway.clients import ClientDoor
@@ -112,7 +113,12 @@ class ChannelSet:
 
     async def _on_ping(self, request: dict[str, object]) -> Answer:
         del request
-        return {"ok": True, "pid": os.getpid(), "protocol_version": PROTOCOL_VERSION}
+        return {
+            "ok": True,
+            "pid": os.getpid(),
+            "protocol_version": PROTOCOL_VERSION,
+            "version": atelier.__version__,
+        }
 
     async def _attach(self, attachment: Attachment) -> None:
         channel = GuestChannel(attachment.sandbox_id, Path(attachment.socket_path), attachment.token)

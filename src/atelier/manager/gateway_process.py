@@ -12,8 +12,10 @@ import json
 import logging
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import atelier
 from atelier.host import processes
 from atelier.model.errors import AtelierError, HostError
 
@@ -23,6 +25,12 @@ _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
 _CHECK_SECONDS = 1.0
 _MAX_BACKOFF_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    pid: int
+    version: str
 
 
 class GatewayProcess:
@@ -35,8 +43,14 @@ class GatewayProcess:
         self._supervisor: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Start a gateway unless one answers already, and keep one running. Raises HostError if it does not start."""
-        if await self._ping() is None:
+        """Start a gateway unless one of this version answers already, and keep one running. An older one is replaced:
+        guests' processes live on, clients connect again. Raises HostError if it does not start."""
+        answer = await self._ping()
+        if answer is not None and answer.version != atelier.__version__:
+            logger.info("replacing the gateway of version %s", answer.version or "unknown")
+            await self._end(answer.pid)
+            answer = None
+        if answer is None:
             await self._start()
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -49,7 +63,11 @@ class GatewayProcess:
     async def close(self) -> None:
         """End the gateway: to be called when no sandbox is left that needs it."""
         await self.release()
-        if (pid := await self._ping()) is not None and (identity := processes.find_identity(pid)) is not None:
+        if (answer := await self._ping()) is not None:
+            await self._end(answer.pid)
+
+    async def _end(self, pid: int) -> None:
+        if (identity := processes.find_identity(pid)) is not None:
             await processes.kill_and_wait(identity, _STOP_SECONDS, signal_number=signal.SIGTERM)
 
     async def _start(self) -> None:
@@ -87,15 +105,15 @@ class GatewayProcess:
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
 
-    async def _ping(self) -> int | None:
-        """The pid of the gateway that answers, or None."""
+    async def _ping(self) -> _Answer | None:
+        """What the gateway says of itself; None if none answers."""
         try:
             async with asyncio.timeout(2):
                 reader, writer = await asyncio.open_unix_connection(self._socket_path)
                 try:
                     writer.write(b'{"operation": "ping"}\n')
                     answer = json.loads(await reader.readline())
-                    return int(answer["pid"]) if answer.get("ok") else None
+                    return _Answer(int(answer["pid"]), str(answer.get("version", ""))) if answer.get("ok") else None
                 finally:
                     writer.close()
                     with contextlib.suppress(OSError):
