@@ -230,7 +230,7 @@ async def test_a_saga_update_and_its_hook_are_one_transaction(database: Database
     assert store.find("s1") is None
 
 
-async def test_stuck_sagas_are_found(database: Database) -> None:
+async def test_open_sagas_of_a_subject_are_found(database: Database) -> None:
     store = sagas.SagaStore(database)
 
     def insert(connection: Connection) -> None:
@@ -240,7 +240,10 @@ async def test_stuck_sagas_are_found(database: Database) -> None:
 
     await database.write(insert)
     with database.read() as connection:
-        assert [record.id for record in sagas.list_stuck_sagas(connection)] == ["s3"]
+        assert [record.id for record in sagas.list_open_sagas_of(connection, "x")] == ["s2", "s3"]
+    oldest = store.find("s2")
+    assert oldest is not None
+    assert [record.id for record in store.list_younger(oldest)] == ["s3"]
 
 
 # --- the outbox ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Database files that no manager serves at the moment: copying one, reading a copy, preparing one to be served again.
+"""Database files as they lie on disk, served by a manager or not: copying one, reading one, preparing a copy to be served.
 
-Called by the manager's backup and restore. Works on SQLite's own module, with the few columns that every form of the
+Called by the manager's backup, restore and doctor. Works on SQLite's own module, with the few columns that every form of the
 tables has had, so that a backup of an older version is read without being migrated first.
 """
 
@@ -30,6 +30,15 @@ class StoredSandbox:
     state: SandboxState
 
 
+@dataclass(frozen=True, slots=True)
+class StuckSandbox:
+    """``message`` says what does not go on, ``hint`` what a person can do about it."""
+
+    name: str
+    message: str
+    hint: str
+
+
 def copy_database(source: Path, destination: Path) -> None:
     """Write the state of ``source`` at one moment, its log included, into the new file ``destination``. The source is
     only read, and may be in use. Raises HostError for what SQLite refuses."""
@@ -48,6 +57,19 @@ def read_sandboxes(path: Path) -> list[StoredSandbox]:
     except sqlite3.Error as error:
         raise translate_error(error) from error
     return [StoredSandbox(str(row[0]), str(row[1]), SandboxState(row[2])) for row in rows]
+
+
+def read_stuck_sandboxes(path: Path) -> list[StuckSandbox]:
+    """The sandboxes with which something is stuck, oldest first."""
+    query = (
+        "SELECT name, failure_message, failure_hint FROM sandboxes "
+        "WHERE failure_code LIKE '%\\_stuck' ESCAPE '\\' ORDER BY sequence"
+    )
+    try:
+        with closing(connect_read_only(path)) as connection:
+            return [StuckSandbox(*row) for row in connection.execute(query)]
+    except sqlite3.Error as error:
+        raise translate_error(error) from error
 
 
 def find_newest_event_id(path: Path) -> int:

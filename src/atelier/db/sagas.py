@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, insert, select, updat
 
 from atelier.db.engine import Database
 from atelier.db.tables import sagas
-from atelier.saga.log import OPEN_STATUSES, STUCK_STATUSES, Change, Hook, SagaGoneError, SagaRecord, SagaStatus
+from atelier.saga.log import OPEN_STATUSES, Change, Hook, SagaGoneError, SagaRecord, SagaStatus
 
 # Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
 _FIND = select(sagas).where(sagas.c.id == bindparam("saga_id"))
@@ -77,12 +77,6 @@ class SagaStore:
 def list_open_sagas_of(connection: Connection, subject_id: str) -> list[SagaRecord]:
     """What is under way with a subject, or stuck; oldest first."""
     return [_to_record(row) for row in connection.execute(_OPEN.where(sagas.c.subject_id == subject_id))]
-
-
-def list_stuck_sagas(connection: Connection) -> list[SagaRecord]:
-    """For the API's and doctor's eyes: what waits for a person, and why."""
-    query = select(sagas).where(sagas.c.status.in_(STUCK_STATUSES)).order_by(sagas.c.sequence)
-    return [_to_record(row) for row in connection.execute(query)]
 
 
 def delete_saga(connection: Connection, saga_id: str) -> None:

@@ -5,11 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 from atelier.config.settings import ServerMode, Settings
+from atelier.db.closed_files import read_stuck_sandboxes
 from atelier.host.checks.local import CheckResult, CheckStatus, check_machine
+from atelier.model.errors import AtelierError
+from atelier.model.layout import DataLayout
 
 _MARKS = {CheckStatus.OK: "ok", CheckStatus.WARNING: "warn", CheckStatus.FAILED: "FAIL"}
+
+
+def check_sandboxes(database: Path) -> list[CheckResult]:
+    """Whether work on a sandbox is stuck; nothing to say where there is no database yet."""
+    if not database.exists():
+        return []
+    try:
+        stuck = read_stuck_sandboxes(database)
+    except AtelierError as error:
+        return [CheckResult("database", CheckStatus.FAILED, error.message, error.hint)]
+    if not stuck:
+        return [CheckResult("sandboxes", CheckStatus.OK, "nothing is stuck")]
+    return [CheckResult(f"sandbox {each.name}", CheckStatus.FAILED, each.message, each.hint) for each in stuck]
 
 
 def run_doctor(settings: Settings, *, as_json: bool) -> int:
@@ -18,6 +35,7 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
     if settings.mode is not ServerMode.MOCK:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
+    results += check_sandboxes(DataLayout(settings.data_dir).database)
     if as_json:
         document = {"mode": settings.mode, "checks": [dataclasses.asdict(result) for result in results]}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
