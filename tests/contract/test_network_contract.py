@@ -18,20 +18,20 @@ def network(request: pytest.FixtureRequest) -> NetworkDriver:
 
 
 async def test_a_slot_is_the_same_each_time(network: NetworkDriver) -> None:
-    slot = await network.ensure_slot(SANDBOX)
-    assert await network.ensure_slot(SANDBOX) == slot
+    slot = await network.ensure_slot(SANDBOX, 0)
+    assert await network.ensure_slot(SANDBOX, 0) == slot
     await network.ensure_slot_absent(SANDBOX)
     await network.ensure_slot_absent(SANDBOX)
-    assert await network.ensure_slot(SANDBOX) == slot
+    assert await network.ensure_slot(SANDBOX, 0) == slot
 
 
 async def test_two_sandboxes_have_two_addresses(network: NetworkDriver) -> None:
-    addresses = {(await network.ensure_slot(sandbox)).mac_address for sandbox in (SANDBOX, OTHER)}
+    addresses = {(await network.ensure_slot(sandbox, 0)).mac_address for sandbox in (SANDBOX, OTHER)}
     assert len(addresses) == 2
 
 
 async def test_addresses_are_local_unicast(network: NetworkDriver) -> None:
-    first_octet = int((await network.ensure_slot(SANDBOX)).mac_address.split(":")[0], 16)
+    first_octet = int((await network.ensure_slot(SANDBOX, 0)).mac_address.split(":")[0], 16)
     assert first_octet & 0b11 == 0b10
 
 
@@ -40,8 +40,8 @@ async def test_the_absent_slot_of_an_unknown_sandbox(network: NetworkDriver) -> 
 
 
 async def test_no_slot_is_held_after_it_was_given_back(network: NetworkDriver) -> None:
-    await network.ensure_slot(SANDBOX)
-    await network.ensure_slot(OTHER)
+    await network.ensure_slot(SANDBOX, 0)
+    await network.ensure_slot(OTHER, 1)
     assert await network.list_slots() in ([], [SANDBOX, OTHER]), "a driver may hold nothing at all for a slot"
     await network.ensure_slot_absent(OTHER)
     assert OTHER not in await network.list_slots()
@@ -53,6 +53,6 @@ async def test_the_fake_fails_as_told() -> None:
     network = FakeNetwork()
     network.faults.fail_next("ensure_slot")
     with pytest.raises(HostError):
-        await network.ensure_slot(SANDBOX)
-    await network.ensure_slot(SANDBOX)
+        await network.ensure_slot(SANDBOX, 0)
+    await network.ensure_slot(SANDBOX, 0)
     assert list(network.slots) == [SANDBOX]

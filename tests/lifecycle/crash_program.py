@@ -72,7 +72,9 @@ class FileDrivers:
     async def ensure_image(self, name: str, report: Any, *, refresh: bool = False) -> Image:
         return Image("base-1", name, Path("/b"), 1024, 1, datetime.now(UTC))
 
-    async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
+    slot_count: int | None = None
+
+    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
         self._set(f"slot-{sandbox_id}", present=True)
         return NetworkAttachment("none")
 
@@ -92,7 +94,11 @@ class FileDrivers:
     async def ensure_run_directory_absent(self, run_directory: Path) -> None:
         self._set(f"run-{run_directory.name}", present=False)
 
-    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
+    @asynccontextmanager
+    async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
+        yield None
+
+    async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
         self._set(f"vmm-{spec.sandbox_id}", present=True)
         return ProcessIdentity(1, _number(spec.sandbox_id), self.boot_id())
 

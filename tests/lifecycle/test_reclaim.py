@@ -17,7 +17,7 @@ NOWHERE = Path("/nonexistent")
 async def leave_behind(host: Host, sandbox_id: str = ORPHAN) -> None:
     """All that a sandbox holds, without a row."""
     directory = host.run.vmm_directory(sandbox_id)
-    await host.network.ensure_slot(sandbox_id)
+    await host.network.ensure_slot(sandbox_id, 0)
     await host.storage.ensure_volume(VolumeRequest(sandbox_id, DiskFile(NOWHERE, "raw"), 4096))
     await host.vmm.ensure_run_directory(sandbox_id, directory)
     await host.guests.ensure_channel(sandbox_id, host.vmm.guest_endpoint(directory), "token")

@@ -15,7 +15,7 @@ from atelier.db import outbox, sagas
 from atelier.db.engine import Connection, Database
 from atelier.db.outbox import Outbox
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository, Usage
-from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundError
+from atelier.model.errors import CapacityError, ConflictError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import Sandbox, SandboxSpec
@@ -228,6 +228,30 @@ async def test_a_saga_update_and_its_hook_are_one_transaction(database: Database
 
     await store.update("s1", lambda stored: replace(stored, step="b"), remove)
     assert store.find("s1") is None
+
+
+async def test_leases_are_the_lowest_that_are_free_and_each_is_one_sandboxs(database: Database) -> None:
+    made = [sandbox(f"n{number}") for number in range(4)]
+    elsewhere = replace(sandbox("elsewhere"), host_id="otheraaaaaaa")
+    await add(database, *made, elsewhere)
+
+    async def take(of: Sandbox, slot_count: int | None = None) -> int:
+        return await database.write(lambda connection: sandboxes.take_lease(connection, of.id, slot_count))
+
+    assert [await take(each) for each in made[:3]] == [0, 1, 2]
+    assert await take(made[1]) == 1, "twice is once"
+    assert await take(elsewhere) == 0, "another host has its own"
+    await database.write(lambda connection: sandboxes.release_lease(connection, made[1].id))
+    with database.read() as connection, pytest.raises(NotFoundError):
+        sandboxes.get_lease(connection, made[1].id)
+    assert await take(made[3]) == 1
+    with pytest.raises(CapacityError) as full:
+        await take(made[1], slot_count=3)
+    assert full.value.code == "no_addresses_left"
+    await database.write(lambda connection: sandboxes.delete(connection, made[0].id))
+    assert await take(made[1], slot_count=3) == 0
+    with database.read() as connection:
+        assert sandboxes.get_lease(connection, made[1].id) == 0
 
 
 async def test_open_sagas_of_a_subject_are_found(database: Database) -> None:

@@ -134,7 +134,7 @@ async def _boot_in_this_namespace(kernel: Path, initramfs: Path, restricted: boo
         *(["ip", "addr", "add", address, "dev", "lo"] for address in NAMESPACE_ADDRESSES),
     ):
         subprocess.run(command, check=True)
-    network = await UserNetwork().ensure_slot("aaaaaaaaaaaa")
+    network = await UserNetwork().ensure_slot("aaaaaaaaaaaa", 0)
     with tempfile.TemporaryDirectory(prefix="atelier-net-") as directory, listening() as listeners:
         targets = (*GATEWAYS, "127.0.0.1", *NAMESPACE_ADDRESSES)
         given = BootFiles(kernel, initramfs, tools=initramfs, kernel_release="", tools_id="")

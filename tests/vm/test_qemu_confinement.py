@@ -127,7 +127,7 @@ async def test_under_root_each_machine_has_a_user_of_its_own(folder: Path, boot:
         pytest.skip("root here has too few user ids")
     vmm = emulated(INSTALLATION, folder)
     specs = [
-        machine_spec(sandbox, INSTALLATION, boot, folder, network=await UserNetwork().ensure_slot(sandbox))
+        machine_spec(sandbox, INSTALLATION, boot, folder, network=await UserNetwork().ensure_slot(sandbox, 0))
         for sandbox in (SANDBOX, OTHER)
     ]
     # The disks are root's alone: the machine works by its open descriptors.
@@ -162,7 +162,7 @@ def test_an_ordinary_user_runs_machines_too(folder: Path) -> None:
 
     async def act() -> dict[str, Any]:
         vmm = emulated(INSTALLATION, home)
-        spec = machine_spec(SANDBOX, INSTALLATION, boot, home, network=await UserNetwork().ensure_slot(SANDBOX))
+        spec = machine_spec(SANDBOX, INSTALLATION, boot, home, network=await UserNetwork().ensure_slot(SANDBOX, 0))
         identity = await _start(vmm, spec)
         try:
             seen = await _look_at(identity.pid)

@@ -155,7 +155,7 @@ async def _made(folder: Path, layout: RunLayout) -> Machine:
         boot=boot,
         root=root,
         tools=Disk(TOOLS_DISK_SERIAL, DiskFile(boot.tools, "raw"), read_only=True),
-        network=await UserNetwork().ensure_slot(SANDBOX),
+        network=await UserNetwork().ensure_slot(SANDBOX, 0),
         run_directory=layout.vmm_directory(SANDBOX),
     )
     return Machine(emulated(INSTALLATION, folder), storage, layout, spec)

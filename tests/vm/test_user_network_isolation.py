@@ -80,7 +80,7 @@ async def test_a_machine_of_the_driver_reaches_no_port_of_this_host(folder: Path
     with listening() as listeners:
         targets = (*GATEWAYS, "127.0.0.1", *host_addresses())
         boot = with_init(await get_boot_files(), try_everything(targets, listeners.port), folder)
-        spec = machine_spec(SANDBOX, "test", boot, folder, network=await UserNetwork().ensure_slot(SANDBOX))
+        spec = machine_spec(SANDBOX, "test", boot, folder, network=await UserNetwork().ensure_slot(SANDBOX, 0))
         await vmm.ensure_run_directory(SANDBOX, spec.run_directory)
         identity = await vmm.ensure_started(spec)
         try:

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select,
 from sqlalchemy.exc import IntegrityError
 
 from atelier.db.tables import sandboxes
-from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundError
+from atelier.model.errors import CapacityError, ConflictError, InvalidRequestError, NotFoundError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import Sandbox, SandboxSpec
@@ -239,6 +239,40 @@ class SandboxRepository:
         columns = (sandboxes.c.vmm_pid, sandboxes.c.vmm_start_time_ticks, sandboxes.c.vmm_boot_id)
         row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
         return None if row is None or row[0] is None else ProcessIdentity(row[0], row[1], row[2])
+
+    def take_lease(self, connection: Connection, sandbox_id: str, slot_count: int | None) -> int:
+        """The sandbox's network lease: the one it has, else the lowest that is free on its host.
+
+        Raises NotFoundError, CapacityError when all of ``slot_count`` are taken.
+        """
+        columns = (sandboxes.c.host_id, sandboxes.c.network_lease)
+        row = connection.execute(select(*columns).where(sandboxes.c.id == sandbox_id)).one_or_none()
+        if row is None:
+            raise NotFoundError(f"there is no sandbox {sandbox_id!r}", code="sandbox_not_found")
+        if row.network_lease is not None:
+            return int(row.network_lease)
+        on_host = select(sandboxes.c.network_lease).where(sandboxes.c.host_id == row.host_id)
+        taken = set(connection.execute(on_host).scalars())
+        lease = next(number for number in range(len(taken) + 1) if number not in taken)
+        if slot_count is not None and lease >= slot_count:
+            raise CapacityError(
+                f"all {slot_count} network slots of this host are taken",
+                code="no_addresses_left",
+                hint="remove sandboxes (atelier ls, atelier rm)",
+            )
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "network_lease": lease})
+        return lease
+
+    def get_lease(self, connection: Connection, sandbox_id: str) -> int:
+        """The lease that ``take_lease`` gave. Raises NotFoundError."""
+        query = select(sandboxes.c.network_lease).where(sandboxes.c.id == sandbox_id)
+        lease = connection.execute(query).scalar_one_or_none()
+        if lease is None:
+            raise NotFoundError(f"sandbox {sandbox_id!r} has no network lease", code="lease_not_found")
+        return int(lease)
+
+    def release_lease(self, connection: Connection, sandbox_id: str) -> None:
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "network_lease": None})
 
     def list_vmm_processes(self, connection: Connection, host_id: str) -> list[ProcessIdentity]:
         """The VMMs of a host, as far as the rows know."""

@@ -66,6 +66,9 @@ sandboxes = Table(
     Column("auto_stop_after_idle_seconds", Integer),
     Column("expires_at", UtcDateTime),
     Column("last_active_at", UtcDateTime),
+    # Which of the host's network slots it has; its addresses follow from it.
+    Column("network_lease", Integer),
+    Index("sandboxes_by_lease", "host_id", "network_lease", unique=True),
     sqlite_autoincrement=True,
 )
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atelier.model.machine import BootFiles, Disk, DiskFile, NetworkAttachment, ProcessIdentity
+from atelier.model.machine import BootFiles, Disk, DiskFile, GuestAddress, NetworkAttachment, ProcessIdentity
 
 
 def disk_to_json(disk: Disk) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def network_to_json(attachment: NetworkAttachment) -> dict[str, Any]:
 
 
 def network_from_json(value: dict[str, Any]) -> NetworkAttachment:
-    return NetworkAttachment(**value)
+    guest = value.get("guest")
+    return NetworkAttachment(value["kind"], value["mac_address"], GuestAddress(**guest) if guest else None)
 
 
 def process_to_json(identity: ProcessIdentity) -> dict[str, Any]:

@@ -28,6 +28,7 @@ def define_create(steps: SandboxSteps) -> SagaDefinition[Connection]:
             ends.remove(connection, record)
             return
         steps.sandboxes.set_holds_volume(connection, record.subject_id, False)
+        steps.sandboxes.release_lease(connection, record.subject_id)
         ends.fail(connection, record.subject_id, failure_of(record.failure))
 
     return SagaDefinition(

@@ -27,6 +27,7 @@ def define_start(steps: SandboxSteps) -> SagaDefinition[Connection]:
         if not record.unwind_requested:
             if record.inputs.get("fresh"):
                 steps.sandboxes.set_holds_volume(connection, record.subject_id, False)
+                steps.sandboxes.release_lease(connection, record.subject_id)
             ends.fail(connection, record.subject_id, failure_of(record.failure))
         ends.forget(connection, record)
 

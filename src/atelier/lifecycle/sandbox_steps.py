@@ -185,7 +185,9 @@ class SandboxSteps:
     # --- resources ----------------------------------------------------------------------------------------------------
 
     async def _take_slot(self, context: StepContext) -> dict[str, Any]:
-        return network_to_json(await self.network.ensure_slot(context.subject_id))
+        with self.database.read() as connection:
+            lease = self.sandboxes.get_lease(connection, context.subject_id)
+        return network_to_json(await self.network.ensure_slot(context.subject_id, lease))
 
     async def _free_slot(self, context: StepContext) -> None:
         await self.network.ensure_slot_absent(context.subject_id)
@@ -240,7 +242,8 @@ class SandboxSteps:
             run_directory=self._directory(context),
         )
         await self.gate.enter(sandbox.id)
-        return process_to_json(await self.vmm.ensure_started(spec))
+        async with self.network.opened(sandbox.id) as descriptor:
+            return process_to_json(await self.vmm.ensure_started(spec, descriptor))
 
     async def _stop_vmm(self, context: StepContext) -> None:
         self.gate.leave(context.subject_id)
@@ -276,6 +279,7 @@ class SandboxSteps:
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             host_time_ns=time.time_ns(),
             environment=sandbox.spec.environment,
+            network=network_from_json(context.outputs["network"]).guest,
         )
         await self._while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
         return {}

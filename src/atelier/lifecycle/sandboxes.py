@@ -87,6 +87,7 @@ class SandboxLifecycle:
     ) -> None:
         self._database = database
         self._vmm = vmm
+        self._network = network
         self._guests = guests
         self._run = run
         self._host_id = host_id or installation_id
@@ -176,6 +177,7 @@ class SandboxLifecycle:
             usage = self._sandboxes.sum_usage(connection, self._host_id)
             check_admission(capacity, usage, Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1))
             self._transitions.begin(connection, sandbox, own)
+            self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
             self._executor.insert(connection, sandbox_create.KIND, saga_id, sandbox.id)
 
         async def begin() -> None:
@@ -423,6 +425,7 @@ class SandboxLifecycle:
             if operation is not operations.BOOT_AGAIN:
                 check_admission(capacity, self._sandboxes.sum_usage(connection, self._host_id), wish)
             self._sandboxes.set_holds_volume(connection, sandbox_id, True)
+            self._sandboxes.take_lease(connection, sandbox_id, self._network.slot_count)
 
         return await self._begin(operation, sandbox_id, {"fresh": fresh}, promise)
 
@@ -435,6 +438,7 @@ class SandboxLifecycle:
     def _write_restart(self, connection: Connection, sandbox_id: str) -> None:
         """The second half of a restart, in the transaction that ends the first. Its memory was promised all along."""
         self._transitions.apply(connection, sandbox_id, SandboxState.STARTING)
+        self._sandboxes.take_lease(connection, sandbox_id, self._network.slot_count)
         start = operations.START
         self._executor.insert(connection, start.kind, start.saga_id(sandbox_id), sandbox_id, {"fresh": False})
 

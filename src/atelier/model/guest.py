@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from atelier.model.machine import GuestAddress
+
 
 @dataclass(frozen=True, slots=True)
 class GuestIdentity:
@@ -18,6 +20,8 @@ class GuestIdentity:
     entropy: bytes
     host_time_ns: int
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    network: GuestAddress | None = None
+    """None: the guest's card stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)

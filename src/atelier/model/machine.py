@@ -34,12 +34,23 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestAddress:
+    """How the guest sets its card: IPv4 in text, all of its own installation's plan."""
+
+    address: str
+    prefix_length: int
+    gateway: str
+    nameserver: str
+
+
+@dataclass(frozen=True, slots=True)
 class NetworkAttachment:
     """How the guest's network card is connected. ``user_restricted``: QEMU's own network, with no way out and no port
-    of the host reached. Later kinds (a TAP) add their fields here."""
+    of the host reached. ``tap``: a TAP, which the network driver hands over open (``NetworkDriver.opened``)."""
 
-    kind: Literal["user_restricted", "none"]
+    kind: Literal["user_restricted", "tap", "none"]
     mac_address: str = ""
+    guest: GuestAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)

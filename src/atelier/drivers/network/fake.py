@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
 from atelier.drivers.faults import Faults
 from atelier.drivers.network.addresses import mac_address_of
 from atelier.model.machine import NetworkAttachment
 
 
 class FakeNetwork:
-    def __init__(self, faults: Faults | None = None) -> None:
+    """``slot_count`` bounds nothing here: the leases are the lifecycle's to give."""
+
+    def __init__(self, faults: Faults | None = None, *, slot_count: int | None = None) -> None:
         self.faults = faults or Faults()
         self.slots: dict[str, NetworkAttachment] = {}
+        self.leases: dict[str, int] = {}
+        self._slot_count = slot_count
 
     @property
     def name(self) -> str:
         return "fake"
 
-    async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
+    @property
+    def slot_count(self) -> int | None:
+        return self._slot_count
+
+    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
         await self.faults.before("ensure_slot")
+        self.leases[sandbox_id] = lease
         return self.slots.setdefault(sandbox_id, NetworkAttachment("none", mac_address_of(sandbox_id)))
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         await self.faults.before("ensure_slot_absent")
         self.slots.pop(sandbox_id, None)
+        self.leases.pop(sandbox_id, None)
+
+    @asynccontextmanager
+    async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
+        await self.faults.before("opened")
+        yield None
 
     async def list_slots(self) -> list[str]:
         await self.faults.before("list_slots")

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from atelier.model.machine import NetworkAttachment
 
 
 class NetworkDriver(Protocol):
-    """Gives a sandbox its network card's other end, and takes it back."""
+    """Gives a sandbox its network card's other end, and takes it back. ``lease`` numbers the slots of an installation
+    from 0; the lifecycle gives each to one sandbox at a time, and the sandbox's addresses follow from it."""
 
     @property
     def name(self) -> str: ...
 
-    async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
-        """The sandbox's slot; the same answer each time it is asked for."""
+    @property
+    def slot_count(self) -> int | None:
+        """How many slots there are; None: as many as are asked for."""
+        ...
+
+    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
+        """The sandbox's slot; the same answer each time it is asked for with the same lease."""
         ...
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None: ...
+
+    def opened(self, sandbox_id: str) -> AbstractAsyncContextManager[int | None]:
+        """The card's other end as a descriptor for the VMM to inherit, open for as long as the block runs; None where
+        the VMM needs none."""
+        ...
 
     async def list_slots(self) -> list[str]:
         """Sandbox ids of this installation that hold something on this host, sorted."""

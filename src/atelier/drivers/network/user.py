@@ -5,6 +5,9 @@ Chosen by ``manager.wiring`` where no bridge can be had. It holds nothing on the
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
 from atelier.drivers.network.addresses import mac_address_of
 from atelier.model.machine import NetworkAttachment
 
@@ -14,11 +17,19 @@ class UserNetwork:
     def name(self) -> str:
         return "user"
 
-    async def ensure_slot(self, sandbox_id: str) -> NetworkAttachment:
+    @property
+    def slot_count(self) -> int | None:
+        return None
+
+    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
         return NetworkAttachment("user_restricted", mac_address_of(sandbox_id))
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         """There is nothing to give back: the network ends with the VMM."""
+
+    @asynccontextmanager
+    async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
+        yield None
 
     async def list_slots(self) -> list[str]:
         return []

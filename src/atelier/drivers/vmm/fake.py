@@ -68,7 +68,7 @@ class FakeVmm:
         await self.faults.before("ensure_run_directory_absent")
         self.run_directories.pop(run_directory, None)
 
-    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
+    async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
         await self.faults.before("ensure_started")
         if running := self._machines.get(spec.sandbox_id):
             return running.identity

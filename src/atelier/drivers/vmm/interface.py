@@ -38,8 +38,9 @@ class VmmDriver(Protocol):
         """Remove the folder with its sockets and console."""
         ...
 
-    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
-        """Start the machine, or return the identity of the process that already runs it.
+    async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
+        """Start the machine, or return the identity of the process that already runs it. ``network_descriptor``: the
+        open TAP of a network of that kind; it stays the caller's to close.
 
         Returns once the guest's processor runs and the guest channel's socket can be connected to; the guest may be
         far from ready.

@@ -119,7 +119,7 @@ class QemuVmm:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(run_directory)
 
-    async def ensure_started(self, spec: MachineSpec) -> ProcessIdentity:
+    async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
         lock = self._starting.setdefault(spec.sandbox_id, asyncio.Lock())
         async with lock:
             # Its log is made before a VMM is: without one there is nothing to look for.
@@ -128,9 +128,9 @@ class QemuVmm:
             ):
                 return running
             await self.prepare(spec.boot)
-            return await self._start(spec)
+            return await self._start(spec, network_descriptor)
 
-    async def _start(self, spec: MachineSpec) -> ProcessIdentity:
+    async def _start(self, spec: MachineSpec, network_descriptor: int | None) -> ProcessIdentity:
         folder = RunFolder(spec.run_directory)
         folder.stderr.unlink(missing_ok=True)
         file_size_bytes, ceiling_bytes = file_size_limits(
@@ -138,7 +138,7 @@ class QemuVmm:
         )
         limits = ResourceLimits(_OPEN_FILES_LIMIT, file_size_bytes, ceiling_bytes, core_bytes=0)
         try:
-            identity = await self._spawn(spec, folder, limits)
+            identity = await self._spawn(spec, network_descriptor, folder, limits)
         except CommandError as error:
             raise self._failure(spec, folder, error.message) from error
         try:
@@ -154,7 +154,9 @@ class QemuVmm:
             raise self._failure(spec, folder, error.message) from error
         return identity
 
-    async def _spawn(self, spec: MachineSpec, folder: RunFolder, limits: ResourceLimits) -> ProcessIdentity:
+    async def _spawn(
+        self, spec: MachineSpec, network_descriptor: int | None, folder: RunFolder, limits: ResourceLimits
+    ) -> ProcessIdentity:
         assert self._chosen is not None
         with contextlib.ExitStack() as stack:
             descriptors = stack.enter_context(opened_machine(folder, spec.boot))
@@ -170,6 +172,7 @@ class QemuVmm:
                 descriptors=descriptors,
                 disks=disks,
                 network=spec.network,
+                network_descriptor=network_descriptor,
             )
             groups = (kvm_group_ids() or ()) if self._chosen == "kvm" else ()
             return await processes.start_detached(
@@ -181,6 +184,7 @@ class QemuVmm:
                     *asdict(descriptors).values(),
                     *(descriptor for disk in disks for descriptor in disk.descriptors),
                     *([claim.claim_descriptor] if claim else []),
+                    *([network_descriptor] if network_descriptor is not None else []),
                 ],
             )
 

@@ -90,6 +90,7 @@ def machine_arguments(
     descriptors: MachineDescriptors,
     disks: tuple[OpenDisk, ...] = (),
     network: NetworkAttachment | None = None,
+    network_descriptor: int | None = None,
 ) -> list[str]:
     """The whole argument list. ``command_line`` is the guest kernel's."""
     files = _DescriptorSets()
@@ -115,7 +116,7 @@ def machine_arguments(
     ]
     for number, disk in enumerate(disks):
         arguments += _disk(f"disk{number}", disk, files)
-    arguments += _network(network)
+    arguments += _network(network, network_descriptor)
     return [*arguments, *files.arguments]
 
 
@@ -162,9 +163,16 @@ def _disk(name: str, open_disk: OpenDisk, files: _DescriptorSets) -> list[str]:
     return [*arguments, "-device", f"virtio-blk-device,drive={name},serial={disk.serial}"]
 
 
-def _network(network: NetworkAttachment | None) -> list[str]:
+def _network(network: NetworkAttachment | None, descriptor: int | None) -> list[str]:
     if network is None or network.kind == "none":
         return []
+    if network.kind == "tap":
+        if descriptor is None:
+            raise ValueError("a network of kind tap needs its open TAP")
+        return [
+            *("-netdev", f"tap,id=network,fd={descriptor},vhost=off"),
+            *("-device", f"virtio-net-device,netdev=network,mac={network.mac_address}"),
+        ]
     return [
         # restrict: nothing of the host or beyond it is reached; what answers (DHCP, ping of 10.0.2.2) is QEMU itself.
         *("-netdev", "user,id=network,restrict=on,ipv6=off"),

@@ -1,4 +1,4 @@
-"""Stopped sandboxes, time limits, and how often a saga was resumed.
+"""Stopped sandboxes, time limits, network leases, and how often a saga was resumed.
 
 A migration is history: it spells its columns out and never imports ``atelier.db.tables``.
 """
@@ -18,4 +18,6 @@ def upgrade() -> None:
     op.add_column("sandboxes", sa.Column("auto_stop_after_idle_seconds", sa.Integer))
     op.add_column("sandboxes", sa.Column("expires_at", sa.Text))
     op.add_column("sandboxes", sa.Column("last_active_at", sa.Text))
+    op.add_column("sandboxes", sa.Column("network_lease", sa.Integer))
+    op.create_index("sandboxes_by_lease", "sandboxes", ["host_id", "network_lease"], unique=True)
     op.add_column("sagas", sa.Column("recoveries", sa.Integer, nullable=False, server_default="0"))
