@@ -1,4 +1,4 @@
-"""``python -m atelier.manager``, which ``atelier up`` executes: starts, serves, and leaves nothing behind.
+"""``python -m atelier.manager``, which ``atelier up`` executes: starts, serves, and ends in order.
 
 Exit status: 0 after an orderly end, 1 when the manager could not start (the reason and the remedy stand on stderr),
 2 for wrong options.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 import sys
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_doctor(settings, as_json=options.json)
         logs.configure(settings.log_level, "json" if options.log_format == "json" else "line")
         if options.down:
-            return uvloop.run(_end_sandboxes(settings, options.down))
+            return uvloop.run(_end_sandboxes(settings, options.down, as_json=options.json))
         return uvloop.run(_serve(settings, options.on_exit))
     except AtelierError as error:
         sys.stderr.write(f"error: {error.message}\n")
@@ -64,15 +65,22 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
             loop.remove_signal_handler(number)
         _say("stopping: no new requests")
         await server.shut_down(serving)
-        _say_goodbye(on_exit, *await installation.end_sandboxes(on_exit))
-    return 0
-
-
-async def _end_sandboxes(settings: Settings, what: SandboxesAtEnd) -> int:
-    """Without serving anybody: what ``atelier down`` does where no manager runs."""
-    async with Installation.open(settings) as installation:
+        # Who ended it over the API has said what becomes of the sandboxes, and that is done.
+        what: SandboxesAtEnd = "keep" if installation.end_asked.is_set() else on_exit
         _say_goodbye(what, *await installation.end_sandboxes(what))
     return 0
+
+
+async def _end_sandboxes(settings: Settings, what: SandboxesAtEnd, *, as_json: bool) -> int:
+    """Without serving anybody: what ``atelier down`` does where no manager runs. 1 if a sandbox goes on running."""
+    async with Installation.open(settings, serves=False) as installation:
+        changed, running = await installation.end_sandboxes(what)
+    if as_json:
+        done = "destroyed" if what == "destroy" else "stopped"
+        sys.stdout.write(json.dumps({done: changed, "running": running}, indent=2) + "\n")
+    else:
+        _say_goodbye(what, changed, running)
+    return 1 if running else 0
 
 
 def _say_goodbye(what: SandboxesAtEnd, changed: list[str], running: list[str]) -> None:
@@ -108,7 +116,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     parser.add_argument("--doctor", action="store_true", help="check this machine instead, and change nothing")
-    parser.add_argument("--json", action="store_true", help="with --doctor: print JSON")
+    parser.add_argument("--json", action="store_true", help="with --doctor and --down: print JSON")
     parser.add_argument("--version", action="version", version=f"atelier {atelier.__version__}")
     return parser.parse_args(arguments)
 
