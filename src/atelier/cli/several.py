@@ -44,8 +44,8 @@ class Outcomes(Generic[T]):
             click.get_current_context().exit(1)
 
 
-def on_each(names: Sequence[str], work: Callable[[str], T]) -> Outcomes[T]:
-    """A name that is given twice counts once."""
+def on_each(names: Sequence[str], work: Callable[[str], T], *, doing: str, as_json: bool) -> Outcomes[T]:
+    """A name that is given twice counts once. ``doing`` is said on a terminal, before the names, while it lasts."""
 
     def attempt(name: str) -> tuple[str, T | AtelierError]:
         try:
@@ -53,7 +53,10 @@ def on_each(names: Sequence[str], work: Callable[[str], T]) -> Outcomes[T]:
         except AtelierError as error:
             return name, error
 
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
+    with (
+        waiting(f"{doing} {', '.join(names)}", shown=not as_json and bool(names)),
+        ThreadPoolExecutor(_AT_ONCE) as threads,
+    ):
         try:
             results = list(threads.map(attempt, dict.fromkeys(names)))
         except KeyboardInterrupt:
@@ -85,8 +88,7 @@ def change_sandboxes(
     def work(name: str) -> SandboxDetails:
         return change(Sandbox.connect(name, connection=connection))
 
-    with waiting(f"{doing} {', '.join(names)}", shown=not as_json):
-        outcomes = on_each(names, work)
+    outcomes = on_each(names, work, doing=doing, as_json=as_json)
     if as_json:
         changed = [details.model_dump(mode="json") for _, details in outcomes.done]
         print_json({word: changed, "failed": outcomes.failures_as_json()})

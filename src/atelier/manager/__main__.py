@@ -54,7 +54,7 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
     async with contextlib.AsyncExitStack() as stack:
         installation = await stack.enter_async_context(Installation.open(settings))
         server = Server(installation.application, installation.socket)
-        installation.announce()
+        installation.announce(on_exit)
         serving = asyncio.create_task(server.serve())
         stopping = [asyncio.create_task(event.wait()) for event in (stop, installation.end_asked)]
         await asyncio.wait({serving, *stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -90,7 +90,7 @@ def _say_goodbye(what: SandboxesAtEnd, changed: list[str], running: list[str]) -
     for name in running:
         _say(f"sandbox {name} goes on running")
     if running:
-        _say(f"ended; {len(running)} sandboxes go on: atelier up finds them again, atelier down stops them")
+        _say("ended; what goes on is found by the next atelier up, and stopped by atelier down")
     else:
         _say("ended; nothing goes on running")
 

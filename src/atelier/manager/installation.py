@@ -37,6 +37,11 @@ _RECONCILE_SECONDS = 30.0
 _TIME_LIMIT_SECONDS = 5.0
 _CLOCK_SECONDS = 60.0
 _DRAIN_SECONDS = 30.0
+_AT_END: dict[SandboxesAtEnd, str] = {
+    "keep": "ends it; sandboxes go on (atelier down stops them too)",
+    "stop": "stops the sandboxes and ends it",
+    "destroy": "destroys the sandboxes and ends it",
+}
 _ANY_PORT = ListenAddress("127.0.0.1", 0)
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
@@ -97,13 +102,13 @@ class Installation:
             application = create_application(services, token, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
 
-    def announce(self) -> None:
+    def announce(self, on_exit: SandboxesAtEnd) -> None:
         """Tell the person at the terminal where everything is."""
         sys.stderr.write(
             f"atelier: ready at {self.address.url} (mode {self.settings.mode})\n"
             f"atelier: API documentation at {self.address.url}/docs\n"
             f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
-            "atelier: Ctrl-C ends it; sandboxes go on (atelier down stops them too)\n"
+            f"atelier: Ctrl-C {_AT_END[on_exit]}\n"
         )
         sys.stderr.flush()
 

@@ -48,25 +48,27 @@ def create(
       box=$(atelier create --label team=web)
     """
     from atelier.cli.output import print_line, print_model, print_note, printable_block
+    from atelier.cli.progress import waiting
     from atelier.client.sandbox import Sandbox
     from atelier.client.sandbox_failures import SandboxFailedError
 
     with invocation.connect() as connection:
         try:
-            sandbox = Sandbox.create(
-                name=name,
-                image=image,
-                vcpu_count=vcpu_count,
-                memory_mib=memory_mib,
-                disk_mib=disk_mib,
-                environment=dict(environment),
-                labels=dict(labels),
-                expires_in_seconds=expires_in_seconds,
-                auto_stop_after_idle_seconds=idle_seconds,
-                wait=not no_wait,
-                timeout_seconds=timeout_seconds,
-                connection=connection,
-            )
+            with waiting(f"creating {name or 'a sandbox'}", shown=not as_json and not no_wait):
+                sandbox = Sandbox.create(
+                    name=name,
+                    image=image,
+                    vcpu_count=vcpu_count,
+                    memory_mib=memory_mib,
+                    disk_mib=disk_mib,
+                    environment=dict(environment),
+                    labels=dict(labels),
+                    expires_in_seconds=expires_in_seconds,
+                    auto_stop_after_idle_seconds=idle_seconds,
+                    wait=not no_wait,
+                    timeout_seconds=timeout_seconds,
+                    connection=connection,
+                )
         except KeyboardInterrupt:
             if name is not None:
                 print_note(f"interrupted; {name} may still come up: remove it with `atelier rm {name}`")

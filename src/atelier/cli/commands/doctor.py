@@ -52,7 +52,11 @@ def _reclaim(invocation: Invocation, *, remove: bool, as_json: bool) -> None:
     with invocation.connect() as connection:
         found = connection.send(lifecycle_calls.list_orphan_volumes()).items
         names = [each.sandbox_id for each in found] if remove else []
-        outcomes = on_each(names, lambda each: connection.send(lifecycle_calls.remove_orphan_volume(each)))
+
+        def remove_volume(name: str) -> None:
+            connection.send(lifecycle_calls.remove_orphan_volume(name))
+
+        outcomes = on_each(names, remove_volume, doing="removing", as_json=as_json)
     removed = [name for name, _ in outcomes.done]
     total = sum(each.used_bytes for each in found)
     if as_json:
@@ -65,7 +69,8 @@ def _reclaim(invocation: Invocation, *, remove: bool, as_json: bool) -> None:
         states = dict.fromkeys(removed, "removed") if remove else {}
         rows = [(each.sandbox_id, show_bytes(each.used_bytes), states.get(each.sandbox_id, "kept")) for each in found]
         print_table(("VOLUME", "USED", ""), rows)
-        print_line(f"{len(found)} volumes that belong to no sandbox, {show_bytes(total)}")
+        count = f"{len(found)} volume" + ("s" if len(found) > 1 else "")
+        print_line(f"{count}, {show_bytes(total)}, without a sandbox")
         if not remove:
             print_note("`atelier doctor --reclaim --yes` removes them, for good")
     outcomes.finish(as_json=as_json)

@@ -52,7 +52,11 @@ def rm(
             names = [each.name for each in Sandbox.list(connection=connection)]
             if names and not yes:
                 _ask(len(names))
-        outcomes = on_each(names, lambda name: _remove(connection, name, force=force, wait=not no_wait))
+
+        def remove(name: str) -> None:
+            _remove(connection, name, force=force, wait=not no_wait)
+
+        outcomes = on_each(names, remove, doing="destroying", as_json=as_json)
     removed = [name for name, _ in outcomes.done]
     if as_json:
         print_json({"removed": removed, "failed": outcomes.failures_as_json()})
