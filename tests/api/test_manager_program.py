@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,8 +65,8 @@ def test_wrong_settings_are_refused_in_words(folder: Path, option: str, value: s
     assert list(folder.iterdir()) == []
 
 
-def test_an_end_destroys_the_sandboxes_and_says_so(folder: Path) -> None:
-    running = start_manager(folder)
+def test_an_end_that_is_to_destroy_the_sandboxes_does_and_says_so(folder: Path) -> None:
+    running = start_manager(folder, "--on-exit", "destroy")
     with running.client() as client:
         client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "left-over"}).raise_for_status()
     assert stop_manager(running) == 0
@@ -79,20 +81,63 @@ def test_an_end_destroys_the_sandboxes_and_says_so(folder: Path) -> None:
         stop_manager(again)
 
 
-def test_a_killed_manager_leaves_nothing_that_the_next_one_does_not_settle(folder: Path) -> None:
-    running = start_manager(folder)
+def test_an_end_that_is_to_stop_the_sandboxes_does_and_says_so(folder: Path) -> None:
+    running = start_manager(folder, "--on-exit", "stop")
     with running.client() as client:
-        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "orphan"}).raise_for_status()
-    running.process.kill()
-    running.process.wait()
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "tired"}).raise_for_status()
+    assert stop_manager(running) == 0
+    assert "stopped sandbox tired" in running.log.read_text()
+    assert not running.run_dir.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_end_leaves_the_sandboxes_to_the_next_manager(folder: Path, number: signal.Signals) -> None:
+    """The machines of mock mode end with their manager, as all do when the host is rebooted: they boot again."""
+    running = start_manager(folder, "--on-exit", "keep")
+    with running.client() as client:
+        for name in ("busy", "resting"):
+            client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": name}).raise_for_status()
+        client.post("/api/v1/sandboxes/resting/stop", params={"wait": True}).raise_for_status()
+        before = {row["id"] for row in client.get("/api/v1/sandboxes").json()["items"]}
+    running.process.send_signal(number)
+    assert running.process.wait(60) == (0 if number != signal.SIGKILL else -signal.SIGKILL)
+    if number != signal.SIGKILL:
+        assert "sandbox busy goes on running" in running.log.read_text()
+        assert "atelier down" in running.log.read_text()
     again = start_manager(folder)
     try:
         with again.client() as client:
-            (row,) = client.get("/api/v1/sandboxes").json()["items"]
-            assert row["name"] == "orphan"
-            assert row["state"] == "failed", "the fake VMM lived in the manager's memory"
-            assert row["failure"]["message"]
-            assert client.delete("/api/v1/sandboxes/orphan", params={"wait": True}).status_code == 204
+            deadline = time.monotonic() + 60
+            while client.get("/api/v1/sandboxes/busy").json()["state"] != "running":
+                assert time.monotonic() < deadline, again.log.read_text()
+                time.sleep(0.05)
+            rows = client.get("/api/v1/sandboxes").json()["items"]
+            assert {row["id"] for row in rows} == before
+            assert {row["name"]: row["state"] for row in rows} == {"busy": "running", "resting": "stopped"}
+            client.post("/api/v1/sandboxes/resting/start", params={"wait": True}).raise_for_status()
+    finally:
+        stop_manager(again)
+
+
+@pytest.mark.parametrize(("what", "states"), [("stop", ["stopped"]), ("destroy", [])])
+def test_sandboxes_are_ended_where_no_manager_runs(folder: Path, what: str, states: list[str]) -> None:
+    running = start_manager(folder, "--on-exit", "keep")
+    with running.client() as client:
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "left"}).raise_for_status()
+    refused = run_manager(running.environment, "--down", what)
+    assert refused.returncode == 1
+    assert "already in use by another manager" in refused.stderr
+    stop_manager(running)
+    # Who listens where this manager did, is nobody's business.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_manager(running.environment, "--down", what, "--listen", f"127.0.0.1:{port}")
+    assert done.returncode == 0, done.stderr
+    assert {"stop": "stopped", "destroy": "destroyed"}[what] + " sandbox left" in done.stderr
+    again = start_manager(folder)
+    try:
+        with again.client() as client:
+            assert [row["state"] for row in client.get("/api/v1/sandboxes").json()["items"]] == states
     finally:
         stop_manager(again)
 

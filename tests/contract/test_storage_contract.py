@@ -35,9 +35,26 @@ def base(tmp_path: Path) -> DiskFile:
     return DiskFile(path, "raw")
 
 
-@pytest.fixture(params=[pytest.param("qcow2", marks=needs_qemu_img), "fake"])
+@pytest.fixture(params=[pytest.param("qcow2", marks=needs_qemu_img), "fake", "fake-with-files"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> StorageDriver:
-    return Qcow2Storage(tmp_path / "volumes") if request.param == "qcow2" else FakeStorage(base_size_mib=BASE_MIB)
+    if request.param == "qcow2":
+        return Qcow2Storage(tmp_path / "volumes")
+    folder = tmp_path / "fakes" if request.param == "fake-with-files" else None
+    if folder is not None:
+        folder.mkdir()
+    return FakeStorage(base_size_mib=BASE_MIB, folder=folder)
+
+
+async def test_fake_volumes_in_files_outlive_their_driver(tmp_path: Path, base: DiskFile) -> None:
+    first = FakeStorage(folder=tmp_path)
+    disk = await first.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await first.ensure_volume(VolumeRequest(OTHER, base, 64))
+    await first.grow_volume(SANDBOX, 128)
+    await first.ensure_volume_absent(OTHER)
+    second = FakeStorage(folder=tmp_path)
+    assert await second.list_volumes() == [SANDBOX]
+    assert await second.find_volume(SANDBOX) == disk
+    assert second.sizes_mib == {SANDBOX: 128}
 
 
 @pytest.fixture

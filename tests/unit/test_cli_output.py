@@ -8,6 +8,7 @@ import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -16,10 +17,14 @@ from click.testing import CliRunner, Result
 from atelier.cli.__main__ import COMMANDS, cli
 from atelier.cli.console_follower import ConsoleFollower, overlap
 from atelier.cli.copying import RemotePlace, parse_place
+from atelier.cli.describing import list_trouble, show_expiry, show_limits, show_state
 from atelier.cli.execution import exit_status, status_of_failure
-from atelier.cli.invocation import BYTES, MEBIBYTES, PAIR
-from atelier.cli.output import printable, printable_block, show_age, show_bytes, show_mebibytes
+from atelier.cli.invocation import BYTES, DURATION, DURATION_OR_NEVER, MEBIBYTES, PAIR
+from atelier.cli.output import printable, printable_block, show_age, show_bytes, show_duration, show_mebibytes
 from atelier.model.errors import AtelierError
+from atelier.model.states import SandboxState, StopReason
+from atelier.schemas.errors import ErrorBody
+from atelier.schemas.sandboxes import Sandbox
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,60 @@ def test_bytes_and_pairs_are_understood() -> None:
     for text in ("A", "=x"):
         with pytest.raises(click.BadParameter):
             PAIR.convert(text, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1D", 86400), ("1h30m", 5400), ("1d 2h", 93600)]
+)
+def test_durations_are_understood(text: str, seconds: int) -> None:
+    assert DURATION.convert(text, None, None) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "0s", "1y", "-1h", "1.5h", "30m1h", "never", "1" * 30 + "d"])
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        DURATION.convert(text, None, None)
+
+
+def test_never_is_a_duration_where_it_takes_a_limit_away() -> None:
+    assert DURATION_OR_NEVER.convert("Never", None, None) == "never"
+    assert DURATION_OR_NEVER.convert("2m", None, None) == 120
+
+
+def test_durations_read_well() -> None:
+    assert [show_duration(n) for n in (0, 45, 60, 1200, 4800, 3601, 90000, 86400 * 3 + 59)] == [
+        "0s", "45s", "1m", "20m", "1h 20m", "1h", "1d 1h", "3d",
+    ]  # fmt: skip
+    now = datetime(2024, 1, 2, tzinfo=UTC)
+    assert show_expiry(now + timedelta(minutes=80), now) == "expires in 1h 20m"
+    assert show_expiry(now + timedelta(seconds=7199.9), now) == "expires in 2h"
+    assert show_expiry(now - timedelta(seconds=1), now) == "has expired"
+    assert show_expiry(None, now) == ""
+
+
+def sandbox(state: SandboxState, **fields: Any) -> Sandbox:
+    now = datetime.now(UTC)
+    return Sandbox(
+        id="abcdefghijkl", name="box", state=state, image="base", image_id="", vcpu_count=1, memory_mib=512,
+        disk_mib=4096, labels={}, created_at=now, updated_at=now, **fields,
+    )  # fmt: skip
+
+
+def test_a_state_comes_with_its_reason() -> None:
+    stuck = ErrorBody(code="stop_stuck", message="stuck while being stopped: x", hint="mend, then: atelier retry box")
+    failed = ErrorBody(code="vmm_ended", message="it ended")
+    assert show_state(sandbox(SandboxState.RUNNING)) == "running"
+    assert show_state(sandbox(SandboxState.STOPPED, stop_reason=StopReason.REQUESTED)) == "stopped"
+    assert show_state(sandbox(SandboxState.STOPPED, stop_reason=StopReason.IDLE)) == "stopped (idle)"
+    assert show_state(sandbox(SandboxState.STOPPED, stop_reason=StopReason.FORCED)) == "stopped (cut off)"
+    assert show_state(sandbox(SandboxState.STOPPING, failure=stuck)) == "stopping (stuck)"
+    assert show_state(sandbox(SandboxState.FAILED, failure=failed)) == "failed"
+    assert list_trouble(sandbox(SandboxState.STOPPING, failure=stuck)) == [
+        ("trouble", "stuck while being stopped: x [stop_stuck]"),
+        ("hint", "mend, then: atelier retry box"),
+    ]
+    assert list_trouble(sandbox(SandboxState.FAILED, failure=failed)) == [("failed", "it ended [vmm_ended]")]
+    assert show_limits(sandbox(SandboxState.RUNNING, auto_stop_after_idle_seconds=90)) == "stops when idle for 1m 30s"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +233,8 @@ def test_every_command_explains_itself_with_an_example(name: str) -> None:
         ["nonsense"], ["ls", "--nonsense"], ["exec", "box"], ["exec", "box", "--"], ["cp", "a", "b"], ["cp", "a:b", "c:d"],
         ["rm"], ["rm", "--all", "box"], ["create", "--memory", "x"], ["exec", "-i", "-n", "box", "true"],
         ["logs", "--bytes", "2M", "box"], ["logs", "--json", "-f", "box"], ["shell", "box"], ["exec", "-t", "box", "true"],
-        ["shell", "--attach", "3", "box", "ls"], ["up", "--mode", "x"],
+        ["shell", "--attach", "3", "box", "ls"], ["up", "--mode", "x"], ["stop"], ["start"], ["stop", "--grace", "-1", "box"],
+        ["resize", "box"], ["extend", "box"], ["extend", "box", "5"], ["create", "--expires-in", "never"],
     ],
 )  # fmt: skip
 def test_wrong_usage_ends_with_two_and_says_why(arguments: list[str], tmp_path: Path) -> None:
@@ -195,7 +255,8 @@ def invoke(arguments: list[str], folder: Path) -> Result:
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [(["ls"], 1), (["get", "box"], 1), (["create"], 1), (["rm", "box"], 1), (["logs", "box"], 1), (["image", "ls"], 1),
-     (["events"], 1), (["cp", "box:x", "."], 1), (["exec", "box", "true"], 125)],
+     (["events"], 1), (["cp", "box:x", "."], 1), (["exec", "box", "true"], 125), (["stop", "box"], 1),
+     (["resize", "box", "8G"], 1), (["extend", "box", "2h"], 1), (["doctor", "--reclaim"], 1)],
 )  # fmt: skip
 def test_no_manager_is_said_with_the_remedy(arguments: list[str], status: int, tmp_path: Path) -> None:
     result = invoke(arguments, tmp_path)

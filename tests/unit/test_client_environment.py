@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from atelier.client.environment import find_data_directory, find_endpoint
+from atelier.client.environment import find_data_directory, find_endpoint, find_local_data
 from atelier.config.settings import load_settings
 from atelier.model.errors import AuthenticationError, HostError
 from atelier.model.layout import DataLayout
@@ -43,6 +43,15 @@ def test_the_local_key_fits_another_name_of_the_same_server(tmp_path: Path) -> N
     write_token(tmp_path)
     variables = {"ATELIER_DATA_DIR": str(tmp_path), "ATELIER_API_URL": "http://atelier.localhost:7420"}
     assert find_endpoint(variables=variables).api_key == "local-key"
+
+
+def test_the_data_folder_is_local_only_for_its_own_manager(tmp_path: Path) -> None:
+    variables = {"ATELIER_DATA_DIR": str(tmp_path)}
+    assert find_local_data(variables=variables) == DataLayout(tmp_path)
+    write_token(tmp_path)
+    assert find_local_data(variables=variables | {"ATELIER_API_URL": "http://127.0.0.1:7420/"}) == DataLayout(tmp_path)
+    assert find_local_data(variables=variables | {"ATELIER_API_URL": "http://other.example:7420"}) is None
+    assert find_local_data(api_url="http://other.example:7420", variables=variables) is None
 
 
 def test_nothing_known_names_the_remedy(tmp_path: Path) -> None:

@@ -24,6 +24,15 @@ def test_a_second_lock_is_refused_in_words(tmp_path: Path) -> None:
     files.lock_folder(tmp_path / "lock").release()
 
 
+def test_whether_a_folder_is_locked_can_be_seen_without_a_trace(tmp_path: Path) -> None:
+    lock_file = tmp_path / "lock"
+    assert not files.is_folder_locked(lock_file)
+    assert not lock_file.exists()
+    with files.lock_folder(lock_file):
+        assert files.is_folder_locked(lock_file)
+    assert not files.is_folder_locked(lock_file)
+
+
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
     holds = "import sys, pathlib; from atelier.host.files import lock_folder; "
     holds += "lock = lock_folder(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"

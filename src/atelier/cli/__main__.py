@@ -17,11 +17,18 @@ _EXIT_INTERRUPTED = 128 + signal.SIGINT
 _COMMANDS = "atelier.cli.commands"
 COMMANDS = {
     "up": LazyCommand(f"{_COMMANDS}.up:up", "Start Atelier here and stay in the foreground."),
+    "down": LazyCommand(f"{_COMMANDS}.down:down", "Stop the sandboxes and end Atelier."),
     "create": LazyCommand(f"{_COMMANDS}.create:create", "Create a sandbox."),
     "ls": LazyCommand(f"{_COMMANDS}.ls:ls", "List sandboxes."),
     "get": LazyCommand(f"{_COMMANDS}.get:get", "Show one sandbox."),
     "exec": LazyCommand(f"{_COMMANDS}.exec:exec_command", "Run a program in a sandbox."),
     "shell": LazyCommand(f"{_COMMANDS}.shell:shell", "Open a terminal in a sandbox."),
+    "stop": LazyCommand(f"{_COMMANDS}.stop:stop", "Shut sandboxes down; their disks stay."),
+    "start": LazyCommand(f"{_COMMANDS}.start:start", "Boot stopped or failed sandboxes again."),
+    "restart": LazyCommand(f"{_COMMANDS}.restart:restart", "Stop sandboxes and start them again."),
+    "resize": LazyCommand(f"{_COMMANDS}.resize:resize", "Grow a sandbox's disk."),
+    "extend": LazyCommand(f"{_COMMANDS}.extend:extend", "Change how long a sandbox lives."),
+    "retry": LazyCommand(f"{_COMMANDS}.retry:retry", "Try again what is stuck with sandboxes."),
     "cp": LazyCommand(f"{_COMMANDS}.cp:cp", "Copy files and folders into and out of a sandbox."),
     "logs": LazyCommand(f"{_COMMANDS}.logs:logs", "Show a sandbox's serial console."),
     "rm": LazyCommand(f"{_COMMANDS}.rm:rm", "Destroy sandboxes."),
@@ -40,7 +47,9 @@ Examples:
   atelier exec box -- python3 -c 'print(1)'   run a program, no shell between
   atelier shell box                           a terminal
   atelier cp ./project box:work               copy a folder in
-  atelier rm box
+  atelier stop box                            shut it down; atelier start box
+  atelier rm box                              destroy it
+  atelier down                                stop everything, end Atelier
 
 \b
 Environment:

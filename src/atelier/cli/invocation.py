@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     PairParameter = click.ParamType[tuple[str, str]]
     SizeParameter = click.ParamType[int]
+    DurationParameter = click.ParamType[int | str]
 else:
     # Older versions of click have no type argument here.
-    PairParameter = SizeParameter = click.ParamType
+    PairParameter = SizeParameter = DurationParameter = click.ParamType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,6 +78,28 @@ def _names(connection: Connection, incomplete: str) -> list[str]:
     return [each.name for each in connection.send(call).items if each.name.startswith(incomplete)]
 
 
+def sandboxes_argument(function: F) -> F:
+    """Several sandboxes: the tuple ``sandboxes``."""
+    return click.argument("sandboxes", metavar="SANDBOX...", nargs=-1, required=True, shell_complete=complete_sandbox)(
+        function
+    )
+
+
+def waiting_options(function: F) -> F:
+    """``--no-wait`` and ``--timeout``, for commands that wait for a sandbox."""
+    function = click.option(
+        "--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=300.0, show_default=True,
+        metavar="SECONDS", help="How long to wait for it.",
+    )(function)  # fmt: skip
+    return click.option("--no-wait", is_flag=True, help="Return as soon as the manager has taken the order.")(function)
+
+
+grace_option = click.option(
+    "--grace", "grace_seconds", type=click.FloatRange(min=0, max=3600), metavar="SECONDS",
+    help="How long its guest may take to shut down before it is cut off.  [default: 30]",
+)  # fmt: skip
+
+
 def sandbox_argument(function: F) -> F:
     return click.argument("sandbox", shell_complete=complete_sandbox)(function)
 
@@ -127,6 +150,40 @@ class BytesType(SizeParameter):
         return int(found[1]) * 1024 ** " KMGT".index((found[2] or " ").upper())
 
 
+NEVER = "never"
+
+
+class DurationType(DurationParameter):
+    """A duration in seconds: ``90s``, ``30m``, ``2h``, ``1d``, ``1h30m``. Where it takes a limit away, also ``never``,
+    which stays a word."""
+
+    name = "duration"
+    _FORM = re.compile(r"(?:(\d{1,6})d)?\s*(?:(\d{1,6})h)?\s*(?:(\d{1,6})m)?\s*(?:(\d{1,9})s)?", re.IGNORECASE)
+
+    def __init__(self, *, knows_never: bool = False) -> None:
+        self._knows_never = knows_never
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip()
+        if self._knows_never and text.lower() == NEVER:
+            return NEVER
+        found = self._FORM.fullmatch(text)
+        factors = (86400, 3600, 60, 1)
+        seconds = (
+            sum(int(amount or 0) * factor for amount, factor in zip(found.groups(), factors, strict=True))
+            if found
+            else 0
+        )
+        if not seconds:
+            forms = "90s, 30m, 2h, 1d or 1h30m" + (", or never" if self._knows_never else "")
+            self.fail(f"{value!r} is no duration; write {forms}", param, ctx)
+        return seconds
+
+
 PAIR = PairType()
 MEBIBYTES = MebibytesType()
 BYTES = BytesType()
+DURATION = DurationType()
+DURATION_OR_NEVER = DurationType(knows_never=True)

@@ -93,6 +93,17 @@ def show_bytes(count: int) -> str:
     return f"{amount:.1f} TiB"
 
 
+def show_duration(seconds: float) -> str:
+    """The two largest units that fit: ``45s``, ``20m``, ``1h 20m``, ``3d 4h``; what is smaller is cut off."""
+    rest = max(0, int(seconds))
+    units: list[str] = []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s")):
+        count, rest = divmod(rest, size)
+        units.append(f"{count}{unit}" if count else "")
+    first = next((place for place, unit in enumerate(units) if unit), len(units) - 1)
+    return " ".join(unit for unit in units[first : first + 2] if unit) or "0s"
+
+
 def show_age(moment: datetime, now: datetime | None = None) -> str:
     """How long ago, in the largest unit that fits: ``42s``, ``5m``, ``3h``, ``12d``."""
     seconds = max(0, int(((now or datetime.now(UTC)) - moment).total_seconds()))

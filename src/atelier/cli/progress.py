@@ -5,7 +5,9 @@ rich is imported only when a bar is really shown.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,24 @@ class PhaseProgress:
             self._task = self._progress.add_task("", total=None, phase=printable(phase))
         total = None if fraction is None else 1.0
         self._progress.update(self._task, total=total, completed=fraction or 0.0, description=printable(message))
+
+
+@contextlib.contextmanager
+def waiting(text: str, *, shown: bool = True) -> Generator[None]:
+    """A moving line that says what is waited for; it vanishes with the block. Nothing without a terminal."""
+    if not (shown and sys.stderr.isatty()):
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    # What is printed meanwhile goes where it was meant to go.
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    ) as progress:
+        progress.add_task(printable(text), total=None)
+        yield
 
 
 class ByteProgress:

@@ -1,20 +1,34 @@
-"""Every route of the manager, said once and without I/O: what is sent, and how the answer is read.
+"""The routes of the manager, said once and without I/O: what is sent, and how the answer is read. What changes a
+sandbox that exists, and the host, stands in ``lifecycle_calls.py``.
 
 ``connection.py`` carries a ``Call`` out, blocking or on asyncio; ``sandbox.py`` and ``files.py`` give it to people.
-``operation`` reads on from "could not": it names what was tried and on what, for error messages.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from datetime import datetime
+from typing import Literal
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from atelier.client.addresses import RemotePath, encode_query, encode_segment, path_to_bytes
-from atelier.client.errors import error_from_body, invalid_arguments, not_understood
+from atelier.client.call import (
+    ANSWER_TIMEOUT_SECONDS,
+    API,
+    WAIT_AT_MOST_SECONDS,
+    Call,
+    LineStream,
+    is_no_content,
+    make_body,
+    read_bytes,
+    read_model,
+    read_nothing,
+    sandbox_path,
+    wait_query,
+)
+from atelier.client.errors import error_from_body, not_understood
 from atelier.model.errors import InvalidRequestError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessStarted
 from atelier.schemas.errors import ErrorBody
@@ -35,56 +49,24 @@ from atelier.schemas.processes import (
 )
 from atelier.schemas.sandboxes import CreateSandboxRequest, Sandbox, SandboxMetrics, SandboxPage
 
-T = TypeVar("T")
-M = TypeVar("M", bound=BaseModel)
-
-API = "/api/v1"
 Command = str | Sequence[str]
 """A program with its arguments; a text is given to ``sh -c`` in the sandbox."""
 
-WAIT_AT_MOST_SECONDS = 120.0
-"""How long one request waits for a sandbox; longer waits are asked for again."""
-
-_ANSWER_TIMEOUT_SECONDS = 60.0
 _EXEC_EVENT: TypeAdapter[ExecEvent] = TypeAdapter(ExecEvent)
 _BUILD_EVENT: TypeAdapter[BuildEvent] = TypeAdapter(BuildEvent)
-
-
-@dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """One request. ``parse`` receives (status, whole body). ``read_timeout_seconds`` None: as long as it takes.
-    ``repeatable``: asking twice does no harm, so a broken connection is tried again."""
-
-    operation: str
-    method: str
-    path: str
-    parse: Callable[[int, bytes], T]
-    body: bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
-    read_timeout_seconds: float | None = _ANSWER_TIMEOUT_SECONDS
-    repeatable: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LineStream(Generic[T]):
-    """A request whose answer is NDJSON without end; ``parse`` reads one line (raises when it tells of a failure)."""
-
-    operation: str
-    method: str
-    path: str
-    parse: Callable[[bytes], T]
-    body: bytes | None = None
 
 
 # -- the manager itself --------------------------------------------------------------------------------------------
 
 
 def health() -> Call[Health]:
-    return Call("ask for the manager's health", "GET", "/health", _model(Health, "read its health"), repeatable=True)
+    return Call(
+        "ask for the manager's health", "GET", "/health", read_model(Health, "read its health"), repeatable=True
+    )
 
 
 def list_images() -> Call[ImageList]:
-    return Call("list the images", "GET", f"{API}/images", _model(ImageList, "list the images"), repeatable=True)
+    return Call("list the images", "GET", f"{API}/images", read_model(ImageList, "list the images"), repeatable=True)
 
 
 def build_image(name: str, *, refresh: bool) -> LineStream[BuildProgressEvent | BuildDoneEvent]:
@@ -100,7 +82,7 @@ def build_image(name: str, *, refresh: bool) -> LineStream[BuildProgressEvent | 
         return event
 
     path = f"{API}/images/{encode_segment(name, 'image')}/build"
-    return LineStream(operation, "POST", path, parse, _body(BuildImageRequest, operation, refresh=refresh))
+    return LineStream(operation, "POST", path, parse, make_body(BuildImageRequest, operation, refresh=refresh))
 
 
 def events_path(sandbox: str) -> str:
@@ -120,6 +102,8 @@ def create_sandbox(
     environment: Mapping[str, str] | None,
     labels: Mapping[str, str] | None,
     wait_seconds: float,
+    auto_stop_after_idle_seconds: int | None = None,
+    expires_at: datetime | None = None,
 ) -> Call[Sandbox]:
     """Ask for a sandbox. With ``wait_seconds`` > 0 the answer comes when it runs or has failed, or after that time."""
     operation = f"create the sandbox {name}" if name else "create a sandbox"
@@ -131,17 +115,20 @@ def create_sandbox(
         "disk_mib": disk_mib,
         "environment": dict(environment) if environment else None,
         "labels": dict(labels) if labels else None,
+        "auto_stop_after_idle_seconds": auto_stop_after_idle_seconds,
+        "expires_at": expires_at,
     }
-    body = _body(CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None})
+    body = make_body(
+        CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None}
+    )
     wait_seconds = min(wait_seconds, WAIT_AT_MOST_SECONDS)
-    query = encode_query([("wait", "true"), ("timeout_seconds", f"{wait_seconds:g}")] if wait_seconds > 0 else [])
     return Call(
         operation,
         "POST",
-        f"{API}/sandboxes{query}",
-        _model(Sandbox, operation),
+        f"{API}/sandboxes{wait_query(wait_seconds)}",
+        read_model(Sandbox, operation),
         body,
-        read_timeout_seconds=wait_seconds + _ANSWER_TIMEOUT_SECONDS,
+        read_timeout_seconds=wait_seconds + ANSWER_TIMEOUT_SECONDS,
     )
 
 
@@ -162,32 +149,33 @@ def list_sandboxes(
     query.extend(("label", f"{key}={value}") for key, value in (labels or {}).items())
     operation = "list the sandboxes"
     return Call(
-        operation, "GET", f"{API}/sandboxes{encode_query(query)}", _model(SandboxPage, operation), repeatable=True
+        operation, "GET", f"{API}/sandboxes{encode_query(query)}", read_model(SandboxPage, operation), repeatable=True
     )
 
 
 def get_sandbox(sandbox: str) -> Call[Sandbox]:
     operation = f"look up the sandbox {sandbox}"
-    return Call(operation, "GET", _sandbox(sandbox), _model(Sandbox, operation), repeatable=True)
+    return Call(operation, "GET", sandbox_path(sandbox), read_model(Sandbox, operation), repeatable=True)
 
 
 def delete_sandbox(sandbox: str, *, wait: bool) -> Call[bool]:
     """True: nothing of it is left. False: it is being destroyed."""
-    query = encode_query([("wait", "true"), ("timeout_seconds", f"{WAIT_AT_MOST_SECONDS:g}")] if wait else [])
-    path = _sandbox(sandbox) + query
-    timeout = WAIT_AT_MOST_SECONDS + _ANSWER_TIMEOUT_SECONDS
-    return Call(f"remove the sandbox {sandbox}", "DELETE", path, _is_no_content, read_timeout_seconds=timeout)
+    path = sandbox_path(sandbox) + wait_query(WAIT_AT_MOST_SECONDS if wait else 0)
+    timeout = WAIT_AT_MOST_SECONDS + ANSWER_TIMEOUT_SECONDS
+    return Call(f"remove the sandbox {sandbox}", "DELETE", path, is_no_content, read_timeout_seconds=timeout)
 
 
 def get_metrics(sandbox: str) -> Call[SandboxMetrics]:
     operation = f"measure the sandbox {sandbox}"
-    return Call(operation, "GET", _sandbox(sandbox, "/metrics"), _model(SandboxMetrics, operation), repeatable=True)
+    return Call(
+        operation, "GET", sandbox_path(sandbox, "/metrics"), read_model(SandboxMetrics, operation), repeatable=True
+    )
 
 
 def read_console(sandbox: str, *, limit_bytes: int | None) -> Call[bytes]:
     query = encode_query([("limit_bytes", limit_bytes)] if limit_bytes is not None else [])
-    path = _sandbox(sandbox, f"/console{query}")
-    return Call(f"read the console of {sandbox}", "GET", path, _bytes, repeatable=True)
+    path = sandbox_path(sandbox, f"/console{query}")
+    return Call(f"read the console of {sandbox}", "GET", path, read_bytes, repeatable=True)
 
 
 # -- processes -----------------------------------------------------------------------------------------------------
@@ -209,7 +197,7 @@ def exec_process(
 ) -> LineStream[ProcessEvent]:
     arguments = to_arguments(command)
     operation = f"run {_shown(arguments)} in {sandbox}"
-    body = _body(
+    body = make_body(
         ExecRequest,
         operation,
         command=arguments,
@@ -219,7 +207,7 @@ def exec_process(
         timeout_seconds=timeout_seconds,
         stdin=stdin,
     )
-    return LineStream(operation, "POST", _sandbox(sandbox, "/exec"), process_event_parser(operation), body)
+    return LineStream(operation, "POST", sandbox_path(sandbox, "/exec"), process_event_parser(operation), body)
 
 
 def attach_process(sandbox: str, pid: int) -> LineStream[ProcessEvent]:
@@ -255,33 +243,35 @@ def run_process(
         fields["input"] = input
     if output_limit_bytes is not None:
         fields["output_limit_bytes"] = output_limit_bytes
-    body = _body(RunRequest, operation, **fields)
-    read_timeout = None if timeout_seconds is None else timeout_seconds + _ANSWER_TIMEOUT_SECONDS
-    path = _sandbox(sandbox, "/run")
-    return Call(operation, "POST", path, _model(RunResult, operation), body, read_timeout_seconds=read_timeout)
+    body = make_body(RunRequest, operation, **fields)
+    read_timeout = None if timeout_seconds is None else timeout_seconds + ANSWER_TIMEOUT_SECONDS
+    path = sandbox_path(sandbox, "/run")
+    return Call(operation, "POST", path, read_model(RunResult, operation), body, read_timeout_seconds=read_timeout)
 
 
 def list_processes(sandbox: str) -> Call[ProcessList]:
     operation = f"list the processes of {sandbox}"
-    return Call(operation, "GET", _sandbox(sandbox, "/processes"), _model(ProcessList, operation), repeatable=True)
+    return Call(
+        operation, "GET", sandbox_path(sandbox, "/processes"), read_model(ProcessList, operation), repeatable=True
+    )
 
 
 def send_input(sandbox: str, pid: int, data: bytes) -> Call[None]:
     """Write to a process's stdin. Waits, without limit, until the process has taken it."""
     path = _process(sandbox, pid, "/stdin")
     operation = f"send input to process {pid} in {sandbox}"
-    return Call(operation, "POST", path, _nothing, data, headers=_OCTETS, read_timeout_seconds=None)
+    return Call(operation, "POST", path, read_nothing, data, headers=_OCTETS, read_timeout_seconds=None)
 
 
 def close_input(sandbox: str, pid: int) -> Call[None]:
     operation = f"close the input of process {pid} in {sandbox}"
-    return Call(operation, "DELETE", _process(sandbox, pid, "/stdin"), _nothing)
+    return Call(operation, "DELETE", _process(sandbox, pid, "/stdin"), read_nothing)
 
 
 def send_signal(sandbox: str, pid: int, signal: str | int) -> Call[None]:
     operation = f"send {signal} to process {pid} in {sandbox}"
-    body = _body(SignalRequest, operation, signal=signal)
-    return Call(operation, "POST", _process(sandbox, pid, "/signal"), _nothing, body)
+    body = make_body(SignalRequest, operation, signal=signal)
+    return Call(operation, "POST", _process(sandbox, pid, "/signal"), read_nothing, body)
 
 
 def terminal_path(
@@ -295,7 +285,7 @@ def terminal_path(
         query.append(("user", user))
     if working_directory:
         query.append(("working_directory", working_directory))
-    return _sandbox(sandbox, f"/pty{encode_query(query)}")
+    return sandbox_path(sandbox, f"/pty{encode_query(query)}")
 
 
 def process_event_parser(operation: str) -> Callable[[bytes], ProcessEvent]:
@@ -325,7 +315,7 @@ def process_event_parser(operation: str) -> Callable[[bytes], ProcessEvent]:
 
 def files_path(sandbox: str, path: RemotePath, user: str, below: str = "") -> str:
     """The address of a file's content (``below`` empty) or of what can be asked of a path (``/stat``, ``/archive``)."""
-    return _sandbox(sandbox, f"/files{below}") + _path_query(path, user)
+    return sandbox_path(sandbox, f"/files{below}") + _path_query(path, user)
 
 
 def read_file(sandbox: str, path: RemotePath, user: str, offset: int, length: int | None) -> Call[bytes]:
@@ -341,7 +331,7 @@ def read_file(sandbox: str, path: RemotePath, user: str, offset: int, length: in
         operation,
         "GET",
         files_path(sandbox, path, user),
-        _bytes,
+        read_bytes,
         headers=headers,
         read_timeout_seconds=None,
         repeatable=True,
@@ -358,7 +348,7 @@ def write_file(
         operation,
         "PUT",
         files_path(sandbox, path, user),
-        _model(FileEntry, operation),
+        read_model(FileEntry, operation),
         data,
         headers=headers,
         read_timeout_seconds=None,
@@ -369,37 +359,42 @@ def write_archive(sandbox: str, path: RemotePath, user: str) -> Call[None]:
     operation = f"copy a folder to {shown_path(path)} in {sandbox}"
     address = files_path(sandbox, path, user, "/archive")
     return Call(
-        operation, "PUT", address, _nothing, headers={"Content-Type": "application/x-tar"}, read_timeout_seconds=None
+        operation,
+        "PUT",
+        address,
+        read_nothing,
+        headers={"Content-Type": "application/x-tar"},
+        read_timeout_seconds=None,
     )
 
 
 def stat_file(sandbox: str, path: RemotePath, user: str) -> Call[FileEntry]:
     operation = f"look at {shown_path(path)} in {sandbox}"
     return Call(
-        operation, "GET", files_path(sandbox, path, user, "/stat"), _model(FileEntry, operation), repeatable=True
+        operation, "GET", files_path(sandbox, path, user, "/stat"), read_model(FileEntry, operation), repeatable=True
     )
 
 
 def list_directory(sandbox: str, path: RemotePath, user: str, depth: int) -> Call[FileList]:
     operation = f"list {shown_path(path)} in {sandbox}"
-    address = _sandbox(sandbox, "/files/list") + _path_query(path, user, ("depth", depth))
-    return Call(operation, "GET", address, _model(FileList, operation), repeatable=True)
+    address = sandbox_path(sandbox, "/files/list") + _path_query(path, user, ("depth", depth))
+    return Call(operation, "GET", address, read_model(FileList, operation), repeatable=True)
 
 
 def remove_file(sandbox: str, path: RemotePath, user: str) -> Call[None]:
     operation = f"remove {shown_path(path)} in {sandbox}"
-    return Call(operation, "DELETE", files_path(sandbox, path, user), _nothing, read_timeout_seconds=300.0)
+    return Call(operation, "DELETE", files_path(sandbox, path, user), read_nothing, read_timeout_seconds=300.0)
 
 
 def make_directory(sandbox: str, path: RemotePath, user: str) -> Call[FileEntry]:
     operation = f"make the folder {shown_path(path)} in {sandbox}"
-    return Call(operation, "POST", files_path(sandbox, path, user, "/directory"), _model(FileEntry, operation))
+    return Call(operation, "POST", files_path(sandbox, path, user, "/directory"), read_model(FileEntry, operation))
 
 
 def move_file(sandbox: str, source: RemotePath, destination: RemotePath, user: str) -> Call[FileEntry]:
     operation = f"move {shown_path(source)} to {shown_path(destination)} in {sandbox}"
-    body = _body(MoveRequest, operation, source=_text(source), destination=_text(destination), user=user)
-    return Call(operation, "POST", _sandbox(sandbox, "/files/move"), _model(FileEntry, operation), body)
+    body = make_body(MoveRequest, operation, source=_text(source), destination=_text(destination), user=user)
+    return Call(operation, "POST", sandbox_path(sandbox, "/files/move"), read_model(FileEntry, operation), body)
 
 
 def shown_path(path: RemotePath) -> str:
@@ -408,16 +403,11 @@ def shown_path(path: RemotePath) -> str:
 
 # -- pieces --------------------------------------------------------------------------------------------------------
 
-_NO_CONTENT = 204
 _OCTETS = {"Content-Type": "application/octet-stream"}
 
 
-def _sandbox(sandbox: str, below: str = "") -> str:
-    return f"{API}/sandboxes/{encode_segment(sandbox, 'sandbox')}{below}"
-
-
 def _process(sandbox: str, pid: int, below: str) -> str:
-    return _sandbox(sandbox, f"/processes/{pid}{below}")
+    return sandbox_path(sandbox, f"/processes/{pid}{below}")
 
 
 def _path_query(path: RemotePath, user: str, *more: tuple[str, str | bytes | int]) -> str:
@@ -440,42 +430,3 @@ def _text(path: RemotePath) -> str:
 
 def _shown(arguments: Sequence[str]) -> str:
     return arguments[0] if arguments else "nothing"
-
-
-def _body(kind: type[M], operation: str, /, **fields: Any) -> bytes:
-    try:
-        body = kind(**fields)
-    except ValidationError as error:
-        raise invalid_arguments(operation, error) from error
-    # Without defaults: an older manager, which refuses unknown fields, then takes what a newer client sends.
-    try:
-        return body.model_dump_json(exclude_defaults=True).encode()
-    except ValueError as error:
-        raise InvalidRequestError(
-            f"could not {operation}: a value is no valid text ({error})", hint="give text that is valid unicode"
-        ) from error
-
-
-def _model(kind: type[M], operation: str) -> Callable[[int, bytes], M]:
-    def parse(status: int, content: bytes) -> M:
-        del status
-        try:
-            return kind.model_validate_json(content)
-        except ValidationError as error:
-            raise not_understood(operation, error) from error
-
-    return parse
-
-
-def _bytes(status: int, content: bytes) -> bytes:
-    del status
-    return content
-
-
-def _is_no_content(status: int, content: bytes) -> bool:
-    del content
-    return status == _NO_CONTENT
-
-
-def _nothing(status: int, content: bytes) -> None:
-    del status, content

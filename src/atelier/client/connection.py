@@ -28,7 +28,7 @@ import httpx
 
 from atelier import __version__
 from atelier.client.addresses import resolve_target
-from atelier.client.calls import Call, LineStream
+from atelier.client.call import Call, LineStream
 from atelier.client.environment import Endpoint
 from atelier.client.errors import error_from_response, error_from_transport
 from atelier.client.line_splitter import LineSplitter

@@ -43,6 +43,20 @@ def find_data_directory(data_dir: str | Path = "", variables: Mapping[str, str] 
     return (Path(xdg) if xdg.startswith("/") else home / ".local/share") / "atelier"
 
 
+def find_local_data(
+    *, api_url: str = "", data_dir: str | Path = "", variables: Mapping[str, str] | None = None
+) -> DataLayout | None:
+    """The data folder of the manager that ``find_endpoint`` finds, if it is one of this user's on this machine; None
+    when an address is given that is not in that folder's token file."""
+    variables = os.environ if variables is None else variables
+    url = api_url or variables.get("ATELIER_API_URL", "")
+    data = DataLayout(find_data_directory(data_dir, variables))
+    if not url:
+        return data
+    local = _read_token_file(data.token_file)
+    return data if local is not None and is_same_server(normalise_api_url(url), local.api_url) else None
+
+
 def find_endpoint(
     *,
     api_url: str = "",

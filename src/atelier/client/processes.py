@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 
 from atelier.client import calls
+from atelier.client.call import LineStream
 from atelier.client.connection import AsyncConnectionLease, ConnectionLease
 from atelier.model.errors import TransientError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessStarted
@@ -27,9 +28,7 @@ class Execution:
     """One program that was started (or attached to). Iterate it for its events; as a context manager it detaches at
     the end, which does not end the program. ``pid`` is the process's id in the sandbox."""
 
-    def __init__(
-        self, lease: ConnectionLease, sandbox: str, stream: calls.LineStream[ProcessEvent], pid: int = 0
-    ) -> None:
+    def __init__(self, lease: ConnectionLease, sandbox: str, stream: LineStream[ProcessEvent], pid: int = 0) -> None:
         self._lease = lease
         self._sandbox = sandbox
         self._lines = lease.connection.lines(stream)
@@ -95,7 +94,7 @@ class AsyncExecution:
     """The same on asyncio; made by ``AsyncSandbox.exec``, which awaits the start."""
 
     def __init__(
-        self, lease: AsyncConnectionLease, sandbox: str, stream: calls.LineStream[ProcessEvent], pid: int = 0
+        self, lease: AsyncConnectionLease, sandbox: str, stream: LineStream[ProcessEvent], pid: int = 0
     ) -> None:
         self._lease = lease
         self._sandbox = sandbox

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Coroutine, Mapping
+from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -26,9 +26,18 @@ from atelier.client.calls import Command
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
 from atelier.client.environment import Endpoint, find_endpoint
 from atelier.client.files import AsyncFiles, Files
+from atelier.client.lifecycle_calls import moment_of_expiry
 from atelier.client.processes import AsyncExecution, AsyncProcesses, Execution, Processes
-from atelier.client.sandbox_failures import SandboxFailedError, not_gone_in_time, not_in_time, program_failed
-from atelier.model.errors import AtelierError, NotFoundError
+from atelier.client.sandbox_failures import program_failed
+from atelier.client.sandbox_life import (
+    DEFAULT_WAIT_SECONDS,
+    AsyncSandboxLife,
+    SandboxLife,
+    carry_out,
+    carry_out_async,
+    until_settled,
+)
+from atelier.model.errors import AtelierError
 from atelier.model.guest import TerminalSize
 from atelier.model.ids import new_sandbox_name
 from atelier.model.states import SandboxState
@@ -41,12 +50,10 @@ if TYPE_CHECKING:
     from atelier.client.terminal import AsyncTerminal, Terminal
 
 T = TypeVar("T")
-DEFAULT_CREATE_SECONDS = 300.0
-_POLL_SECONDS = 0.5
 _PAGE = 500
 
 
-class Sandbox:
+class Sandbox(SandboxLife):
     """A handle on one sandbox. As a context manager it destroys the sandbox at the end if this handle created it
     (``destroy_on_exit``), else it only closes the connection."""
 
@@ -68,13 +75,18 @@ class Sandbox:
         disk_mib: int | None = None,
         environment: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
+        expires_at: datetime | None = None,
+        expires_in_seconds: float | None = None,
+        auto_stop_after_idle_seconds: int | None = None,
         wait: bool = True,
-        timeout_seconds: float = DEFAULT_CREATE_SECONDS,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
         api_key: str = "",
         connection: Connection | None = None,
     ) -> Sandbox:
         """Create a sandbox and, unless ``wait`` is false, return when it runs. What is left out, the manager chooses.
+        It is destroyed at ``expires_at``, or after ``expires_in_seconds`` from now by this machine's clock, and stopped
+        when nobody has used it for ``auto_stop_after_idle_seconds``; None: never.
 
         Raises SandboxFailedError when it failed (its row stays until it is destroyed), TimeoutExceededError after
         ``timeout_seconds`` (the creation goes on), ConflictError when the name is taken.
@@ -84,24 +96,19 @@ class Sandbox:
         asked_name = name or new_sandbox_name()
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
-            environment=environment, labels=labels, wait_seconds=timeout_seconds if wait else 0,
+            environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
+            expires_at=moment_of_expiry(expires_at, expires_in_seconds),
+            wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
-        deadline = time.monotonic() + timeout_seconds
         try:
             try:
-                details = lease.connection.send(call)
-                while wait and details.state is SandboxState.CREATING:
-                    if time.monotonic() > deadline:
-                        raise not_in_time(details, timeout_seconds)
-                    time.sleep(_POLL_SECONDS)
-                    details = lease.connection.send(calls.get_sandbox(details.id))
+                steps = until_settled(call, SandboxState.RUNNING, timeout_seconds, wait=wait)
+                details = carry_out(lease.connection, steps)
             except KeyboardInterrupt:
                 if name is None:
                     with contextlib.suppress(AtelierError):
                         lease.connection.send(calls.delete_sandbox(asked_name, wait=False))
                 raise
-            if wait and details.state is not SandboxState.RUNNING:
-                raise SandboxFailedError(details)
         except BaseException:
             lease.close()
             raise
@@ -144,23 +151,6 @@ class Sandbox:
                     return found
         finally:
             lease.close()
-
-    @property
-    def id(self) -> str:
-        return self.details.id
-
-    @property
-    def name(self) -> str:
-        return self.details.name
-
-    @property
-    def state(self) -> SandboxState:
-        """As last seen; ``refresh`` asks again."""
-        return self.details.state
-
-    def refresh(self) -> SandboxDetails:
-        self.details = self._lease.connection.send(calls.get_sandbox(self.id))
-        return self.details
 
     def run(
         self,
@@ -232,13 +222,6 @@ class Sandbox:
     def metrics(self) -> SandboxMetrics:
         return self._lease.connection.send(calls.get_metrics(self.id))
 
-    def destroy(self, *, wait: bool = True) -> None:
-        """Destroy the sandbox, whatever its state; fine if it is gone already."""
-        with contextlib.suppress(NotFoundError):
-            gone = self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
-            if wait and not gone:
-                raise not_gone_in_time(self.name)
-
     def close(self) -> None:
         """Close the connection; the sandbox lives on."""
         self._lease.close()
@@ -255,11 +238,8 @@ class Sandbox:
         finally:
             self.close()
 
-    def __repr__(self) -> str:
-        return f"<Sandbox {self.name} ({self.id}) {self.state}>"
 
-
-class AsyncSandbox:
+class AsyncSandbox(AsyncSandboxLife):
     """The same on asyncio. A handle belongs to the event loop in which it was made."""
 
     def __init__(self, details: SandboxDetails, lease: AsyncConnectionLease, *, destroy_on_exit: bool = False) -> None:
@@ -280,8 +260,11 @@ class AsyncSandbox:
         disk_mib: int | None = None,
         environment: Mapping[str, str] | None = None,
         labels: Mapping[str, str] | None = None,
+        expires_at: datetime | None = None,
+        expires_in_seconds: float | None = None,
+        auto_stop_after_idle_seconds: int | None = None,
         wait: bool = True,
-        timeout_seconds: float = DEFAULT_CREATE_SECONDS,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
         api_key: str = "",
         connection: AsyncConnection | None = None,
@@ -291,24 +274,19 @@ class AsyncSandbox:
         asked_name = name or new_sandbox_name()
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
-            environment=environment, labels=labels, wait_seconds=timeout_seconds if wait else 0,
+            environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
+            expires_at=moment_of_expiry(expires_at, expires_in_seconds),
+            wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
-        deadline = time.monotonic() + timeout_seconds
         try:
             try:
-                details = await lease.connection.send(call)
-                while wait and details.state is SandboxState.CREATING:
-                    if time.monotonic() > deadline:
-                        raise not_in_time(details, timeout_seconds)
-                    await asyncio.sleep(_POLL_SECONDS)
-                    details = await lease.connection.send(calls.get_sandbox(details.id))
+                steps = until_settled(call, SandboxState.RUNNING, timeout_seconds, wait=wait)
+                details = await carry_out_async(lease.connection, steps)
             except asyncio.CancelledError:
                 if name is None:
                     with contextlib.suppress(AtelierError):
                         await _to_the_end(lease.connection.send(calls.delete_sandbox(asked_name, wait=False)))
                 raise
-            if wait and details.state is not SandboxState.RUNNING:
-                raise SandboxFailedError(details)
         except BaseException:
             await lease.close()
             raise
@@ -351,23 +329,6 @@ class AsyncSandbox:
                     return found
         finally:
             await lease.close()
-
-    @property
-    def id(self) -> str:
-        return self.details.id
-
-    @property
-    def name(self) -> str:
-        return self.details.name
-
-    @property
-    def state(self) -> SandboxState:
-        """As last seen; ``refresh`` asks again."""
-        return self.details.state
-
-    async def refresh(self) -> SandboxDetails:
-        self.details = await self._lease.connection.send(calls.get_sandbox(self.id))
-        return self.details
 
     async def run(
         self,
@@ -435,13 +396,6 @@ class AsyncSandbox:
     async def metrics(self) -> SandboxMetrics:
         return await self._lease.connection.send(calls.get_metrics(self.id))
 
-    async def destroy(self, *, wait: bool = True) -> None:
-        """Destroy the sandbox, whatever its state; fine if it is gone already."""
-        with contextlib.suppress(NotFoundError):
-            gone = await self._lease.connection.send(calls.delete_sandbox(self.id, wait=wait))
-            if wait and not gone:
-                raise not_gone_in_time(self.name)
-
     async def close(self) -> None:
         """Close the connection; the sandbox lives on."""
         await self._lease.close()
@@ -457,9 +411,6 @@ class AsyncSandbox:
                 await _to_the_end(self.destroy())
         finally:
             await self.close()
-
-    def __repr__(self) -> str:
-        return f"<AsyncSandbox {self.name} ({self.id}) {self.state}>"
 
 
 async def _to_the_end(work: Coroutine[object, object, T]) -> T:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from atelier.client.calls import WAIT_AT_MOST_SECONDS, Command, to_arguments
+from atelier.client.call import WAIT_AT_MOST_SECONDS
+from atelier.client.calls import Command, to_arguments
 from atelier.model.errors import AtelierError, GuestError, TimeoutExceededError
+from atelier.model.states import SandboxState
 from atelier.schemas.processes import RunResult
 from atelier.schemas.sandboxes import Sandbox as SandboxDetails
 
 
 class SandboxFailedError(AtelierError):
-    """A sandbox ended as ``failed`` instead of running. ``code`` and ``hint`` are those of the reason that the manager
-    recorded; ``details`` is its row, with the last lines of its console."""
+    """A sandbox ended as ``failed``, or is stuck, instead of becoming what was asked for. ``code`` and ``hint`` are
+    those of the reason that the manager recorded; ``details`` is its row, with the last lines of its console."""
 
     default_code = "sandbox_failed"
 
     def __init__(self, details: SandboxDetails) -> None:
         cause = details.failure
+        if cause is None:
+            message = f"the sandbox {details.name} is {details.state} by now"
+        elif details.state is SandboxState.FAILED:
+            message = f"the sandbox {details.name} failed: {cause.message}"
+        else:
+            message = f"the sandbox {details.name} is {cause.message}"
         super().__init__(
-            f"the sandbox {details.name} failed" + (f": {cause.message}" if cause else ""),
+            message,
             hint=(cause.hint if cause else "")
             or f"see `atelier logs {details.name}`, then `atelier rm {details.name}`",
             code=cause.code if cause else "",
@@ -25,10 +33,23 @@ class SandboxFailedError(AtelierError):
         self.details = details
 
 
+def is_stuck(details: SandboxDetails) -> bool:
+    """What is under way with it (or cleaning up after it) does not go on by itself; ``failure`` says why."""
+    return details.failure is not None and details.failure.code.endswith("_stuck")
+
+
+_GOALS = {
+    SandboxState.CREATING: "did not run",
+    SandboxState.STARTING: "did not run",
+    SandboxState.STOPPING: "was not stopped",
+    SandboxState.DESTROYING: "was not gone",
+}
+
+
 def not_in_time(details: SandboxDetails, seconds: float) -> TimeoutExceededError:
     return TimeoutExceededError(
-        f"the sandbox {details.name} did not run within {seconds:g} s",
-        hint=f"it is still being made: `atelier get {details.name}` shows it, `atelier rm {details.name}` gives it up",
+        f"the sandbox {details.name} {_GOALS.get(details.state, f'was still {details.state}')} within {seconds:g} s",
+        hint=f"it goes on: `atelier get {details.name}` shows it, `atelier rm {details.name}` gives it up",
     )
 
 

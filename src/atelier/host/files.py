@@ -66,6 +66,21 @@ def lock_folder(lock_file: Path) -> FolderLock:
     return FolderLock(descriptor)
 
 
+def is_folder_locked(lock_file: Path) -> bool:
+    """Whether some process holds the folder now. Leaves no trace."""
+    try:
+        descriptor = os.open(lock_file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def ensure_private_folder(folder: Path) -> None:
     """Have ``folder`` as a real folder of this user's, mode 0700. Parents are made as needed.
 

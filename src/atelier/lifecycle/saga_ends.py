@@ -70,12 +70,12 @@ class SagaEnds:
         advice = record.error.get("hint") or "remove what is in the way"
         hint = f"{advice}, then: atelier retry {name}"
         if record.unwind_requested:
-            message = f"the sandbox cannot be removed: {reason}"
+            message = f"stuck while being destroyed: {reason}"
             self.transitions.mark_stuck(connection, record.subject_id, Failure("destroy_stuck", message, hint))
             return
         code = f"{self.verb}_stuck"
         if not record.failure:
-            message = f"the sandbox is stuck while it is {self.doing}: {reason}"
+            message = f"stuck while {self.doing}: {reason}"
             self.transitions.mark_stuck(connection, record.subject_id, Failure(code, message, hint))
             return
         failure = failure_of(record.failure)

@@ -32,6 +32,7 @@ from atelier.lifecycle.errors import describe_error, is_transient
 from atelier.lifecycle.machines import Machines
 from atelier.lifecycle.operations import Operation
 from atelier.lifecycle.reclaim import Reclaim
+from atelier.lifecycle.saga_ends import failure_of
 from atelier.lifecycle.sandbox_create import create_saga_id, define_create
 from atelier.lifecycle.sandbox_resize import define_resize
 from atelier.lifecycle.sandbox_start import define_start
@@ -250,8 +251,9 @@ class SandboxLifecycle:
                     code="nothing_stuck",
                     hint="only what is stuck can be tried again; a failed sandbox can be started",
                 )
-            if sandbox.state is not SandboxState.FAILED:
-                self._transitions.restate(connection, sandbox_id, None)
+            # A failed one says again why it failed, without that cleaning up is stuck.
+            failure = failure_of(stuck[0].failure) if sandbox.state is SandboxState.FAILED else None
+            self._transitions.restate(connection, sandbox_id, failure)
             return stuck
 
         async def begin() -> None:

@@ -1,4 +1,4 @@
-"""``python -m atelier.manager``, which ``atelier up`` executes: starts, serves, and leaves nothing behind.
+"""``python -m atelier.manager``, which ``atelier up`` executes: starts, serves, and ends in order.
 
 Exit status: 0 after an orderly end, 1 when the manager could not start (the reason and the remedy stand on stderr),
 2 for wrong options.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_restore(settings, options.restore, as_json=options.json)
         logs.configure(settings.log_level, "json" if options.log_format == "json" else "line")
         if options.down:
-            return uvloop.run(_end_sandboxes(settings, options.down))
+            return uvloop.run(_end_sandboxes(settings, options.down, as_json=options.json))
         return uvloop.run(_serve(settings, options.on_exit))
     except AtelierError as error:
         if options.json:
@@ -65,7 +65,7 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
     async with contextlib.AsyncExitStack() as stack:
         installation = await stack.enter_async_context(Installation.open(settings))
         server = Server(installation.application, installation.socket)
-        installation.announce()
+        installation.announce(on_exit)
         serving = asyncio.create_task(server.serve())
         stopping = [asyncio.create_task(event.wait()) for event in (stop, installation.end_asked)]
         await asyncio.wait({serving, *stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -76,15 +76,22 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
             loop.remove_signal_handler(number)
         _say("stopping: no new requests")
         await server.shut_down(serving)
-        _say_goodbye(on_exit, *await installation.end_sandboxes(on_exit))
-    return 0
-
-
-async def _end_sandboxes(settings: Settings, what: SandboxesAtEnd) -> int:
-    """Without serving anybody: what ``atelier down`` does where no manager runs."""
-    async with Installation.open(settings) as installation:
+        # Who ended it over the API has said what becomes of the sandboxes, and that is done.
+        what: SandboxesAtEnd = "keep" if installation.end_asked.is_set() else on_exit
         _say_goodbye(what, *await installation.end_sandboxes(what))
     return 0
+
+
+async def _end_sandboxes(settings: Settings, what: SandboxesAtEnd, *, as_json: bool) -> int:
+    """Without serving anybody: what ``atelier down`` does where no manager runs. 1 if a sandbox goes on running."""
+    async with Installation.open(settings, serves=False) as installation:
+        changed, running = await installation.end_sandboxes(what)
+    if as_json:
+        done = "destroyed" if what == "destroy" else "stopped"
+        sys.stdout.write(json.dumps({done: changed, "running": running}, indent=2) + "\n")
+    else:
+        _say_goodbye(what, changed, running)
+    return 1 if running else 0
 
 
 def _say_goodbye(what: SandboxesAtEnd, changed: list[str], running: list[str]) -> None:
@@ -94,7 +101,7 @@ def _say_goodbye(what: SandboxesAtEnd, changed: list[str], running: list[str]) -
     for name in running:
         _say(f"sandbox {name} goes on running")
     if running:
-        _say(f"ended; {len(running)} sandboxes go on: atelier up finds them again, atelier down stops them")
+        _say("ended; what goes on is found by the next atelier up, and stopped by atelier down")
     else:
         _say("ended; nothing goes on running")
 

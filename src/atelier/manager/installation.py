@@ -39,6 +39,12 @@ _CLOCK_SECONDS = 60.0
 _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
 _DRAIN_SECONDS = 30.0
+_AT_END: dict[SandboxesAtEnd, str] = {
+    "keep": "ends it; sandboxes go on (atelier down stops them too)",
+    "stop": "stops the sandboxes and ends it",
+    "destroy": "destroys the sandboxes and ends it",
+}
+_ANY_PORT = ListenAddress("127.0.0.1", 0)
 _TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
 
@@ -56,19 +62,21 @@ class Installation:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def open(settings: Settings) -> AsyncGenerator[Installation]:
-        """Raises AlreadyRunningError, PortInUseError, HostError, and what drivers raise when they are opened."""
+    async def open(settings: Settings, *, serves: bool = True) -> AsyncGenerator[Installation]:
+        """Without ``serves`` nobody will be listened to: whoever holds the port does not matter, and the token file is
+        left alone. Raises AlreadyRunningError, PortInUseError, HostError, and what drivers raise when they are opened.
+        """
         data, run = DataLayout(settings.data_dir), RunLayout(settings.run_dir)
         async with contextlib.AsyncExitStack() as stack:
             for folder in (data.root, data.volumes, data.consoles, data.logs):
                 ensure_private_folder(folder)
             settings.cache_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(data.lock_file))
-            listening = stack.enter_context(_bind(settings.listen))
+            listening = stack.enter_context(_bind(settings.listen if serves else _ANY_PORT))
             host, port = listening.getsockname()[:2]
             address = ListenAddress(host, port)
             _make_run_folders(run)
-            token = _ensure_token(data, address)
+            token = _ensure_token(data, address) if serves else secrets.token_urlsafe()
 
             database = Database(data.database)
             database.open()
@@ -98,13 +106,13 @@ class Installation:
             application = create_application(services, token, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
 
-    def announce(self) -> None:
+    def announce(self, on_exit: SandboxesAtEnd) -> None:
         """Tell the person at the terminal where everything is."""
         sys.stderr.write(
             f"atelier: ready at {self.address.url} (mode {self.settings.mode})\n"
             f"atelier: API documentation at {self.address.url}/docs\n"
             f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
-            "atelier: Ctrl-C ends it; sandboxes go on (atelier down stops them too)\n"
+            f"atelier: Ctrl-C {_AT_END[on_exit]}\n"
         )
         sys.stderr.flush()
 

@@ -46,11 +46,11 @@ class SandboxService:
                 continue
         return await self._lifecycle.start_create(new_sandbox_name(), spec)
 
-    async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> Sandbox:
-        """The row once nothing is under way with it, or as it is after ``timeout_seconds``. Raises NotFoundError when
-        it was destroyed meanwhile."""
+    async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> tuple[Sandbox, bool]:
+        """The row once nothing is under way with it but what is stuck, and True; or as it is after
+        ``timeout_seconds``, and False. Raises NotFoundError when it was destroyed meanwhile."""
         settled = await self._lifecycle.wait_settled(sandbox_id, timeout_seconds)
-        return settled if settled is not None else self.get(sandbox_id)
+        return (settled, True) if settled is not None else (self.get(sandbox_id), False)
 
     def get(self, reference: str) -> Sandbox:
         """By id or name. Raises NotFoundError (``sandbox_not_found``)."""

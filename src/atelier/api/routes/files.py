@@ -61,7 +61,7 @@ async def read_file(request: Request, session: Session, path: GuestPath, user: G
     if asked:
         headers["Content-Range"] = f"bytes {offset}-{offset + count - 1}/{total}"
     return StreamingResponse(
-        _closing(stack, chunks), status_code=206 if asked else 200, media_type=_OCTETS, headers=headers
+        _closing(session, stack, chunks), status_code=206 if asked else 200, media_type=_OCTETS, headers=headers
     )
 
 
@@ -69,7 +69,8 @@ async def read_file(request: Request, session: Session, path: GuestPath, user: G
 async def write_file(request: Request, session: Session, path: GuestPath, user: GuestUser = "") -> FileEntry:
     """Write a file: the body is its whole content. Readers see the old file or the new one, and a transfer that
     breaks off leaves the old one."""
-    return render_entry(await session.driver.write_file(session.sandbox_id, path, request.stream(), user))
+    with session.in_use():
+        return render_entry(await session.driver.write_file(session.sandbox_id, path, request.stream(), user))
 
 
 @router.delete("", operation_id="remove_file", status_code=204)
@@ -117,17 +118,19 @@ async def read_archive(session: Session, path: GuestPath, user: GuestUser = "") 
     """A folder's content as a tar stream, names relative to the folder."""
     stack = AsyncExitStack()
     chunks = await stack.enter_async_context(session.driver.read_archive(session.sandbox_id, path, user))
-    return StreamingResponse(_closing(stack, chunks), media_type="application/x-tar")
+    return StreamingResponse(_closing(session, stack, chunks), media_type="application/x-tar")
 
 
 @router.put("/archive", operation_id="write_archive", status_code=204, openapi_extra=_RAW_BODY)
 async def write_archive(request: Request, session: Session, path: GuestPath, user: GuestUser = "") -> Response:
     """Unpack a tar stream into a folder, which is made if it is absent."""
-    await session.driver.write_archive(session.sandbox_id, path, request.stream(), user)
+    with session.in_use():
+        await session.driver.write_archive(session.sandbox_id, path, request.stream(), user)
     return Response(status_code=204)
 
 
-async def _closing(stack: AsyncExitStack, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with stack:
-        async for chunk in chunks:
-            yield chunk
+async def _closing(session: GuestSession, stack: AsyncExitStack, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    with session.in_use():
+        async with stack:
+            async for chunk in chunks:
+                yield chunk

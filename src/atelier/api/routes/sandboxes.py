@@ -57,7 +57,7 @@ async def create_sandbox(
     )
     row = await service.create(body.name, spec)
     if wait:
-        row = await service.wait_settled(row.id, timeout_seconds)
+        row, _ = await service.wait_settled(row.id, timeout_seconds)
         if row.state is not SandboxState.CREATING:
             response.status_code = 201
     return render_sandbox(row)
@@ -68,8 +68,9 @@ async def _settled(
 ) -> Sandbox:
     """The row, once nothing is under way (then 200), or as it is after ``wait_seconds``; None: do not wait."""
     if wait_seconds is not None:
-        row = await services_of(request).sandboxes.wait_settled(row.id, wait_seconds)
-        if row.state not in UNDER_WAY:
+        row, has_settled = await services_of(request).sandboxes.wait_settled(row.id, wait_seconds)
+        # A sandbox keeps its state while it is resized.
+        if has_settled and row.state not in UNDER_WAY:
             response.status_code = 200
     return render_sandbox(row)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from atelier.cli.invocation import MEBIBYTES, PAIR, Invocation, json_option, pass_invocation
+from atelier.cli.invocation import DURATION, MEBIBYTES, PAIR, Invocation, json_option, pass_invocation, waiting_options
 
 
 @click.command(short_help="Create a sandbox.")
@@ -15,9 +15,9 @@ from atelier.cli.invocation import MEBIBYTES, PAIR, Invocation, json_option, pas
 @click.option("--disk", "disk_mib", type=MEBIBYTES, help="Disk: 4096, 4096M or 4G.  [default: 4G]")
 @click.option("-e", "--env", "environment", type=PAIR, multiple=True, help="A variable for its programs; repeatable.")
 @click.option("-l", "--label", "labels", type=PAIR, multiple=True, help="A label, for finding it again; repeatable.")
-@click.option("--no-wait", is_flag=True, help="Return as soon as the manager has taken the order.")
-@click.option("--timeout", "timeout_seconds", type=click.FloatRange(min=1), default=300.0, show_default=True,
-              metavar="SECONDS", help="How long to wait for it to run.")  # fmt: skip
+@click.option("--expires-in", "expires_in_seconds", type=DURATION, help="Destroy it after 30m, 2h, 1d.")
+@click.option("--stop-when-idle", "idle_seconds", type=DURATION, help="Stop it when nobody has used it for so long.")
+@waiting_options
 @json_option("Print the sandbox as JSON.")
 @pass_invocation
 def create(
@@ -29,6 +29,8 @@ def create(
     disk_mib: int | None,
     environment: tuple[tuple[str, str], ...],
     labels: tuple[tuple[str, str], ...],
+    expires_in_seconds: int | None,
+    idle_seconds: int | None,
     no_wait: bool,
     timeout_seconds: float,
     as_json: bool,
@@ -42,26 +44,31 @@ def create(
     Examples:
       atelier create
       atelier create --name box --cpus 2 --memory 1G --disk 8G
+      atelier create --expires-in 2h --stop-when-idle 30m
       box=$(atelier create --label team=web)
     """
     from atelier.cli.output import print_line, print_model, print_note, printable_block
+    from atelier.cli.progress import waiting
     from atelier.client.sandbox import Sandbox
     from atelier.client.sandbox_failures import SandboxFailedError
 
     with invocation.connect() as connection:
         try:
-            sandbox = Sandbox.create(
-                name=name,
-                image=image,
-                vcpu_count=vcpu_count,
-                memory_mib=memory_mib,
-                disk_mib=disk_mib,
-                environment=dict(environment),
-                labels=dict(labels),
-                wait=not no_wait,
-                timeout_seconds=timeout_seconds,
-                connection=connection,
-            )
+            with waiting(f"creating {name or 'a sandbox'}", shown=not as_json and not no_wait):
+                sandbox = Sandbox.create(
+                    name=name,
+                    image=image,
+                    vcpu_count=vcpu_count,
+                    memory_mib=memory_mib,
+                    disk_mib=disk_mib,
+                    environment=dict(environment),
+                    labels=dict(labels),
+                    expires_in_seconds=expires_in_seconds,
+                    auto_stop_after_idle_seconds=idle_seconds,
+                    wait=not no_wait,
+                    timeout_seconds=timeout_seconds,
+                    connection=connection,
+                )
         except KeyboardInterrupt:
             if name is not None:
                 print_note(f"interrupted; {name} may still come up: remove it with `atelier rm {name}`")

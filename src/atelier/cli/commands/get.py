@@ -21,18 +21,26 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
       atelier get box --metrics
       atelier get box --json | jq -r .state
     """
+    from atelier.cli.describing import (
+        CUT_OFF,
+        list_trouble,
+        show_expiry,
+        show_idle_limit,
+        show_last_use,
+        show_state,
+    )
     from atelier.cli.output import (
         print_fields,
         print_json,
         print_line,
         print_model,
-        printable,
         printable_block,
         show_age,
         show_bytes,
         show_mebibytes,
     )
     from atelier.client import calls
+    from atelier.model.states import StopReason
 
     with invocation.connect() as connection:
         found = connection.send(calls.get_sandbox(sandbox))
@@ -43,17 +51,24 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
     if as_json:
         print_model(found)
         return
+    expiry = show_expiry(found.expires_at)
+    if found.expires_at is not None:
+        expiry += f" ({found.expires_at:%Y-%m-%d %H:%M:%S %Z})"
     print_fields(
         [
             ("name", found.name),
             ("id", found.id),
-            ("state", found.state),
+            ("state", f"stopped ({CUT_OFF})" if found.stop_reason is StopReason.FORCED else show_state(found)),
+            *list_trouble(found),
             ("image", f"{found.image} ({found.image_id})" if found.image_id else found.image),
             ("vcpus", str(found.vcpu_count)),
             ("memory", show_mebibytes(found.memory_mib)),
             ("disk", show_mebibytes(found.disk_mib)),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(found.labels.items()))),
             ("created", f"{found.created_at:%Y-%m-%d %H:%M:%S %Z} ({show_age(found.created_at)} ago)"),
+            ("limits", expiry),
+            ("" if expiry else "limits", show_idle_limit(found.auto_stop_after_idle_seconds)),
+            ("last used", show_last_use(found)),
         ]
     )
     if figures is not None:
@@ -65,10 +80,6 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
                 ("up for", f"{figures.uptime_seconds:.0f} s"),
             ]
         )
-    if found.failure is not None:
-        print_line(f"failed because  {printable(found.failure.message)} [{printable(found.failure.code)}]")
-        if found.failure.hint:
-            print_line(f"hint  {printable(found.failure.hint)}")
     if found.console_tail:
         print_line("\nthe last lines of its console:")
         print_line(printable_block(found.console_tail.rstrip()))

@@ -16,7 +16,7 @@ from atelier.cli.invocation import PAIR, Invocation, json_option, pass_invocatio
 def ls(
     invocation: Invocation, state: str | None, labels: tuple[tuple[str, str], ...], quiet: bool, as_json: bool
 ) -> None:
-    """List sandboxes, newest first.
+    """List sandboxes, newest first. What is stuck or has failed is explained below the list, on stderr.
 
     \b
     Examples:
@@ -24,7 +24,8 @@ def ls(
       atelier ls --state running --label team=web
       atelier ls --json
     """
-    from atelier.cli.output import print_json, print_line, print_table, show_age, show_mebibytes
+    from atelier.cli.describing import list_trouble, show_limits, show_state
+    from atelier.cli.output import print_json, print_line, print_note, print_table, printable, show_age, show_mebibytes
     from atelier.client.sandbox import Sandbox
 
     with invocation.connect() as connection:
@@ -38,18 +39,22 @@ def ls(
         print_line("no sandboxes" + (" of that kind" if state or labels else "; make one with `atelier create`"))
     else:
         print_table(
-            ("NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "AGE"),
+            ("NAME", "ID", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "AGE", "LIMITS"),
             (
                 (
                     each.name,
                     each.id,
-                    each.state,
+                    show_state(each),
                     each.image,
                     str(each.vcpu_count),
                     show_mebibytes(each.memory_mib),
                     show_mebibytes(each.disk_mib),
                     show_age(each.created_at),
+                    show_limits(each),
                 )
                 for each in found
             ),
         )
+        for each in found:
+            for label, text in list_trouble(each):
+                print_note(f"{printable(each.name)}: {label}: {printable(text)}")

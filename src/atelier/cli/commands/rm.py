@@ -11,9 +11,6 @@ from atelier.cli.invocation import Invocation, complete_sandbox, json_option, pa
 
 if TYPE_CHECKING:
     from atelier.client.connection import Connection
-    from atelier.model.errors import AtelierError
-
-_AT_ONCE = 8
 
 
 @click.command(short_help="Destroy sandboxes.")
@@ -41,10 +38,8 @@ def rm(
       atelier rm box other-box
       atelier rm --all --yes
     """
-    from concurrent.futures import ThreadPoolExecutor
-    from functools import partial
-
-    from atelier.cli.output import print_error, print_json, print_line
+    from atelier.cli.output import print_json, print_line
+    from atelier.cli.several import on_each
     from atelier.client.sandbox import Sandbox
 
     if everything == bool(sandboxes):
@@ -52,27 +47,23 @@ def rm(
             "Name sandboxes, or say --all." if not everything else "Name sandboxes or say --all, not both."
         )
     with invocation.connect() as connection:
-        names = list(dict.fromkeys(sandboxes))
+        names = list(sandboxes)
         if everything:
             names = [each.name for each in Sandbox.list(connection=connection)]
             if names and not yes:
                 _ask(len(names))
-        remove = partial(_remove, connection, force=force, wait=not no_wait)
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
-            outcomes = list(threads.map(remove, names))
-    failed = [(name, error) for name, error in zip(names, outcomes, strict=True) if error is not None]
-    removed = [name for name, error in zip(names, outcomes, strict=True) if error is None]
+
+        def remove(name: str) -> None:
+            _remove(connection, name, force=force, wait=not no_wait)
+
+        outcomes = on_each(names, remove, doing="destroying", as_json=as_json)
+    removed = [name for name, _ in outcomes.done]
     if as_json:
-        print_json(
-            {"removed": removed, "failed": [{"name": n, "code": e.code, "message": e.message} for n, e in failed]}
-        )
+        print_json({"removed": removed, "failed": outcomes.failures_as_json()})
     else:
         for name in removed:
             print_line(name)
-        for _, error in failed:
-            print_error(error)
-    if failed:
-        click.get_current_context().exit(1)
+    outcomes.finish(as_json=as_json)
 
 
 def _ask(count: int) -> None:
@@ -81,16 +72,16 @@ def _ask(count: int) -> None:
     click.confirm(f"Destroy all {count} sandboxes with all that is in them?", abort=True, err=True)
 
 
-def _remove(connection: Connection, name: str, *, force: bool, wait: bool) -> AtelierError | None:
+def _remove(connection: Connection, name: str, *, force: bool, wait: bool) -> None:
     from atelier.client import calls
-    from atelier.model.errors import AtelierError, NotFoundError, TimeoutExceededError
+    from atelier.client.sandbox_failures import not_gone_in_time
+    from atelier.model.errors import NotFoundError
 
     try:
         gone = connection.send(calls.delete_sandbox(name, wait=wait))
-    except NotFoundError as error:
-        return None if force else error
-    except AtelierError as error:
-        return error
+    except NotFoundError:
+        if force:
+            return
+        raise
     if wait and not gone:
-        return TimeoutExceededError(f"the sandbox {name} is not gone yet", hint="its removal goes on; see `atelier ls`")
-    return None
+        raise not_gone_in_time(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import click
 
@@ -31,8 +32,8 @@ def up(
 ) -> None:
     """Start Atelier on this machine and stay in the foreground.
 
-    Ctrl-C ends it; sandboxes go on running, and the next start finds them. `atelier down` stops them too. The key for the API is kept in the data folder, where the other
-    commands of the same user find it.
+    Ctrl-C ends it; sandboxes go on running, and the next start finds them. `atelier down` stops them too. The key for
+    the API is kept in the data folder, where the other commands of the same user find it.
 
     \b
     Examples:
@@ -52,7 +53,7 @@ def up(
     become_manager(arguments)
 
 
-def become_manager(arguments: list[str]) -> None:
+def become_manager(arguments: list[str]) -> NoReturn:
     """Replace this process by ``python -m atelier.manager``. ``-P``: a folder called ``atelier`` in the working
     directory is not taken for the program."""
     sys.stdout.flush()
