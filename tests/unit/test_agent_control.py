@@ -13,6 +13,8 @@ from atelier.guest_agent.program import Options, parse_options
 from atelier.guest_agent.running_process import end_event
 from atelier.guest_protocol.connect import ConnectError
 
+NETWORK = {"address": "10.1.2.3", "prefixLength": 16, "gateway": "10.1.0.1", "nameserver": "10.1.0.1"}
+
 
 def test_an_identity_holds_what_was_sent_and_nothing_else() -> None:
     empty = Identity({})
@@ -27,8 +29,18 @@ def test_an_identity_holds_what_was_sent_and_nothing_else() -> None:
             "machineId": "0123456789abcdef" * 2,
             "entropy": base64.b64encode(bytes(64)).decode(),
             "hostTimeNs": "1700000000000000001",
+            "network": {
+                "address": "10.1.2.3",
+                "prefixLength": 16,
+                "gateway": "10.1.0.1",
+                "nameserver": "10.1.0.2",
+                "macAddress": "02:00:00:00:00:07",
+            },
         }
     )
+    assert full.network is not None
+    assert (full.network.address, full.network.gateway) == (bytes([10, 1, 2, 3]), bytes([10, 1, 0, 1]))
+    assert (full.network.prefix_length, full.network.mac_address) == (16, bytes([2, 0, 0, 0, 0, 7]))
     assert (full.token, full.environment, full.entropy) == ("t", {"A": "b"}, bytes(64))
     assert full.time_ns == 1_700_000_000_000_000_001
 
@@ -43,6 +55,16 @@ def test_e2b_s_timestamp_is_understood() -> None:
     "message",
     [
         {"accessToken": 1},
+        {"network": 1},
+        {"network": {}},
+        {"network": {**NETWORK, "address": "10.1.2"}},
+        {"network": {**NETWORK, "gateway": None}},
+        {"network": {**NETWORK, "nameserver": "::1"}},
+        {"network": {**NETWORK, "prefixLength": 0}},
+        {"network": {**NETWORK, "prefixLength": 33}},
+        {"network": {**NETWORK, "prefixLength": True}},
+        {"network": {**NETWORK, "macAddress": "02:00"}},
+        {"network": {**NETWORK, "macAddress": "xyz"}},
         {"envVars": []},
         {"envVars": {"A": 1}},
         {"envVars": {"A=B": "c"}},

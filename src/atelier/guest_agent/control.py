@@ -2,7 +2,7 @@
 
 Registered by ``program`` for the guest channel; never for a listener, unless in development. ``/init`` has E2B's
 fields (accessToken, envVars, timestamp, defaultUser, defaultWorkdir) and ours (hostname, machineId, entropy in base64,
-hostTimeNs). A field that is absent changes nothing; all are checked before the first takes effect. SetClock answers
+hostTimeNs, network). A field that is absent changes nothing; all are checked before the first takes effect. SetClock answers
 timeNs, the guest's clock, and takes offsetNs, by which that is ahead of the host's (``clock``).
 """
 
@@ -11,12 +11,15 @@ from __future__ import annotations
 import time
 from binascii import Error as BinasciiError
 from binascii import a2b_base64
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from atelier.guest_agent.http import Request, Response, Router
 from atelier.guest_agent.rpc import Message, add_unary
 from atelier.guest_agent.state import AgentState
 from atelier.guest_protocol.connect import ConnectError, decode_json
+
+if TYPE_CHECKING:
+    from atelier.guest_agent.network import NetworkSettings
 
 MAX_INIT_BYTES: Final = 1024 * 1024
 
@@ -37,6 +40,7 @@ class Identity:
         self.environment = _environment(message.get("envVars"))
         self.entropy = _entropy(_text(message, "entropy"))
         self.time_ns = _time_ns(message)
+        self.network = _network(message.get("network"))
         if self.hostname is not None and not (
             1 <= len(self.hostname) <= 63 and _LABEL.issuperset(self.hostname) and self.hostname[0] not in "-."
         ):
@@ -59,6 +63,10 @@ def register(router: Router, state: AgentState) -> None:
                 system.set_hostname(identity.hostname)
             if identity.machine_id is not None:
                 system.set_machine_id(identity.machine_id)
+            if identity.network is not None:
+                from atelier.guest_agent import network
+
+                network.apply(identity.network)
         if identity.environment is not None:
             state.environment = identity.environment
         if identity.default_user:
@@ -108,6 +116,16 @@ def _environment(value: object) -> dict[str, str] | None:
         if not isinstance(content, str) or not name or "=" in name or "\0" in name or "\0" in content:
             raise ConnectError("invalid_argument", f"envVars: {name[:100]!r} is no variable with a text")
     return variables
+
+
+def _network(value: object) -> NetworkSettings | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ConnectError("invalid_argument", "network must be an object")
+    from atelier.guest_agent.network import NetworkSettings
+
+    return NetworkSettings(cast("dict[str, Any]", value))
 
 
 def _entropy(encoded: str | None) -> bytes | None:

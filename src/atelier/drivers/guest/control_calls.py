@@ -15,6 +15,7 @@ from atelier.drivers.guest.messages import Message, clock_time_ns
 from atelier.guest_protocol import connect
 from atelier.model.errors import AtelierError, GuestError, TimeoutExceededError, TransientError
 from atelier.model.guest import GuestIdentity
+from atelier.model.machine import GuestAddress
 
 _READY_PAUSE_SECONDS: Final = 0.025
 _READY_OVERLAP_SECONDS: Final = 0.25
@@ -73,6 +74,19 @@ async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
     return None
 
 
+def _network_fields(network: GuestAddress | None) -> Message:
+    if network is None:
+        return {}
+    return {
+        "network": {
+            "address": network.address,
+            "prefixLength": network.prefix_length,
+            "gateway": network.gateway,
+            "nameserver": network.nameserver,
+        }
+    }
+
+
 async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
     await guest.ask(
         "initializing the guest",
@@ -87,6 +101,7 @@ async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
                 "entropy": base64.b64encode(identity.entropy).decode(),
                 "hostTimeNs": str(identity.host_time_ns),
                 "envVars": identity.environment,
+                **_network_fields(identity.network),
             }
         ),
         expected=(200, 204),

@@ -1,0 +1,72 @@
+"""The guest's card, set for real: on a TAP in a network namespace of the test's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.real_machines import REPOSITORY, missing_programs
+
+SCRIPT = """
+import sys, fcntl, os, struct, subprocess
+from pathlib import Path
+from atelier.guest_agent import network
+network.RESOLV_CONF = sys.argv[1]
+settings = network.NetworkSettings({
+    "address": "10.9.3.7", "prefixLength": 16, "gateway": "10.9.0.1", "nameserver": "10.9.0.2",
+    "macAddress": "02:00:00:00:00:07",
+})
+def show(*words):
+    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+try:
+    network.apply(settings)
+except Exception as error:
+    assert "no network card" in str(error), error
+else:
+    raise AssertionError("there is no card yet")
+tap = os.open("/dev/net/tun", os.O_RDWR)
+fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"card0", 0x1002))  # TUNSETIFF, IFF_TAP | IFF_NO_PI
+for _ in range(2):
+    network.apply(settings)
+    link, address, routes = show("link", "show", "card0"), show("addr", "show", "card0"), show("route")
+    assert "02:00:00:00:00:07" in link and ",UP" in link, link
+    assert "10.9.3.7/16" in address, address
+    assert "default via 10.9.0.1 dev card0" in routes, routes
+    assert Path(sys.argv[1]).read_text() == "nameserver 10.9.0.2\\n"
+os.unlink(sys.argv[1])
+os.symlink("/nonexistent/stub", sys.argv[1])
+network.apply(settings)
+assert os.path.islink(sys.argv[1]), "a resolver of the image's own is left alone"
+"""
+
+
+def no_namespace() -> str:
+    if missing := missing_programs("unshare", "ip"):
+        return missing
+    words = ["unshare", "--net", "--mount", "mount", "-t", "sysfs", "sysfs", "/sys"]
+    probe = subprocess.run(words, capture_output=True, check=False)
+    if probe.returncode != 0:
+        return "no network namespace can be made here"
+    return "" if os.access("/dev/net/tun", os.R_OK | os.W_OK) else "no /dev/net/tun"
+
+
+NO_NAMESPACE = no_namespace()
+
+
+@pytest.mark.skipif(bool(NO_NAMESPACE), reason=NO_NAMESPACE)
+def test_the_card_is_set(tmp_path: Path) -> None:
+    done = subprocess.run(
+        # /sys shows the cards of the namespace in which it was mounted.
+        [
+            *("unshare", "--net", "--mount", "sh", "-c", 'mount -t sysfs sysfs /sys && exec "$@"', "sh"),
+            *(sys.executable, "-c", SCRIPT, str(tmp_path / "resolv.conf")),
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
