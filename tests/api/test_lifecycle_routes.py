@@ -207,6 +207,16 @@ async def test_limits_are_changed_one_by_one_and_taken_away(inside: ManagerInsid
 
     assert await patch() == (True, 60)
     assert await patch(auto_stop_after_idle_seconds=90) == (True, 90)
+    path = f"{SANDBOXES}/box"
+    later = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
+    await asyncio.gather(
+        inside.client.patch(path, json={"expires_at": later}),
+        inside.client.patch(path, json={"auto_stop_after_idle_seconds": 70}),
+    )
+    row = await get(inside)
+    assert datetime.fromisoformat(row["expires_at"]) == datetime.fromisoformat(later)
+    assert row["auto_stop_after_idle_seconds"] == 70, "both are kept"
+    assert await patch(auto_stop_after_idle_seconds=90) == (True, 90)
     assert await patch(expires_at=None) == (False, 90)
     assert await patch(auto_stop_after_idle_seconds=None) == (False, None)
     inside.clock.put_on(7200)
