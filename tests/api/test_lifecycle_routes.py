@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -206,6 +207,18 @@ async def test_limits_are_changed_one_by_one_and_taken_away(inside: ManagerInsid
         return answer.json()["expires_at"] is not None, answer.json()["auto_stop_after_idle_seconds"]
 
     assert await patch() == (True, 60)
+    assert await patch(auto_stop_after_idle_seconds=90) == (True, 90)
+    path = f"{SANDBOXES}/box"
+    later = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
+    await asyncio.gather(
+        # While this one writes, the two that come after it have to wait, and know of nothing new.
+        inside.installation.fleet._database.write(lambda _: time.sleep(0.5)),
+        inside.client.patch(path, json={"expires_at": later}),
+        inside.client.patch(path, json={"auto_stop_after_idle_seconds": 70}),
+    )
+    row = await get(inside)
+    assert datetime.fromisoformat(row["expires_at"]) == datetime.fromisoformat(later)
+    assert row["auto_stop_after_idle_seconds"] == 70, "both are kept"
     assert await patch(auto_stop_after_idle_seconds=90) == (True, 90)
     assert await patch(expires_at=None) == (False, 90)
     assert await patch(auto_stop_after_idle_seconds=None) == (False, None)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -263,14 +263,15 @@ class SandboxLifecycle:
         await self._unless_interrupted(begin())
         return self._get(sandbox_id)
 
-    async def set_time_limits(
-        self, sandbox_id: str, *, expires_at: datetime | None, auto_stop_after_idle_seconds: int | None
-    ) -> Sandbox:
-        """Replace both limits. Raises NotFoundError, InvalidRequestError (``expiry_in_past``)."""
+    async def set_time_limits(self, sandbox_id: str, change: Callable[[SandboxSpec], SandboxSpec]) -> Sandbox:
+        """``change`` makes the new limits from the present ones, so that two callers lose nothing of each other's.
+
+        Raises NotFoundError, InvalidRequestError (``expiry_in_past``).
+        """
 
         def write(connection: Connection) -> None:
             spec = self._sandboxes.get(connection, sandbox_id).spec
-            changed = replace(spec, expires_at=expires_at, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds)
+            changed = change(spec)
             if changed.expires_at != spec.expires_at:
                 self._check_expiry(changed)
             self._sandboxes.set_time_limits(connection, sandbox_id, changed)

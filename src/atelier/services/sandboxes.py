@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
+from collections.abc import Callable
 
 from atelier.db.engine import Database
 from atelier.db.sandboxes import SandboxRepository
@@ -90,13 +90,10 @@ class SandboxService:
         """Try again what is stuck. Raises NotFoundError, ConflictError (``nothing_stuck``)."""
         return await self._lifecycle.retry(self.get(reference).id)
 
-    async def set_time_limits(
-        self, reference: str, *, expires_at: datetime | None, auto_stop_after_idle_seconds: int | None
-    ) -> Sandbox:
-        """Replace both limits; None: never. Raises NotFoundError, InvalidRequestError (``expiry_in_past``)."""
-        return await self._lifecycle.set_time_limits(
-            self.get(reference).id, expires_at=expires_at, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds
-        )
+    async def set_time_limits(self, reference: str, change: Callable[[SandboxSpec], SandboxSpec]) -> Sandbox:
+        """Change ``expires_at`` and ``auto_stop_after_idle_seconds``; None: never. Raises NotFoundError,
+        InvalidRequestError (``expiry_in_past``)."""
+        return await self._lifecycle.set_time_limits(self.get(reference).id, change)
 
     async def destroy(self, reference: str, wait_seconds: float | None) -> bool:
         """Destroy whatever the sandbox is doing. True when nothing of it is left; False when that takes longer than

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -150,17 +151,16 @@ async def retry_sandbox(
 @router.patch("/{sandbox}", operation_id="change_sandbox")
 async def change_sandbox(request: Request, sandbox: SandboxReference, body: ChangeSandboxRequest) -> Sandbox:
     """Change a sandbox's time limits, as to let it live longer."""
-    service = services_of(request).sandboxes
-    spec = service.get(sandbox).spec
     given = body.model_fields_set
-    row = await service.set_time_limits(
-        sandbox,
-        expires_at=body.expires_at if "expires_at" in given else spec.expires_at,
-        auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds
-        if "auto_stop_after_idle_seconds" in given
-        else spec.auto_stop_after_idle_seconds,
-    )
-    return render_sandbox(row)
+
+    def change(spec: SandboxSpec) -> SandboxSpec:
+        if "expires_at" in given:
+            spec = replace(spec, expires_at=body.expires_at)
+        if "auto_stop_after_idle_seconds" in given:
+            spec = replace(spec, auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds)
+        return spec
+
+    return render_sandbox(await services_of(request).sandboxes.set_time_limits(sandbox, change))
 
 
 @router.get("", operation_id="list_sandboxes")
