@@ -8,12 +8,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from tests.running_manager import RunningManager, start_manager, stop_manager
+
+from atelier.model.states import UNDER_WAY
 
 
 @pytest.fixture
@@ -80,21 +84,37 @@ def test_an_end_destroys_the_sandboxes_and_says_so(folder: Path) -> None:
 
 
 def test_a_killed_manager_leaves_nothing_that_the_next_one_does_not_settle(folder: Path) -> None:
+    """Fake machines live in the manager's memory and fake disks do not: it is as after a reboot of the host."""
     running = start_manager(folder)
     with running.client() as client:
-        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "orphan"}).raise_for_status()
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "found"}).raise_for_status()
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "lost"}).raise_for_status()
+        lost = client.get("/api/v1/sandboxes/lost").json()["id"]
     running.process.kill()
     running.process.wait()
+    (volume,) = (folder / "data" / "volumes").glob(f"{lost}*")
+    volume.unlink()
     again = start_manager(folder)
     try:
         with again.client() as client:
-            (row,) = client.get("/api/v1/sandboxes").json()["items"]
-            assert row["name"] == "orphan"
-            assert row["state"] == "failed", "the fake VMM lived in the manager's memory"
-            assert row["failure"]["message"]
-            assert client.delete("/api/v1/sandboxes/orphan", params={"wait": True}).status_code == 204
+            rows = {name: settled(client, name) for name in ("found", "lost")}
+            assert {name: row["state"] for name, row in rows.items()} == {"found": "running", "lost": "failed"}
+            assert rows["lost"]["failure"]["code"] == "volume_lost"
+            for name in rows:
+                assert client.delete(f"/api/v1/sandboxes/{name}", params={"wait": True}).status_code == 204
     finally:
         stop_manager(again)
+    assert list((folder / "data" / "volumes").iterdir()) == []
+
+
+def settled(client: httpx.Client, name: str) -> dict[str, Any]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        row = client.get(f"/api/v1/sandboxes/{name}").json()
+        if row["state"] not in UNDER_WAY:
+            return row
+        time.sleep(0.05)
+    raise AssertionError(f"{name} did not settle")
 
 
 def test_doctor_answers_without_a_manager(folder: Path) -> None:

@@ -67,7 +67,7 @@ class Drivers:
 def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
     match settings.mode:
         case ServerMode.MOCK:
-            return _mock_drivers()
+            return _mock_drivers(data)
         case ServerMode.LOCAL:
             return _local_drivers(settings, data, run, ids)
 
@@ -133,13 +133,13 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     )
 
 
-def _mock_drivers() -> Drivers:
+def _mock_drivers(data: DataLayout) -> Drivers:
     vmm = FakeVmm()
     guests = FakeGuests()
     guests.on_shut_down = vmm.end_machine
     return Drivers(
         vmm=vmm,
-        storage=FakeStorage(),
+        storage=FakeStorage(folder=data.volumes),
         network=FakeNetwork(),
         images=FakeImages(),
         guests=guests,
