@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.real_machines import NO_QEMU
+from tests.real_machines import NO_QEMU, REPOSITORY
+
+from atelier.model.states import UNDER_WAY
+
+MACHINE = "qemu-system-x86_64"
 
 
 @dataclass(frozen=True)
@@ -35,28 +40,18 @@ class RunningManager:
             base_url=self.url,
             headers={"Authorization": f"Bearer {self.key}"},
             timeout=30,
+            # No TLS is spoken, and reading all certificates takes longer than most requests.
+            verify=False,
             **options,  # type: ignore[arg-type]
         )
 
 
-def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningManager:
-    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``."""
-    environment = {
-        **os.environ,
-        "ATELIER_DATA_DIR": str(folder / "data"),
-        "ATELIER_RUN_DIR": str(folder / "run"),
-        "ATELIER_SERVER_MODE": mode,
-    }
-    environment.pop("ATELIER_API_KEY", None)
-    environment.pop("ATELIER_API_URL", None)
-    log = (folder / "manager.log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-    )
+def start_manager(
+    folder: Path, *options: str, mode: str = "mock", program: Sequence[str] = ("atelier.manager",)
+) -> RunningManager:
+    """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
+    ``program``: another module to run in its place, with the arguments that stand before the manager's."""
+    environment, process = launch_manager(folder, *options, mode=mode, program=program)
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -64,7 +59,7 @@ def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningMan
             raise RuntimeError(f"the manager ended at once: {(folder / 'manager.log').read_text()}")
         try:
             token = json.loads(token_file.read_text())
-            if httpx.get(f"{token['api_url']}/health", timeout=1).status_code == 200:
+            if httpx.get(f"{token['api_url']}/health", timeout=1, verify=False).status_code == 200:
                 return RunningManager(
                     token["api_url"],
                     token["api_key"],
@@ -81,6 +76,30 @@ def start_manager(folder: Path, *options: str, mode: str = "mock") -> RunningMan
     raise RuntimeError(f"the manager does not answer: {(folder / 'manager.log').read_text()}")
 
 
+def launch_manager(
+    folder: Path, *options: str, mode: str, program: Sequence[str]
+) -> tuple[dict[str, str], subprocess.Popen[bytes]]:
+    """As ``start_manager``, without waiting for its answer: its environment and its process."""
+    environment = {
+        **os.environ,
+        "ATELIER_DATA_DIR": str(folder / "data"),
+        "ATELIER_RUN_DIR": str(folder / "run"),
+        "ATELIER_SERVER_MODE": mode,
+    }
+    environment.pop("ATELIER_API_KEY", None)
+    environment.pop("ATELIER_API_URL", None)
+    with (folder / "manager.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    return environment, process
+
+
 def stop_manager(manager: RunningManager) -> int:
     manager.process.send_signal(signal.SIGINT)
     try:
@@ -91,15 +110,17 @@ def stop_manager(manager: RunningManager) -> int:
 
 
 class LocalInstallation:
-    """Real machines below one folder, whose manager may be killed, ended and started again by the test."""
+    """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
+    test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, mode: str = "local") -> None:
         self.folder = folder
+        self.mode = mode
         self.manager = self.start()
 
-    def start(self, *options: str) -> RunningManager:
+    def start(self, *options: str, program: Sequence[str] = ("atelier.manager",)) -> RunningManager:
         """A manager that leaves its sandboxes alone when it ends."""
-        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode="local")
+        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program)
         return self.manager
 
     def kill(self) -> None:
@@ -131,6 +152,47 @@ class LocalInstallation:
         result = self.call("POST", f"/sandboxes/{name}/run", body)
         assert result["exit_code"] == 0, result
         return str(result["stdout"])
+
+    def wait_settled(self, name: str) -> dict[str, Any]:
+        """Its row, once nothing is under way with it."""
+
+        def settled() -> dict[str, Any] | None:
+            row = self.call("GET", f"/sandboxes/{name}")
+            return None if row["state"] in UNDER_WAY else row
+
+        return wait_until(settled, 600)
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
+    """What ``true`` returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := true():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("it has not come true")
+
+
+def vmm_pids(sandbox_id: str) -> list[int]:
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if MACHINE.encode() in line and sandbox_id.encode() in line:
+                found.append(int(entry.name))
+    return found
+
+
+def gateway_pid(manager: RunningManager) -> int:
+    (control,) = manager.run_dir.glob("*/gateway.sock")
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(control))
+        connection.sendall(b'{"operation": "ping"}\n')
+        return int(json.loads(connection.makefile().readline())["pid"])
 
 
 @contextmanager

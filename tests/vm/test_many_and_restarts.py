@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.running_manager import RunningManager, processes_naming, running_local_manager
+from tests.running_manager import RunningManager, gateway_pid, processes_naming, running_local_manager
 
 from atelier import Sandbox
 from atelier.model.errors import AtelierError
@@ -45,15 +43,6 @@ def test_ten_at_once_and_nothing_left(own_manager: RunningManager) -> None:
         assert processes_naming(sandbox_id) == []
         left = [path for root in (own_manager.run_dir, own_manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
         assert left == []
-
-
-def gateway_pid(manager: RunningManager) -> int:
-    (control,) = manager.run_dir.glob("*/gateway.sock")
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
-        connection.connect(str(control))
-        connection.sendall(b'{"operation": "ping"}\n')
-        return int(json.loads(connection.makefile().readline())["pid"])
 
 
 def test_a_killed_gateway_is_replaced_and_guests_work_on(own_manager: RunningManager) -> None:

@@ -8,14 +8,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.running_manager import LocalInstallation, local_installation, processes_naming
-
-MACHINE = "qemu-system-x86_64"
+from tests.running_manager import LocalInstallation, local_installation, processes_naming, vmm_pids, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -23,28 +20,6 @@ def installation() -> Iterator[LocalInstallation]:
     with local_installation() as made:
         made.create("box", disk_mib=4608)
         yield made
-
-
-def vmm_pids(sandbox_id: str) -> list[int]:
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if MACHINE.encode() in line and sandbox_id.encode() in line:
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := true():
-            return value
-        time.sleep(0.1)
-    raise AssertionError("it has not come true")
 
 
 def disk_size_mib(installation: LocalInstallation, name: str) -> int:
