@@ -15,7 +15,8 @@ import httpx
 from tests.leftovers import traces_of
 from tests.running_manager import LocalInstallation, gateway_pid, vmm_pids, wait_until
 
-SMALL = {"memory_mib": 256}
+SMALL = {"memory_mib": 128}
+"""Enough to boot, and many have room at once."""
 _SCRIPT = "cat /home/user/mine"
 
 
@@ -72,17 +73,23 @@ class Witness:
             assert vmm_pids(self.sandbox_id) == self.pids, "its machine went on"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: after so many answers to a load, and seconds."""
+
+    answers: int
+    then_seconds: float = 0.0
+
+
 def kill_in_the_middle(
     installation: LocalInstallation,
     promises: Promises,
     names: Sequence[str],
     victims: Sequence[str],
-    *,
-    answers: int,
-    then_seconds: float = 0.0,
+    moment: Moment,
 ) -> None:
     """All ``names`` are created and all ``victims`` (ids) destroyed at once, each by a client of its own, which destroys
-    every second new one again at once. After so many ``answers`` and seconds, manager and gateway are killed."""
+    every second new one again at once. At the ``moment`` manager and gateway are killed."""
     manager = installation.manager
     gateway = gateway_pid(manager) if installation.mode == "local" else None
     promises.answers = 0
@@ -114,14 +121,42 @@ def kill_in_the_middle(
         works = [pool.submit(create, number, name) for number, name in enumerate(names)]
         works += [pool.submit(destroy, victim) for victim in victims]
         with promises.changed:
-            promises.changed.wait_for(lambda: promises.answers >= answers, timeout=60)
-        time.sleep(then_seconds)
+            promises.changed.wait_for(lambda: promises.answers >= moment.answers, timeout=60)
+        time.sleep(moment.then_seconds)
         if gateway is not None:
             os.kill(gateway, signal.SIGKILL)
         installation.kill()
     for work in works:
         error = work.exception()
         assert error is None or isinstance(error, httpx.TransportError), error
+
+
+def kill_again_and_again(
+    installation: LocalInstallation,
+    witnesses: Sequence[Witness],
+    victims: Sequence[str],
+    creates: int,
+    moments: Sequence[Moment],
+) -> None:
+    """A load, a kill, the next manager and what it owes, for each of ``moments``; then all sandboxes are destroyed.
+    ``victims`` are destroyed under the first load, what is left of each load under the next."""
+    promises = Promises()
+    for number, moment in enumerate(moments):
+        names = [f"load-{number}-{each}" for each in range(creates)]
+        kill_in_the_middle(installation, promises, names, victims, moment)
+        installation.start()
+        for witness in witnesses:
+            witness.check(installation)
+        check_promises(installation, promises)
+        victims = list(promises.owed.values())
+    assert promises.owed, "else the last kill came too late to show anything"
+    destroy_all(installation)
+
+
+def create_witnesses(installation: LocalInstallation, count: int) -> list[Witness]:
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"witness-{number}" for number in range(count)]
+        return list(pool.map(lambda name: Witness.create(installation, name), names))
 
 
 def check_promises(installation: LocalInstallation, promises: Promises) -> None:

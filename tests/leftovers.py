@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.running_manager import processes_naming
 
 KINDS = ("processes", "sockets", "files", "volumes", "rows")
+_OWN = ("bases", "gateway.lock")
 _VOLUME_SUFFIXES = (".qcow2", ".fake.json")
 
 
@@ -33,7 +34,7 @@ def leftovers(folder: Path) -> list[str]:
     return [
         *(f"processes: {line}" for line in processes if line not in gateways),
         *(f"processes: {line}" for line in gateways[1:]),
-        *(_told(path) for path in (*run_parts, *data_parts) if path.name != "bases"),
+        *(_told(path) for path in (*run_parts, *data_parts) if path.name not in _OWN),
         *_rows(folder, "sandboxes"),
         *_rows(folder, "sagas"),
     ]

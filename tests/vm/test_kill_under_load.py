@@ -6,12 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.kill_under_load import Promises, Witness, check_promises, destroy_all, kill_in_the_middle
+from tests.kill_under_load import Moment, create_witnesses, kill_again_and_again
 from tests.leftovers import leftovers
 from tests.running_manager import LocalInstallation, local_installation
 
-CREATES = 14
-WITNESSES = 2
+CREATES = 12
+MOMENTS = (
+    # While requests are answered; while disks are made and the first machines start; while guests boot.
+    Moment(6),
+    Moment(CREATES, 0.7),
+    Moment(CREATES, 5),
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +26,6 @@ def installation() -> Iterator[LocalInstallation]:
 
 
 def test_a_kill_under_load_loses_and_leaks_nothing(installation: LocalInstallation) -> None:
-    witnesses = [Witness.create(installation, f"witness-{number}") for number in range(WITNESSES)]
-    victim = installation.create("victim")["id"]
-    promises = Promises()
-    victims = [victim]
-    # While requests are answered; while disks are made and the first machines start; while guests boot.
-    for number, (answers, then_seconds) in enumerate(((6, 0), (CREATES, 0.7), (CREATES, 5))):
-        names = [f"load-{number}-{each}" for each in range(CREATES)]
-        kill_in_the_middle(installation, promises, names, victims, answers=answers, then_seconds=then_seconds)
-        installation.start()
-        for witness in witnesses:
-            witness.check(installation)
-        check_promises(installation, promises)
-        # What is still waiting to boot goes with the next load.
-        victims = list(promises.owed.values())
-    assert promises.owed, "else the last kill came too late to show anything"
-    destroy_all(installation)
+    victim, *witnesses = create_witnesses(installation, 3)
+    kill_again_and_again(installation, witnesses, [victim.sandbox_id], CREATES, MOMENTS)
     assert leftovers(installation.folder) == []
