@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tests.running_manager import RunningManager
 
 _SAMPLE_SECONDS = 0.05
+_MACHINE = b"qemu-system-x86_64"
 
 
 def processes_naming(text: str) -> list[str]:
@@ -26,6 +27,20 @@ def processes_naming(text: str) -> list[str]:
                 continue
             if text in line:
                 found.append(line)
+    return found
+
+
+def vmm_pids(sandbox_id: str) -> list[int]:
+    """Of a sandbox's virtual machines: one, as a rule."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if _MACHINE in line and sandbox_id.encode() in line:
+                found.append(int(entry.name))
     return found
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from tests.footprint import processes_naming
-from tests.real_machines import NO_QEMU
+from tests.real_machines import NO_QEMU, REPOSITORY
+
+from atelier.model.states import UNDER_WAY
 
 
 @dataclass(frozen=True)
@@ -36,32 +38,23 @@ class RunningManager:
             base_url=self.url,
             headers={"Authorization": f"Bearer {self.key}"},
             timeout=30,
+            # No TLS is spoken, and reading all certificates takes longer than most requests.
+            verify=False,
             **options,  # type: ignore[arg-type]
         )
 
 
 def start_manager(
-    folder: Path, *options: str, mode: str = "mock", variables: Mapping[str, str] | None = None
+    folder: Path,
+    *options: str,
+    mode: str = "mock",
+    program: Sequence[str] = ("atelier.manager",),
+    variables: Mapping[str, str] | None = None,
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
-    ``variables`` are added to its environment."""
-    environment = {
-        **os.environ,
-        **(variables or {}),
-        "ATELIER_DATA_DIR": str(folder / "data"),
-        "ATELIER_RUN_DIR": str(folder / "run"),
-        "ATELIER_SERVER_MODE": mode,
-    }
-    environment.pop("ATELIER_API_KEY", None)
-    environment.pop("ATELIER_API_URL", None)
-    log = (folder / "manager.log").open("wb")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "atelier.manager", "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-    )
+    ``program``: another module to run in its place, with the arguments that stand before the manager's. ``variables``
+    are added to its environment."""
+    environment, process = launch_manager(folder, *options, mode=mode, program=program, variables=variables)
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -69,7 +62,7 @@ def start_manager(
             raise RuntimeError(f"the manager ended at once: {(folder / 'manager.log').read_text()}")
         try:
             token = json.loads(token_file.read_text())
-            if httpx.get(f"{token['api_url']}/health", timeout=1).status_code == 200:
+            if httpx.get(f"{token['api_url']}/health", timeout=1, verify=False).status_code == 200:
                 return RunningManager(
                     token["api_url"],
                     token["api_key"],
@@ -86,6 +79,37 @@ def start_manager(
     raise RuntimeError(f"the manager does not answer: {(folder / 'manager.log').read_text()}")
 
 
+def launch_manager(
+    folder: Path,
+    *options: str,
+    mode: str,
+    program: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+) -> tuple[dict[str, str], subprocess.Popen[bytes]]:
+    """As ``start_manager``, without waiting for its answer: its environment and its process."""
+    environment = {
+        **os.environ,
+        "ATELIER_DATA_DIR": str(folder / "data"),
+        "ATELIER_RUN_DIR": str(folder / "run"),
+        "ATELIER_SERVER_MODE": mode,
+        # Disks of tests stay nearly empty, and how many there may be should not hang on the machine's.
+        "ATELIER_DISK_OVERCOMMIT": "20",
+        **(variables or {}),
+    }
+    environment.pop("ATELIER_API_KEY", None)
+    environment.pop("ATELIER_API_URL", None)
+    with (folder / "manager.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
+            env=environment,
+            cwd=REPOSITORY,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    return environment, process
+
+
 def stop_manager(manager: RunningManager) -> int:
     manager.process.send_signal(signal.SIGINT)
     try:
@@ -96,15 +120,17 @@ def stop_manager(manager: RunningManager) -> int:
 
 
 class LocalInstallation:
-    """Real machines below one folder, whose manager may be killed, ended and started again by the test."""
+    """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
+    test."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, mode: str = "local") -> None:
         self.folder = folder
+        self.mode = mode
         self.manager = self.start()
 
-    def start(self, *options: str) -> RunningManager:
+    def start(self, *options: str, program: Sequence[str] = ("atelier.manager",)) -> RunningManager:
         """A manager that leaves its sandboxes alone when it ends."""
-        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode="local")
+        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program)
         return self.manager
 
     def kill(self) -> None:
@@ -136,6 +162,25 @@ class LocalInstallation:
         result = self.call("POST", f"/sandboxes/{name}/run", body)
         assert result["exit_code"] == 0, result
         return str(result["stdout"])
+
+    def wait_settled(self, name: str) -> dict[str, Any]:
+        """Its row, once nothing is under way with it."""
+
+        def settled() -> dict[str, Any] | None:
+            row = self.call("GET", f"/sandboxes/{name}")
+            return None if row["state"] in UNDER_WAY else row
+
+        return wait_until(settled, 600)
+
+
+def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
+    """What ``true`` returns, once that is true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := true():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("it has not come true")
 
 
 @contextmanager

@@ -12,10 +12,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from tests.running_manager import RunningManager, start_manager, stop_manager
+from tests.disturbed_manager import MODULE
+from tests.lifecycle.sabotage import Place
+from tests.running_manager import RunningManager, start_manager, stop_manager, wait_until
+
+from atelier.model.states import UNDER_WAY
 
 
 @pytest.fixture
@@ -140,6 +145,92 @@ def test_sandboxes_are_ended_where_no_manager_runs(folder: Path, what: str, stat
             assert [row["state"] for row in client.get("/api/v1/sandboxes").json()["items"]] == states
     finally:
         stop_manager(again)
+
+
+def test_a_killed_manager_leaves_nothing_that_the_next_one_does_not_settle(folder: Path) -> None:
+    """Fake machines live in the manager's memory and fake disks do not: it is as after a reboot of the host."""
+    running = start_manager(folder)
+    with running.client() as client:
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "found"}).raise_for_status()
+        client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": "lost"}).raise_for_status()
+        lost = client.get("/api/v1/sandboxes/lost").json()["id"]
+    running.process.kill()
+    running.process.wait()
+    (volume,) = (folder / "data" / "volumes").glob(f"{lost}*")
+    volume.unlink()
+    again = start_manager(folder)
+    try:
+        with again.client() as client:
+            rows = {name: settled(client, name) for name in ("found", "lost")}
+            assert {name: row["state"] for name, row in rows.items()} == {"found": "running", "lost": "failed"}
+            assert rows["lost"]["failure"]["code"] == "volume_lost"
+            for name in rows:
+                assert client.delete(f"/api/v1/sandboxes/{name}", params={"wait": True}).status_code == 204
+    finally:
+        stop_manager(again)
+    assert list((folder / "data" / "volumes").iterdir()) == []
+
+
+def settled(client: httpx.Client, name: str) -> dict[str, Any]:
+    def row() -> dict[str, Any] | None:
+        found = client.get(f"/api/v1/sandboxes/{name}").json()
+        return None if found["state"] in UNDER_WAY else found
+
+    return wait_until(row)
+
+
+@pytest.fixture
+def stopping(folder: Path) -> Iterator[RunningManager]:
+    """A manager that was told to end while it creates the sandbox ``late``, and waits for that."""
+    flag = folder / "in-the-step"
+    place = Place("sandbox_create", "guest_ready", "do", "before")
+    running = start_manager(folder, "--on-exit", "keep", program=(MODULE, f"hold={flag}", str(place)))
+    try:
+        with running.client() as client:
+            client.post("/api/v1/sandboxes", json={"name": "late"}).raise_for_status()
+        wait_until(flag.exists)
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "no new requests" in running.log.read_text())
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.process.wait(1)
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
+def test_an_end_waits_for_what_is_under_way(stopping: RunningManager, folder: Path) -> None:
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{stopping.url}/health", verify=False)
+    (folder / "in-the-step").unlink()
+    assert stopping.process.wait(60) == 0
+    assert "sandbox late goes on running" in stopping.log.read_text()
+
+
+def test_an_end_does_not_wait_for_ever(stopping: RunningManager, folder: Path) -> None:
+    assert stopping.process.wait(90) == 0, "half a minute"
+    assert "nothing goes on running" in stopping.log.read_text()
+    check_the_next_goes_on(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interruption_ends_it_at_once(stopping: RunningManager, folder: Path, number: signal.Signals) -> None:
+    began = time.monotonic()
+    stopping.process.send_signal(number)
+    assert stopping.process.wait(60) == -number
+    assert time.monotonic() - began < 15, "it would have waited for half a minute"
+    assert "Traceback" not in stopping.log.read_text()
+    check_the_next_goes_on(folder)
+
+
+def check_the_next_goes_on(folder: Path) -> None:
+    again = start_manager(folder)
+    try:
+        with again.client() as client:
+            assert settled(client, "late")["state"] == "running"
+    finally:
+        assert stop_manager(again) == 0
 
 
 def test_doctor_answers_without_a_manager(folder: Path) -> None:

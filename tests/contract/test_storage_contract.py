@@ -35,26 +35,16 @@ def base(tmp_path: Path) -> DiskFile:
     return DiskFile(path, "raw")
 
 
-@pytest.fixture(params=[pytest.param("qcow2", marks=needs_qemu_img), "fake", "fake-with-files"])
+def make_storage(kind: str, volumes: Path) -> StorageDriver:
+    if kind == "qcow2":
+        return Qcow2Storage(volumes)
+    volumes.mkdir(exist_ok=True)
+    return FakeStorage(base_size_mib=BASE_MIB, folder=volumes if kind == "fake in files" else None)
+
+
+@pytest.fixture(params=[pytest.param("qcow2", marks=needs_qemu_img), "fake", "fake in files"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> StorageDriver:
-    if request.param == "qcow2":
-        return Qcow2Storage(tmp_path / "volumes")
-    folder = tmp_path / "fakes" if request.param == "fake-with-files" else None
-    if folder is not None:
-        folder.mkdir()
-    return FakeStorage(base_size_mib=BASE_MIB, folder=folder)
-
-
-async def test_fake_volumes_in_files_outlive_their_driver(tmp_path: Path, base: DiskFile) -> None:
-    first = FakeStorage(folder=tmp_path)
-    disk = await first.ensure_volume(VolumeRequest(SANDBOX, base, 64))
-    await first.ensure_volume(VolumeRequest(OTHER, base, 64))
-    await first.grow_volume(SANDBOX, 128)
-    await first.ensure_volume_absent(OTHER)
-    second = FakeStorage(folder=tmp_path)
-    assert await second.list_volumes() == [SANDBOX]
-    assert await second.find_volume(SANDBOX) == disk
-    assert second.sizes_mib == {SANDBOX: 128}
+    return make_storage(request.param, tmp_path / "volumes")
 
 
 @pytest.fixture
@@ -107,6 +97,22 @@ async def test_a_volume_is_found_as_it_was_made(storage: StorageDriver, base: Di
     assert await storage.find_volume(OTHER) is None
     await storage.ensure_volume_absent(SANDBOX)
     assert await storage.find_volume(SANDBOX) is None
+
+
+@pytest.mark.parametrize("kind", [pytest.param("qcow2", marks=needs_qemu_img), "fake in files"])
+async def test_volumes_outlive_the_driver(kind: str, base: DiskFile, tmp_path: Path) -> None:
+    first = make_storage(kind, tmp_path / "volumes")
+    disk = await first.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await first.ensure_volume(VolumeRequest(OTHER, base, 64))
+    await first.grow_volume(SANDBOX, 96)
+    await first.ensure_volume_absent(OTHER)
+    again = make_storage(kind, tmp_path / "volumes")
+    assert await again.list_volumes() == [SANDBOX]
+    assert await again.find_volume(SANDBOX) == disk
+    with pytest.raises(InvalidRequestError):
+        await again.grow_volume(SANDBOX, 95)
+    await again.ensure_volume_absent(SANDBOX)
+    assert await make_storage(kind, tmp_path / "volumes").list_volumes() == []
 
 
 async def test_a_volume_grows_and_never_shrinks(storage: StorageDriver, base: DiskFile) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -61,21 +63,25 @@ async def test_what_has_expired_is_destroyed(host: Host, clock: Clock) -> None:
     assert host.states().count("destroying") == 1
 
 
+def expiring(at: datetime | None) -> Callable[[SandboxSpec], SandboxSpec]:
+    return lambda spec: replace(spec, expires_at=at)
+
+
 async def test_expiry_can_be_put_off_and_taken_away(host: Host, clock: Clock) -> None:
     lifecycle = host.lifecycle(now=clock)
     sandbox = await host.created(lifecycle, expires_at=clock.at + timedelta(seconds=100))
     later = clock.at + timedelta(seconds=200)
-    row = await lifecycle.set_time_limits(sandbox.id, expires_at=later, auto_stop_after_idle_seconds=None)
+    row = await lifecycle.set_time_limits(sandbox.id, expiring(later))
     assert row.spec.expires_at == later
     clock.pass_by(150)
     assert await state_after(host, lifecycle, sandbox.id) is SandboxState.RUNNING
     for past in (clock.at, clock.at - timedelta(days=1)):
         with pytest.raises(InvalidRequestError) as refused:
-            await lifecycle.set_time_limits(sandbox.id, expires_at=past, auto_stop_after_idle_seconds=None)
+            await lifecycle.set_time_limits(sandbox.id, expiring(past))
         assert refused.value.code == "expiry_in_past"
         with pytest.raises(InvalidRequestError):
             await lifecycle.start_create("late", SandboxSpec(expires_at=past))
-    await lifecycle.set_time_limits(sandbox.id, expires_at=None, auto_stop_after_idle_seconds=None)
+    await lifecycle.set_time_limits(sandbox.id, expiring(None))
     clock.pass_by(10**6)
     assert await state_after(host, lifecycle, sandbox.id) is SandboxState.RUNNING
 

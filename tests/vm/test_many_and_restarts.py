@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.footprint import gateway_pid, left_of, processes_naming
+from tests.footprint import gateway_pid, processes_naming
 from tests.running_manager import RunningManager, running_local_manager
 
 from atelier import Sandbox
@@ -41,7 +41,9 @@ def test_ten_at_once_and_nothing_left(own_manager: RunningManager) -> None:
         assert all(len(processes_naming(sandbox_id)) == 1 for sandbox_id in ids)
         list(pool.map(lambda sandbox: sandbox.destroy(), sandboxes))
     for sandbox_id in ids:
-        assert left_of(own_manager, sandbox_id) == []
+        assert processes_naming(sandbox_id) == []
+        left = [path for root in (own_manager.run_dir, own_manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
+        assert left == []
 
 
 def test_a_killed_gateway_is_replaced_and_guests_work_on(own_manager: RunningManager) -> None:

@@ -8,15 +8,12 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.footprint import processes_naming
-from tests.running_manager import LocalInstallation, local_installation
-
-MACHINE = "qemu-system-x86_64"
+from tests.footprint import processes_naming, vmm_pids
+from tests.running_manager import LocalInstallation, local_installation, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +21,6 @@ def installation() -> Iterator[LocalInstallation]:
     with local_installation() as made:
         made.create("box", disk_mib=4608)
         yield made
-
-
-def vmm_pids(sandbox_id: str) -> list[int]:
-    found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if MACHINE.encode() in line and sandbox_id.encode() in line:
-                found.append(int(entry.name))
-    return found
-
-
-def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := true():
-            return value
-        time.sleep(0.1)
-    raise AssertionError("it has not come true")
 
 
 def disk_size_mib(installation: LocalInstallation, name: str) -> int:

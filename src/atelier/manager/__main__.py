@@ -74,7 +74,8 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
         # A second Ctrl-C ends the manager at once; the next start goes on with what this one leaves.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-        _say("stopping: no new requests")
+            signal.signal(number, signal.SIG_DFL)
+        _say("stopping: no new requests; what is under way may end (Ctrl-C again ends at once, the next start goes on)")
         await server.shut_down(serving)
         # Who ended it over the API has said what becomes of the sandboxes, and that is done.
         what: SandboxesAtEnd = "keep" if installation.end_asked.is_set() else on_exit

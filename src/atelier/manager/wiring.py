@@ -67,7 +67,7 @@ class Drivers:
 def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
     match settings.mode:
         case ServerMode.MOCK:
-            return _mock_drivers(data)
+            return _mock_drivers(settings, data)
         case ServerMode.LOCAL:
             return _local_drivers(settings, data, run, ids)
 
@@ -133,7 +133,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     )
 
 
-def _mock_drivers(data: DataLayout) -> Drivers:
+def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
     vmm = FakeVmm()
     guests = FakeGuests()
     guests.on_shut_down = vmm.end_machine
@@ -141,7 +141,7 @@ def _mock_drivers(data: DataLayout) -> Drivers:
         vmm=vmm,
         storage=FakeStorage(folder=data.volumes),
         network=FakeNetwork(),
-        images=FakeImages(),
+        images=FakeImages(folder=settings.cache_dir / "fake"),
         guests=guests,
         gateway=None,
         concurrent_boots=None,

@@ -1,4 +1,4 @@
-"""Images that take no time and no network: placeholder files in a folder of their own, for mode ``mock`` and tests."""
+"""Images that take no time and no network: placeholder files, for mode ``mock`` and tests."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ _SIZE_MIB = DEFAULT_DISK_MIB
 
 
 class FakeImages:
-    """``recipes`` can be "built", each at once or after ``faults.delay_seconds``. The files vanish with the object."""
+    """``recipes`` can be "built", each at once or after ``faults.delay_seconds``. The files lie in ``folder``, where the
+    next one writes the same again; None: in a folder that vanishes with the object, but not with a killed process."""
 
-    def __init__(self, faults: Faults | None = None, *, recipes: tuple[str, ...] = ("base",)) -> None:
+    def __init__(
+        self, faults: Faults | None = None, *, recipes: tuple[str, ...] = ("base",), folder: Path | None = None
+    ) -> None:
         self.faults = faults or Faults()
         self._recipes = recipes
-        self._folder = tempfile.TemporaryDirectory(prefix="atelier-fake-images-")
+        if folder is None:
+            self._own = tempfile.TemporaryDirectory(prefix="atelier-fake-images-")
+            folder = Path(self._own.name)
+        self._folder = folder
         self._built: dict[str, list[Image]] = {}
         self._boot: BootFiles | None = None
         self._building = asyncio.Lock()
@@ -76,6 +82,7 @@ class FakeImages:
             )
 
     def _placeholder(self, name: str) -> Path:
-        path = Path(self._folder.name) / name
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / name
         path.write_bytes(b"placeholder\n")
         return path

@@ -1,5 +1,7 @@
-"""Storage whose volumes are words: in memory, and in small files where they are to outlive the manager. For mock mode
-and tests; faults by ``faults``."""
+"""Storage whose volumes are words: in memory, or in small files that outlive it as disks outlive a manager.
+
+For mock mode and tests; faults by ``faults``.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeReques
 
 _MIB = 1024 * 1024
 _NEW_VOLUME_BYTES = 200 * 1024
-_SUFFIX = ".fake"
+_SUFFIX = ".fake.json"
 
 
 class FakeStorage:
-    """``base_size_mib`` is the size that every base has; ``capacity_bytes`` is what new volumes share. ``folder`` holds
-    ``<id>.fake``, one file per volume, if given."""
+    """``base_size_mib`` is the size that every base has; ``capacity_bytes`` is what new volumes share. ``folder``, which
+    must exist: where volumes are kept, and found again by the next that is made over it."""
 
     def __init__(
         self,
@@ -35,8 +37,12 @@ class FakeStorage:
         self.volumes: dict[str, Disk] = {}
         self.sizes_mib: dict[str, int] = {}
         self._folder = folder
-        for file in sorted(folder.glob(f"*{_SUFFIX}")) if folder is not None else ():
-            self._read(file)
+        for half_written in folder.glob(f".*{_SUFFIX}.*") if folder else ():
+            half_written.unlink()
+        for path in sorted(folder.glob(f"*{_SUFFIX}")) if folder else ():
+            kept = json.loads(path.read_bytes())
+            base = DiskFile(Path(kept["base"]), kept["base_format"])
+            self._remember(path.name.removesuffix(_SUFFIX), base, int(kept["size_mib"]))
 
     @property
     def name(self) -> str:
@@ -54,10 +60,8 @@ class FakeStorage:
         if request.sandbox_id not in self.volumes:
             if self._free_bytes() < _NEW_VOLUME_BYTES:
                 raise DiskFullError("no space left while creating the volume", hint="remove sandboxes, then try again")
-            top = DiskFile(Path("/nonexistent") / f"{request.sandbox_id}.qcow2", "qcow2")
-            self.volumes[request.sandbox_id] = Disk(ROOT_DISK_SERIAL, top, (request.base,))
-            self.sizes_mib[request.sandbox_id] = request.size_mib
-            self._write(request.sandbox_id)
+            self._keep(request.sandbox_id, request.base, request.size_mib)
+            self._remember(request.sandbox_id, request.base, request.size_mib)
         return self.volumes[request.sandbox_id]
 
     async def find_volume(self, sandbox_id: str) -> Disk | None:
@@ -75,16 +79,16 @@ class FakeStorage:
             raise InvalidRequestError(
                 f"the disk has {present_mib} MiB and cannot shrink to {size_mib} MiB", code="disk_cannot_shrink"
             )
+        self._keep(sandbox_id, self.volumes[sandbox_id].backing[0], size_mib)
         self.sizes_mib[sandbox_id] = size_mib
-        self._write(sandbox_id)
 
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
         await self.faults.before("ensure_volume_absent")
         _check_id(sandbox_id)
-        self.volumes.pop(sandbox_id, None)
-        self.sizes_mib.pop(sandbox_id, None)
         if self._folder is not None:
             (self._folder / f"{sandbox_id}{_SUFFIX}").unlink(missing_ok=True)
+        self.volumes.pop(sandbox_id, None)
+        self.sizes_mib.pop(sandbox_id, None)
 
     async def list_volumes(self) -> list[str]:
         await self.faults.before("list_volumes")
@@ -98,19 +102,16 @@ class FakeStorage:
         await self.faults.before("free_bytes")
         return self._free_bytes()
 
-    def _write(self, sandbox_id: str) -> None:
-        if self._folder is None:
-            return
-        (base,) = self.volumes[sandbox_id].backing
-        words = {"base": str(base.path), "format": base.format, "size_mib": self.sizes_mib[sandbox_id]}
-        write_atomically(self._folder / f"{sandbox_id}{_SUFFIX}", json.dumps(words).encode(), durable=False)
+    def _remember(self, sandbox_id: str, base: DiskFile, size_mib: int) -> None:
+        top = DiskFile(Path("/nonexistent") / f"{sandbox_id}.qcow2", "qcow2")
+        self.volumes[sandbox_id] = Disk(ROOT_DISK_SERIAL, top, (base,))
+        self.sizes_mib[sandbox_id] = size_mib
 
-    def _read(self, file: Path) -> None:
-        words = json.loads(file.read_text())
-        top = DiskFile(Path("/nonexistent") / f"{file.stem}.qcow2", "qcow2")
-        base = DiskFile(Path(words["base"]), words["format"])
-        self.volumes[file.stem] = Disk(ROOT_DISK_SERIAL, top, (base,))
-        self.sizes_mib[file.stem] = int(words["size_mib"])
+    def _keep(self, sandbox_id: str, base: DiskFile, size_mib: int) -> None:
+        if self._folder is not None:
+            words = {"base": str(base.path), "base_format": base.format, "size_mib": size_mib}
+            # Words about nothing: they need not outlive a power cut.
+            write_atomically(self._folder / f"{sandbox_id}{_SUFFIX}", json.dumps(words).encode(), durable=False)
 
     def _free_bytes(self) -> int:
         return max(0, self.capacity_bytes - len(self.volumes) * _NEW_VOLUME_BYTES)

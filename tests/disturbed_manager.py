@@ -1,0 +1,49 @@
+"""A manager that ends or stands still at one place of one saga: ``atelier.manager`` with its steps disturbed.
+
+``python -m tests.disturbed_manager ACTION PLACE OPTION ...``. ACTION ``crash``: end there by ``os._exit``, as a kill
+would; ``hold=FILE``: make FILE there and wait until somebody removes it. PLACE is a ``sabotage.Place``, the options are
+the manager's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.lifecycle.sabotage import Place, disturb
+
+from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager import __main__ as program
+from atelier.manager import installation
+
+CRASHED = 77
+MODULE = "tests.disturbed_manager"
+
+
+def main(action: str, place: Place, options: list[str]) -> int:
+    async def disturbance(reached: Place) -> None:
+        if reached != place:
+            return
+        if action == "crash":
+            os._exit(CRASHED)
+        flag = Path(action.removeprefix("hold="))
+        flag.touch()
+        while flag.exists():
+            await asyncio.sleep(0.05)
+
+    build = installation.build_lifecycle
+
+    def build_disturbed(*parts: Any) -> SandboxLifecycle:
+        lifecycle = build(*parts)
+        disturb(lifecycle, disturbance)
+        return lifecycle
+
+    installation.build_lifecycle = build_disturbed
+    return program.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Place.parse(sys.argv[2]), sys.argv[3:]))
