@@ -259,6 +259,19 @@ async def test_another_length_than_promised(hostile: Hostile, body: bytes) -> No
     assert isinstance(await failure(hostile, reading), GuestProtocolError)
 
 
+async def test_a_file_comes_in_large_pieces_of_bounded_size(hostile: Hostile) -> None:
+    content = bytes(range(256)) * 8192
+    hostile.json(content)
+    pieces: list[bytes] = []
+    async with hostile.driver.read_file(BOX, b"/f") as (_, chunks):
+        async for chunk in chunks:
+            pieces.append(chunk)
+            # A reader slower than the guest: what has come meanwhile is waiting.
+            await asyncio.sleep(0.01)
+    assert b"".join(pieces) == content
+    assert 64 * 1024 < max(len(piece) for piece in pieces) <= 256 * 1024
+
+
 async def test_a_file_without_a_length(hostile: Hostile) -> None:
     hostile.answer = b"HTTP/1.1 200 OK\r\n\r\nabc"
     assert isinstance(await failure(hostile, reading_all), GuestProtocolError)
