@@ -270,6 +270,48 @@ async def test_another_length_than_promised(hostile: Hostile, body: bytes) -> No
     assert isinstance(await failure(hostile, reading), GuestProtocolError)
 
 
+async def test_a_file_comes_in_large_pieces_of_bounded_size(hostile: Hostile) -> None:
+    content = bytes(range(256)) * 8192
+    hostile.json(content)
+    pieces: list[bytes] = []
+    async with hostile.driver.read_file(BOX, b"/f") as (_, chunks):
+        async for chunk in chunks:
+            pieces.append(chunk)
+            # A reader slower than the guest: what has come meanwhile is waiting.
+            await asyncio.sleep(0.01)
+    assert b"".join(pieces) == content
+    assert 64 * 1024 < max(len(piece) for piece in pieces) <= 256 * 1024
+
+
+async def test_a_slow_reader_holds_the_guest_up(hostile: Hostile) -> None:
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n"
+    hostile.forever = bytes(65536)
+    async with hostile.driver.read_file(BOX, b"/f") as (_, chunks):
+        await anext(aiter(chunks))
+        await asyncio.sleep(0.3)
+        sent = hostile.sent
+        await asyncio.sleep(0.3)
+        assert hostile.sent == sent < 4 * 1024 * 1024
+
+
+async def test_the_driver_works_on_the_loop_that_the_manager_runs_on(tmp_path: Path) -> None:
+    def in_uvloop() -> None:
+        import uvloop
+
+        async def main() -> None:
+            hostile = Hostile(tmp_path)
+            server = await asyncio.start_unix_server(hostile.serve, str(tmp_path / "u.sock"))
+            driver = AgentGuests(lambda _: tmp_path / "u.sock", tmp_path / "g.sock")
+            hostile.json({"entry": ENTRY})
+            await driver.stat(BOX, b"/f")
+            await driver.close()
+            server.close()
+
+        uvloop.run(main())
+
+    await asyncio.to_thread(in_uvloop)
+
+
 async def test_a_file_without_a_length(hostile: Hostile) -> None:
     hostile.answer = b"HTTP/1.1 200 OK\r\n\r\nabc"
     assert isinstance(await failure(hostile, reading_all), GuestProtocolError)

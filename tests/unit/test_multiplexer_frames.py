@@ -26,6 +26,12 @@ def test_a_payload_is_a_whole_number_of_port_buffers():
     assert frames.FRAME_HEADER.size == frames.HEADER_BYTES
 
 
+def test_a_packed_frame_is_a_whole_number_of_port_writes():
+    assert frames.PACKED_PAYLOAD_BYTES + frames.HEADER_BYTES + frames.TRAILER_BYTES == frames.PACKED_FRAME_BYTES
+    assert frames.PACKED_FRAME_BYTES % frames.PORT_WRITE_BYTES == 0
+    assert frames.PACKED_PAYLOAD_BYTES <= frames.MAX_PAYLOAD_BYTES
+
+
 @pytest.mark.parametrize("token", ["", "secret", "ü" * 512])
 def test_a_greeting_survives_the_wire(token: str):
     greeting = hello(token)

@@ -423,3 +423,85 @@ def test_a_large_payload_is_written_from_where_it_lies():
     assert len(pieces[-1]) == frames.TRAILER_BYTES
     pair.move()
     assert pair.guest_ends[0].data == payload + b"more"
+
+
+def fill(stream: Stream, data: bytes, at: int) -> int:
+    """Send what the stream takes of ``data`` from ``at`` on, in packed frames. Returns how far it came."""
+    while at < len(data) and (packed := stream.borrow_frame(len(data) - at)) is not None:
+        piece = data[at : at + len(packed.payload)]
+        packed.payload[: len(piece)] = piece
+        stream.send_frame(packed, len(piece))
+        at += len(piece)
+    return at
+
+
+def test_packed_frames_are_full_writes_and_their_memory_is_lent_anew():
+    pair = Pair()
+    client = pair.open()
+    pair.move()
+    data = os.urandom(3_000_000)
+    sent = fill(client.stream, data, 0)
+    assert {len(piece) for piece in pair.host.next_pieces()} == {frames.PORT_WRITE_BYTES}
+    memories: set[int] = set()
+    client.may_send = lambda: None
+    while sent < len(data):
+        memories |= {id(piece) for piece in pair.host.next_pieces()}
+        # An odd number: a write may stop anywhere.
+        pair.move(70_001)
+        sent = fill(client.stream, data, sent)
+    pair.move()
+    assert pair.guest_ends[0].data == data
+    assert len(memories) <= 3 * 4, "more than three frames were made"
+
+
+def test_a_packed_frame_waits_for_credit_for_all_of_it():
+    pair = Pair(guest_reads=False)
+    client = pair.open()
+    pair.move()
+    asked: list[bool] = []
+    client.may_send = lambda: asked.append(True)
+    data = bytes(2 * INITIAL_WINDOW_BYTES)
+    sent = 0
+    for _ in range(3):
+        sent = fill(client.stream, data, sent)
+        pair.move()
+    assert sent == INITIAL_WINDOW_BYTES // frames.PACKED_PAYLOAD_BYTES * frames.PACKED_PAYLOAD_BYTES
+    assert client.stream.borrow_frame(1) is not None, "what fits whole may go"
+    assert client.stream.borrow_frame(len(data) - sent) is None
+    asked.clear()
+    server = pair.guest_ends[0]
+    server.stream.consumed(len(server.data))
+    pair.move()
+    assert asked, "credit came and the sender was not told"
+    assert client.stream.borrow_frame(len(data) - sent) is not None
+
+
+def test_a_packed_frame_outlives_no_epoch():
+    pair = Pair()
+    client = pair.open()
+    pair.move()
+    packed = client.stream.borrow_frame(10)
+    pair.host.end_epoch()
+    client.stream.send_frame(packed, 10)
+    assert pair.host.next_pieces() == []
+    assert client.stream.borrow_frame(10) is None
+
+
+def test_credit_comes_back_in_few_steps_and_leaves_the_sender_half_a_window():
+    pair = Pair()
+    client = pair.open()
+    pair.move()
+    server = pair.guest_ends[0]
+    server.to_send = bytes(2 * FULL_WINDOW_BYTES)
+    server.may_send()
+    pair.move()
+    before = pair.guest.frames_received
+    total = 16 * FULL_WINDOW_BYTES
+    for _ in range(total // 32_768):
+        # Consumed at once, so whatever has not been given back yet, the sender may send this much.
+        server.to_send = bytes(32_768)
+        server.may_send()
+        assert not server.to_send
+        pair.move()
+    assert len(client.data) == 2 * FULL_WINDOW_BYTES + total
+    assert pair.guest.frames_received - before <= 2 * total // FULL_WINDOW_BYTES

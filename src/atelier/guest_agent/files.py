@@ -16,13 +16,12 @@ import time
 # hmac.compare_digest itself, without hmac's import of OpenSSL.
 from _operator import _compare_digest  # pyright: ignore[reportPrivateUsage]
 from base64 import b64encode
-from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from atelier.guest_agent.credentials import acting_as
 from atelier.guest_agent.direct_reader import Take
 from atelier.guest_agent.entries import describe, errors_about, set_metadata, show
-from atelier.guest_agent.http import HttpError, Request, Response, Router, json_response
+from atelier.guest_agent.http import FilePart, HttpError, Request, Response, Router, json_response
 from atelier.guest_agent.multipart import MultipartError, MultipartReader, PartBegins, PartBytes, header_parameters
 from atelier.guest_agent.staged_file import StagedFile
 from atelier.guest_agent.state import AgentState
@@ -30,6 +29,8 @@ from atelier.guest_agent.users import User
 
 PIECE_BYTES: Final = 256 * 1024
 PARTS_MAX: Final = 4096
+_WHOLE_BYTES: Final = 64 * 1024
+"""Up to this a file goes out together with the response's head."""
 _SIZELESS_MAX_BYTES: Final = 4 * 1024 * 1024
 _INFLATED_PIECE_BYTES: Final = 1024 * 1024
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
@@ -115,7 +116,11 @@ class FileTransfer:
         if request.method == "HEAD":
             file.close()
             return Response(code, headers)
-        return Response(code, headers, _pieces(file, first, length))
+        if length <= _WHOLE_BYTES:
+            with file:
+                return Response(code, headers, _read_exactly(file.fileno(), first, length))
+        os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_SEQUENTIAL)
+        return Response(code, headers, FilePart(file, first, length))
 
     @staticmethod
     def _whole(request: Request, path: bytes, content: bytes) -> Response:
@@ -186,18 +191,11 @@ def _read_sizeless(descriptor: int) -> bytes:
     raise HttpError(413, "resource_exhausted", "a file without a size is read up to 4 MiB only")
 
 
-async def _pieces(file: io.FileIO, first: int, length: int) -> AsyncIterator[bytes]:
-    with file:
-        descriptor = file.fileno()
-        os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_SEQUENTIAL)
-        while length > 0:
-            piece = os.pread(descriptor, min(length, PIECE_BYTES), first)
-            if not piece:
-                # The length is promised already; a broken connection is the only honest end.
-                raise ConnectionAbortedError("the file became shorter while it was read")
-            yield piece
-            first += len(piece)
-            length -= len(piece)
+def _read_exactly(descriptor: int, first: int, length: int) -> bytes:
+    content = os.pread(descriptor, length, first)
+    if len(content) < length:
+        raise HttpError(409, "aborted", "the file became shorter while it was read")
+    return content
 
 
 def _metadata(request: Request) -> dict[str, str]:

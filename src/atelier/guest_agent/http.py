@@ -7,8 +7,9 @@ bounded, a body is read only when a handler asks for it, and a piece of a stream
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 from atelier.guest_agent.direct_reader import BodyIntake, DirectReader, Take
 from atelier.guest_protocol.connect import (
@@ -153,9 +154,18 @@ class Request:
         return True
 
 
+class FilePart(NamedTuple):
+    """``length`` bytes of a regular file from ``first`` on."""
+
+    file: io.FileIO
+    first: int
+    length: int
+
+
 class Response:
-    """``body`` is bytes, or an async iterator of pieces: sent with the ``content-length`` among ``headers`` if there
-    is one, else chunked. An iterator that is an async generator is closed when the client goes away."""
+    """``body`` is bytes, an async iterator of pieces, or a part of a file: sent with the ``content-length`` among
+    ``headers`` (a file's part needs one), the iterator chunked if there is none. An iterator that is an async generator
+    and a file are closed when they have been sent or the client goes away."""
 
     __slots__ = ("body", "headers", "status")
 
@@ -163,7 +173,7 @@ class Response:
         self,
         status: int = 200,
         headers: Mapping[str, str] | None = None,
-        body: bytes | AsyncIterator[bytes | memoryview] = b"",
+        body: bytes | AsyncIterator[bytes | memoryview] | FilePart = b"",
     ) -> None:
         self.status = status
         self.headers = headers or {}

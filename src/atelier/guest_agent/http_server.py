@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Final
 
 from atelier.guest_agent.http import (
@@ -19,12 +19,14 @@ from atelier.guest_agent.http import (
     STREAM,
     UNARY,
     Connection,
+    FilePart,
     HttpError,
     Request,
     Response,
     Router,
     json_response,
 )
+from atelier.guest_agent.local_stream import LocalTransport
 from atelier.guest_protocol.connect import (
     CONTENT_TYPE_STREAM,
     ConnectError,
@@ -212,7 +214,16 @@ async def _send(connection: Connection, response: Response, *, keep_alive: bool)
         await writer.drain()
         return
     writer.write(raw_head)
-    await _stream(connection, body, chunked)
+    if isinstance(body, FilePart):
+        with body.file:
+            await _while_watched(connection, _send_file(writer, body))
+        return
+    try:
+        await _while_watched(connection, _send_pieces(writer, body, chunked))
+    finally:
+        close = getattr(body, "aclose", None)
+        if close is not None:
+            await close()
 
 
 async def _linger(connection: Connection) -> None:
@@ -228,29 +239,43 @@ async def _linger(connection: Connection) -> None:
         pass
 
 
-async def _stream(connection: Connection, body: AsyncIterator[bytes | memoryview], chunked: bool) -> None:
-    """Send the pieces as they come. A client that goes away meanwhile ends it with ConnectionResetError."""
-    writer = connection.writer
+async def _send_file(writer: asyncio.StreamWriter, part: FilePart) -> None:
+    transport = writer.transport
+    if isinstance(transport, LocalTransport):
+        await transport.send_file(part.file.fileno(), part.first, part.length)
+        return
+    sent = await asyncio.get_running_loop().sendfile(transport, part.file, part.first, part.length)
+    if sent < part.length:
+        raise ConnectionAbortedError("the file became shorter while it was read")
+
+
+async def _send_pieces(writer: asyncio.StreamWriter, body: AsyncIterator[bytes | memoryview], chunked: bool) -> None:
+    """Each as it comes."""
+    async for piece in body:
+        size = len(piece)
+        if not size:
+            continue
+        if not chunked:
+            writer.write(piece)
+        elif size <= _JOIN_BYTES:
+            writer.write(b"%x\r\n%b\r\n" % (size, piece))
+        else:
+            writer.write(b"%x\r\n" % size)
+            writer.write(piece)
+            writer.write(b"\r\n")
+        await writer.drain()
+    if chunked:
+        writer.write(b"0\r\n\r\n")
+    await writer.drain()
+
+
+async def _while_watched(connection: Connection, sending: Coroutine[None, None, None]) -> None:
+    """Send a long body. A client that goes away meanwhile ends it with ConnectionResetError."""
     serving = asyncio.current_task()
     assert serving is not None
     watch = _ClientWatch(connection, serving)
     try:
-        async for piece in body:
-            size = len(piece)
-            if not size:
-                continue
-            if not chunked:
-                writer.write(piece)
-            elif size <= _JOIN_BYTES:
-                writer.write(b"%x\r\n%b\r\n" % (size, piece))
-            else:
-                writer.write(b"%x\r\n" % size)
-                writer.write(piece)
-                writer.write(b"\r\n")
-            await writer.drain()
-        if chunked:
-            writer.write(b"0\r\n\r\n")
-        await writer.drain()
+        await sending
     except asyncio.CancelledError:
         if watch.client_is_gone and serving.uncancel() == 0:
             raise ConnectionResetError("the client went away") from None
@@ -260,13 +285,10 @@ async def _stream(connection: Connection, body: AsyncIterator[bytes | memoryview
     except Exception:
         # The status line is long gone: only a broken connection can still tell the client.
         _print_exception(None)
-        writer.transport.abort()
+        connection.writer.transport.abort()
         raise ConnectionResetError("the response broke off") from None
     finally:
         await watch.stop()
-        close = getattr(body, "aclose", None)
-        if close is not None:
-            await close()
 
 
 class _ClientWatch:

@@ -7,6 +7,7 @@ Made by ``channel`` for the ports that the agent serves itself. Never copies mor
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import traceback
 from collections import deque
@@ -23,6 +24,44 @@ _READER_LIMIT_BYTES: Final = 256 * 1024
 _WRITE_HIGH_BYTES: Final = 256 * 1024
 
 
+class _FilePart:
+    """A part of a file on its way into a stream, read straight into the frames that are written."""
+
+    __slots__ = ("_descriptor", "_left_bytes", "_position", "sent")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, descriptor: int, first: int, length: int) -> None:
+        self._descriptor = descriptor
+        self._position = first
+        self._left_bytes = length
+        self.sent: asyncio.Future[None] = loop.create_future()
+
+    def pass_on(self, stream: Stream) -> None:
+        """As much as the stream takes now."""
+        while not self.sent.done():
+            left = self._left_bytes
+            if not left:
+                self.sent.set_result(None)
+                return
+            frame = stream.borrow_frame(left)
+            if frame is None:
+                return
+            payload = frame.payload
+            try:
+                count = os.preadv(
+                    self._descriptor, [payload if left >= len(payload) else payload[:left]], self._position
+                )
+            except OSError as error:
+                self.sent.set_exception(error)
+                return
+            if not count:
+                # The length is promised already; a broken connection is the only honest end.
+                self.sent.set_exception(ConnectionAbortedError("the file became shorter while it was read"))
+                return
+            stream.send_frame(frame, count)
+            self._position += count
+            self._left_bytes = left - count
+
+
 class LocalTransport(asyncio.Transport):
     """Both the StreamEnd of one stream and the transport of one asyncio protocol."""
 
@@ -35,6 +74,7 @@ class LocalTransport(asyncio.Transport):
         self._held_bytes = 0
         self._pending: deque[memoryview] = deque()
         self._pending_bytes = 0
+        self._file: _FilePart | None = None
         self._high_bytes = _WRITE_HIGH_BYTES
         self._low_bytes = _WRITE_HIGH_BYTES // 4
         self._protocol_paused = False
@@ -84,7 +124,9 @@ class LocalTransport(asyncio.Transport):
             self._protocol_paused = False
             self._protocol.resume_writing()
         if not self._pending:
-            if self._closing:
+            if self._file is not None:
+                self._file.pass_on(self._stream)
+            elif self._closing:
                 self._stream.close(CLOSED_DONE)
                 self._lose(None)
             elif self._end_asked:
@@ -94,9 +136,25 @@ class LocalTransport(asyncio.Transport):
         self._closing = True
         self._pending.clear()
         self._pending_bytes = 0
+        if self._file is not None and not self._file.sent.done():
+            self._file.sent.set_exception(error or ConnectionResetError("the peer closed the stream"))
         if not self._lost:
             self._lost = True
             self._loop.call_soon(self._protocol.connection_lost, error)
+
+    # The server's side.
+
+    async def send_file(self, descriptor: int, first: int, length: int) -> None:
+        """Send a part of a file behind what was written before, and return when it has been queued whole. Nothing else
+        may be written meanwhile. Raises OSError: of the file, or ConnectionError when the stream ends before."""
+        if self._closing or self._end_asked:
+            raise ConnectionResetError("the stream is closed")
+        part = self._file = _FilePart(self._loop, descriptor, first, length)
+        try:
+            self.may_send()
+            await part.sent
+        finally:
+            self._file = None
 
     # The protocol's side: asyncio.Transport.
 

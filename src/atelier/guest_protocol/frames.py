@@ -28,9 +28,15 @@ MAGIC: Final = 0xA7E1
 
 MAX_PAYLOAD_BYTES: Final = 128 * 1024
 """Large, since an emulated guest pays for each frame; small enough that other streams wait a few ms at most. A whole
-number of 32 KiB, the most that one write to a Linux virtio port takes."""
+number of ``PORT_WRITE_BYTES``."""
 MAX_FRAME_BYTES: Final = MAX_PAYLOAD_BYTES + HEADER_BYTES + TRAILER_BYTES
 PADDING: Final = bytes(MAX_FRAME_BYTES)
+
+PORT_WRITE_BYTES: Final = 32 * 1024
+"""The most that one write to a Linux virtio port takes."""
+PACKED_FRAME_BYTES: Final = 4 * PORT_WRITE_BYTES
+PACKED_PAYLOAD_BYTES: Final = PACKED_FRAME_BYTES - HEADER_BYTES - TRAILER_BYTES
+"""Of a frame whose whole length, not that of its payload, is a number of full writes."""
 
 HELLO: Final = 1
 HELLO_ACK: Final = 2

@@ -33,6 +33,7 @@ from atelier.guest_protocol.frames import (
     MAX_PAYLOAD_BYTES,
     OPEN,
     OPENED,
+    PACKED_PAYLOAD_BYTES,
     TRAILER,
     TRAILER_BYTES,
     WINDOW,
@@ -43,6 +44,7 @@ from atelier.guest_protocol.frames import (
     epoch_of,
     trailer_of,
 )
+from atelier.guest_protocol.output_queue import OutputQueue, PackedFrame, Piece
 
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
 FULL_WINDOW_BYTES: Final = 1024 * 1024
@@ -53,14 +55,8 @@ WIDENED_BUDGET_BYTES: Final = 32 * 1024 * 1024
 
 _OUTPUT_HIGH_BYTES: Final = 2 * MAX_FRAME_BYTES
 _OUTPUT_LOW_BYTES: Final = MAX_FRAME_BYTES
-_GATHER_BYTES: Final = 32 * 1024
 _COPIED_BYTES: Final = 8 * 1024
 """A payload up to this size is copied in between the small frames: one more piece to write would cost more."""
-_PIECES_BYTES: Final = 256 * 1024
-_PIECES: Final = 16
-
-
-Piece = bytes | bytearray | memoryview
 
 
 class StreamEnd(Protocol):
@@ -84,7 +80,7 @@ class StreamEnd(Protocol):
         ...
 
     def may_send(self) -> None:
-        """``sendable_bytes`` has answered 0 before and is worth asking again."""
+        """``sendable_bytes`` has answered 0, or ``borrow_frame`` None, and is worth asking again."""
         ...
 
 
@@ -95,6 +91,7 @@ class Stream:
         "_multiplexer",
         "_receive_credit",
         "_send_credit",
+        "_starved",
         "_unreturned",
         "_waiting",
         "_wide",
@@ -124,6 +121,7 @@ class Stream:
         self._unreturned = 0
         self._wide = False
         self._waiting = False
+        self._starved = False
 
     def sendable_bytes(self) -> int:
         """How much ``send`` takes now, at most one frame's payload. After 0, ``may_send`` will be called."""
@@ -132,6 +130,8 @@ class Stream:
         if self._multiplexer.output_bytes >= _OUTPUT_HIGH_BYTES:
             self._multiplexer.wait_for_room(self)
             return 0
+        if self._send_credit == 0:
+            self._starved = True
         return min(self._send_credit, MAX_PAYLOAD_BYTES)
 
     def send(self, payload: bytes | memoryview) -> None:
@@ -143,6 +143,28 @@ class Stream:
             raise ValueError("more than the stream may send now")
         self._send_credit -= length
         self._multiplexer.put_data(self.identifier, payload, length)
+
+    def borrow_frame(self, wanted: int) -> PackedFrame | None:
+        """A frame to fill with up to ``wanted`` bytes and to give to ``send_frame`` before anything else is sent: the
+        way of bulk data. None if not all of them, or a full frame, can go now; then ``may_send`` will be called."""
+        if self.end_sent or self.close_sent:
+            return None
+        if self._multiplexer.output_bytes >= _OUTPUT_HIGH_BYTES:
+            self._multiplexer.wait_for_room(self)
+            return None
+        if self._send_credit < min(wanted, PACKED_PAYLOAD_BYTES):
+            self._starved = True
+            return None
+        return self._multiplexer.borrow_frame()
+
+    def send_frame(self, frame: PackedFrame, length: int) -> None:
+        """Send the first ``length`` bytes of a borrowed frame's payload."""
+        if self.end_sent or self.close_sent:
+            return
+        if not 0 < length <= min(self._send_credit, PACKED_PAYLOAD_BYTES):
+            raise ValueError("more than the stream may send now")
+        self._send_credit -= length
+        self._multiplexer.put_frame(self.identifier, frame, length)
 
     def send_end(self) -> None:
         """No more bytes from here. If the peer has said so too, this closes the stream."""
@@ -166,11 +188,12 @@ class Stream:
             self._multiplexer.put(OPENED, self.identifier)
 
     def consumed(self, count: int) -> None:
-        """``count`` received bytes have been passed on: give their credit back, a quarter window at a time."""
+        """``count`` received bytes have been passed on: give their credit back, in steps that leave the sender at
+        least half a window to go on with. Each WINDOW frame costs an emulated guest an interrupt and a turn."""
         if self.end_received or self.close_sent:
             return
         self._unreturned += count
-        if self._unreturned < (FULL_WINDOW_BYTES if self._wide else INITIAL_WINDOW_BYTES) // 4:
+        if self._unreturned < (FULL_WINDOW_BYTES // 2 if self._wide else INITIAL_WINDOW_BYTES // 4):
             return
         credit = self._unreturned
         self._unreturned = 0
@@ -212,10 +235,11 @@ class Stream:
     def take_credit(self, credit: int) -> None:
         if not self.peer_may_speak or credit < MIN_CREDIT_BYTES or self._send_credit + credit > FULL_WINDOW_BYTES:
             raise ProtocolViolation("a WINDOW out of bounds")
-        was_empty = self._send_credit == 0
         self._send_credit += credit
-        if was_empty and self.end is not None:
-            self.end.may_send()
+        if self._starved:
+            self._starved = False
+            if self.end is not None:
+                self.end.may_send()
 
     def take_opened(self) -> None:
         if self.opened:
@@ -261,7 +285,6 @@ class Multiplexer:
         max_streams: int = 1024,
         buffer_bytes: int = 4 * MAX_FRAME_BYTES,
     ) -> None:
-        self._on_output = on_output
         self._on_greeting = on_greeting
         self._accept = accept
         self._max_streams = max_streams
@@ -270,22 +293,22 @@ class Multiplexer:
         self.skipped_bytes = 0
         """Bytes skipped outside any epoch since the last call of ``begin_epoch`` or ``end_epoch``."""
         self.skipped_only_zeros = True
-        self.output_bytes = 0
         self.frames_received = 0
         self._trailer = TRAILER.pack(0)
         self._streams: dict[int, Stream] = {}
         self._last_identifier = 0
         self._widened_bytes = 0
-        self._output: deque[Piece] = deque()
-        self._written_bytes = 0
-        """How much of the first piece of the output has been written."""
-        self._gathering: bytearray | None = None
-        """The last piece of the output, while small frames may still be added to it."""
+        self._output = OutputQueue(on_output)
         self._waiting: deque[Stream] = deque()
 
     @property
     def stream_count(self) -> int:
         return len(self._streams)
+
+    @property
+    def output_bytes(self) -> int:
+        """Queued and not written yet."""
+        return self._output.size
 
     def begin_epoch(self, nonce: bytes) -> None:
         """Reset all streams, forget unsent output, speak under the epoch of ``nonce`` from now on."""
@@ -308,9 +331,6 @@ class Multiplexer:
             if end is not None:
                 end.closed(CLOSED_RESET)
         self._output.clear()
-        self._written_bytes = 0
-        self._gathering = None
-        self.output_bytes = 0
 
     def open(self, port: int, end: StreamEnd) -> Stream | None:
         """Open a stream to the peer's ``port`` (1 to 65535); None if there are too many, or no epoch. Bytes may be
@@ -416,65 +436,37 @@ class Multiplexer:
     def put(self, kind: int, identifier: int, value: int = 0, reason: int = 0) -> None:
         """Queue a frame without payload."""
         if self.epoch:
-            self._append(FRAME_HEADER.pack(self.epoch, kind, reason, identifier, value, MAGIC))
+            self._output.append(FRAME_HEADER.pack(self.epoch, kind, reason, identifier, value, MAGIC))
 
     def put_data(self, identifier: int, payload: bytes | memoryview, length: int) -> None:
         """Queue a DATA frame; a large payload itself instead of a copy, if nobody can change it any more."""
         header = FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC)
+        output = self._output
         if length <= _COPIED_BYTES or not (isinstance(payload, bytes) or payload.readonly):
-            self._append(b"".join((header, payload, self._trailer)))
+            output.append(b"".join((header, payload, self._trailer)))
             return
-        self._append(header)
-        self._gathering = None
-        self._output.append(payload)
-        self.output_bytes += length
-        self._append(self._trailer)
+        output.append(header)
+        output.append_lying(payload)
+        output.append(self._trailer)
+
+    def borrow_frame(self) -> PackedFrame:
+        return self._output.borrow_frame()
+
+    def put_frame(self, identifier: int, frame: PackedFrame, length: int) -> None:
+        """Queue a DATA frame that was filled in place."""
+        self._output.append_frame(frame, (self.epoch, DATA, 0, identifier, length, MAGIC), self._trailer, length)
 
     def put_raw(self, data: bytes) -> None:
         """Queue padding or a greeting."""
-        self._append(data)
-
-    def _append(self, data: bytes) -> None:
-        """Small pieces become one: each that is written costs an emulated guest as much as a few KiB do."""
-        was_empty = self.output_bytes == 0
-        self.output_bytes += len(data)
-        gathering = self._gathering
-        if gathering is not None and len(gathering) + len(data) <= _GATHER_BYTES:
-            gathering += data
-        elif len(data) <= _GATHER_BYTES:
-            self._gathering = bytearray(data)
-            self._output.append(self._gathering)
-        else:
-            self._gathering = None
-            self._output.append(data)
-        if was_empty:
-            self._on_output()
+        self._output.append(data)
 
     def next_pieces(self) -> list[Piece]:
         """What to write next, in order, empty if there is nothing. ``wrote`` says how much of it was written."""
-        # What has been handed out is not added to: its memory is lent.
-        self._gathering = None
-        pieces: list[Piece] = []
-        size = 0
-        for piece in self._output:
-            pieces.append(piece)
-            size += len(piece)
-            if size >= _PIECES_BYTES or len(pieces) >= _PIECES:
-                break
-        if self._written_bytes:
-            pieces[0] = memoryview(pieces[0])[self._written_bytes :]
-        return pieces
+        return self._output.next_pieces()
 
     def wrote(self, count: int) -> None:
         """``count`` bytes of what ``next_pieces`` gave have been written."""
-        if count > self.output_bytes:
-            raise ValueError("more written than was given")
-        self.output_bytes -= count
-        output = self._output
-        count += self._written_bytes
-        while output and count >= len(output[0]):
-            count -= len(output.popleft())
-        self._written_bytes = count
+        self._output.wrote(count)
 
     def offer_room(self) -> None:
         """Let streams that wait for room in the output go on, in turn. The port's owner calls it after writing."""
