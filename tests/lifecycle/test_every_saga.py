@@ -62,6 +62,22 @@ async def check_clean_end(host: Host, lifecycle: SandboxLifecycle, row: Sandbox)
     assert open_sagas(host, row.id) == []
 
 
+async def held_at(host: Host, place: Place) -> tuple[SandboxLifecycle, str]:
+    """A manager one of whose sagas stands still at ``place``, and the sandbox's id."""
+    lifecycle = host.lifecycle()
+    reached_it = asyncio.Event()
+
+    async def hang(reached: Place) -> None:
+        if reached == place:
+            reached_it.set()
+            await asyncio.Event().wait()
+
+    disturb(lifecycle, hang)
+    sandbox_id = await bring_about(lifecycle, place.kind)
+    await reached_it.wait()
+    return lifecycle, sandbox_id
+
+
 def test_every_saga_can_be_brought_about() -> None:
     for saga in SAGAS:
         if saga.kind != sandbox_create.KIND:
@@ -184,17 +200,7 @@ async def test_an_error_in_any_undo(host: Host, place: Place, failures: int) -> 
 
 @pytest.mark.parametrize("place", DOS, ids=str)
 async def test_destroy_wins_at_any_place(host: Host, place: Place) -> None:
-    lifecycle = host.lifecycle()
-    reached_it = asyncio.Event()
-
-    async def hang(reached: Place) -> None:
-        if reached == place:
-            reached_it.set()
-            await asyncio.Event().wait()
-
-    disturb(lifecycle, hang)
-    sandbox_id = await bring_about(lifecycle, place.kind)
-    await reached_it.wait()
+    lifecycle, sandbox_id = await held_at(host, place)
     if place.kind != sandbox_create.KIND:
         with pytest.raises(ConflictError):
             await lifecycle.resize(sandbox_id, 100_000)
@@ -207,17 +213,7 @@ async def test_destroy_wins_at_any_place(host: Host, place: Place) -> None:
 @pytest.mark.parametrize("place", DO_BEFORE, ids=str)
 async def test_a_manager_that_ends_in_order_at_any_place(host: Host, place: Place) -> None:
     """Its sagas stop where they are; the next manager goes on and ends them well."""
-    lifecycle = host.lifecycle()
-    reached_it = asyncio.Event()
-
-    async def hang(reached: Place) -> None:
-        if reached == place:
-            reached_it.set()
-            await asyncio.Event().wait()
-
-    disturb(lifecycle, hang)
-    sandbox_id = await bring_about(lifecycle, place.kind)
-    await reached_it.wait()
+    lifecycle, sandbox_id = await held_at(host, place)
     await lifecycle.close()
     again = host.lifecycle()
     await again.recover()
@@ -229,17 +225,7 @@ async def test_a_manager_that_ends_in_order_at_any_place(host: Host, place: Plac
 @pytest.mark.parametrize("place", DO_BEFORE, ids=str)
 async def test_a_reboot_of_the_host_at_any_place(host: Host, place: Place) -> None:
     """All machines, sockets and run directories are gone; disks are not."""
-    lifecycle = host.lifecycle()
-    reached_it = asyncio.Event()
-
-    async def hang(reached: Place) -> None:
-        if reached == place:
-            reached_it.set()
-            await asyncio.Event().wait()
-
-    disturb(lifecycle, hang)
-    sandbox_id = await bring_about(lifecycle, place.kind)
-    await reached_it.wait()
+    lifecycle, sandbox_id = await held_at(host, place)
     await lifecycle.close()
     host.reboot()
     again = host.lifecycle()

@@ -64,88 +64,63 @@ async def create_sandbox(
     return render_sandbox(row)
 
 
-async def _settled(
-    request: Request, response: Response, row: sandbox_model.Sandbox, wait_seconds: float | None
-) -> Sandbox:
-    """The row, once nothing is under way (then 200), or as it is after ``wait_seconds``; None: do not wait."""
-    if wait_seconds is not None:
-        row, has_settled = await services_of(request).sandboxes.wait_settled(row.id, wait_seconds)
-        # A sandbox keeps its state while it is resized.
-        if has_settled and row.state not in UNDER_WAY:
-            response.status_code = 200
-    return render_sandbox(row)
+class _Settling:
+    """What the routes that begin something have in common: whether to wait for its end, and the answer."""
+
+    def __init__(
+        self, request: Request, response: Response, wait: bool = False, timeout_seconds: WaitSeconds = 120
+    ) -> None:
+        self.sandboxes = services_of(request).sandboxes
+        self._response = response
+        self._wait_seconds = timeout_seconds if wait else None
+
+    async def answer(self, row: sandbox_model.Sandbox) -> Sandbox:
+        """The row, once nothing is under way (then 200), or as it is when the time to wait is over."""
+        if self._wait_seconds is not None:
+            row, has_settled = await self.sandboxes.wait_settled(row.id, self._wait_seconds)
+            # A sandbox keeps its state while it is resized.
+            if has_settled and row.state not in UNDER_WAY:
+                self._response.status_code = 200
+        return render_sandbox(row)
+
+
+Settling = Annotated[_Settling, Depends()]
 
 
 @router.post("/{sandbox}/start", operation_id="start_sandbox", status_code=202, responses=_ENDED)
-async def start_sandbox(
-    request: Request,
-    response: Response,
-    sandbox: SandboxReference,
-    wait: bool = False,
-    timeout_seconds: WaitSeconds = 120,
-) -> Sandbox:
+async def start_sandbox(settling: Settling, sandbox: SandboxReference) -> Sandbox:
     """Boot a stopped or failed sandbox from its disk, under the same name. Answers 202 at once; with `wait=true` 200
     when it is `running`, or `failed` again."""
-    row = await services_of(request).sandboxes.start(sandbox)
-    return await _settled(request, response, row, timeout_seconds if wait else None)
+    return await settling.answer(await settling.sandboxes.start(sandbox))
 
 
 @router.post("/{sandbox}/stop", operation_id="stop_sandbox", status_code=202, responses=_ENDED)
-async def stop_sandbox(
-    request: Request,
-    response: Response,
-    sandbox: SandboxReference,
-    body: StopRequest | None = None,
-    wait: bool = False,
-    timeout_seconds: WaitSeconds = 120,
-) -> Sandbox:
+async def stop_sandbox(settling: Settling, sandbox: SandboxReference, body: StopRequest | None = None) -> Sandbox:
     """Shut a running sandbox down; its disk, name and labels stay. A guest that does not end within `grace_seconds` is
     cut off, which `stop_reason` then says. Answers 202 at once; with `wait=true` 200 when it is `stopped`."""
-    row = await services_of(request).sandboxes.stop(sandbox, body.grace_seconds if body else None)
-    return await _settled(request, response, row, timeout_seconds if wait else None)
+    return await settling.answer(await settling.sandboxes.stop(sandbox, body.grace_seconds if body else None))
 
 
 @router.post("/{sandbox}/restart", operation_id="restart_sandbox", status_code=202, responses=_ENDED)
-async def restart_sandbox(
-    request: Request,
-    response: Response,
-    sandbox: SandboxReference,
-    body: StopRequest | None = None,
-    wait: bool = False,
-    timeout_seconds: WaitSeconds = 120,
-) -> Sandbox:
+async def restart_sandbox(settling: Settling, sandbox: SandboxReference, body: StopRequest | None = None) -> Sandbox:
     """Stop a running sandbox and start it again, as one piece of work. Answers 202 at once; with `wait=true` 200 when
     it is `running` again, or `failed`."""
-    row = await services_of(request).sandboxes.stop(sandbox, body.grace_seconds if body else None, then_start=True)
-    return await _settled(request, response, row, timeout_seconds if wait else None)
+    return await settling.answer(
+        await settling.sandboxes.stop(sandbox, body.grace_seconds if body else None, then_start=True)
+    )
 
 
 @router.post("/{sandbox}/resize", operation_id="resize_sandbox", status_code=202, responses=_ENDED)
-async def resize_sandbox(
-    request: Request,
-    response: Response,
-    sandbox: SandboxReference,
-    body: ResizeRequest,
-    wait: bool = False,
-    timeout_seconds: WaitSeconds = 120,
-) -> Sandbox:
+async def resize_sandbox(settling: Settling, sandbox: SandboxReference, body: ResizeRequest) -> Sandbox:
     """Grow the disk of a running or stopped sandbox, and the file system on it (of a stopped one at its next start).
     A disk cannot shrink. Answers 202 at once; with `wait=true` 200 when it is done."""
-    row = await services_of(request).sandboxes.resize(sandbox, body.disk_mib)
-    return await _settled(request, response, row, timeout_seconds if wait else None)
+    return await settling.answer(await settling.sandboxes.resize(sandbox, body.disk_mib))
 
 
 @router.post("/{sandbox}/retry", operation_id="retry_sandbox", status_code=202, responses=_ENDED)
-async def retry_sandbox(
-    request: Request,
-    response: Response,
-    sandbox: SandboxReference,
-    wait: bool = False,
-    timeout_seconds: WaitSeconds = 120,
-) -> Sandbox:
+async def retry_sandbox(settling: Settling, sandbox: SandboxReference) -> Sandbox:
     """Try again what is stuck with a sandbox (its `failure` says so), once what was in the way is mended."""
-    row = await services_of(request).sandboxes.retry(sandbox)
-    return await _settled(request, response, row, timeout_seconds if wait else None)
+    return await settling.answer(await settling.sandboxes.retry(sandbox))
 
 
 @router.patch("/{sandbox}", operation_id="change_sandbox")
