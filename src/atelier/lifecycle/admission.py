@@ -107,10 +107,11 @@ def check_admission(capacity: Capacity, usage: Usage, wish: Wish) -> None:
             f"{what}: {wanted}{unit} asked for, {free}{unit} of {total}{unit} free, {wanted - free}{unit} short"
         )
         hopeless = hopeless or wanted > total
-    if shortages:
-        raise CapacityError(
-            f"this host has no room for it ({'; '.join(shortages)})",
-            hint="ask for less: this host does not have that much"
-            if hopeless
-            else "stop or remove sandboxes (atelier ls, stop, rm), or ask for less",
-        )
+    if not shortages:
+        return
+    hint = "stop or remove sandboxes (atelier ls, stop, rm), or ask for less"
+    if hopeless:
+        hint = "ask for less: this host does not have that much"
+    if any(shortage.startswith("disk") for shortage in shortages):
+        hint += "; ATELIER_DISK_OVERCOMMIT lets more disk be promised than there is"
+    raise CapacityError(f"this host has no room for it ({'; '.join(shortages)})", hint=hint)
