@@ -17,7 +17,7 @@ from tests.running_manager import LocalInstallation, stop_manager
 def installation() -> Iterator[LocalInstallation]:
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:  # short: sockets lie below it
         # Real steps take their time, too; else hardly one would be under way at the kill.
-        slow = (MODULE, "slow=0.02", EVERYWHERE)
+        slow = (MODULE, "slow=0.03", EVERYWHERE)
         made = LocalInstallation(Path(folder), mode="mock", program=slow)
         try:
             yield made
