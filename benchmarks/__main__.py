@@ -23,6 +23,8 @@ FIGURES = (
     "manager_rss_500_mock",
     "create_rate_mock",
     "list_p99_1000_mock",
+    "recovery_100",
+    "leaks_after_kill",
     # While nothing else runs in the guest's place.
     "create_cold",
     "manager_rss_1",

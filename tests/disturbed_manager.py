@@ -1,8 +1,8 @@
-"""A manager that ends or stands still at one place of one saga: ``atelier.manager`` with its steps disturbed.
+"""A manager that ends or stands still at a place of a saga: ``atelier.manager`` with its steps disturbed.
 
 ``python -m tests.disturbed_manager ACTION PLACE OPTION ...``. ACTION ``crash``: end there by ``os._exit``, as a kill
-would; ``hold=FILE``: make FILE there and wait until somebody removes it. PLACE is a ``sabotage.Place``, the options are
-the manager's.
+would; ``hold=FILE``: make FILE there and wait until somebody removes it; ``slow=SECONDS``: take so long. PLACE is a
+``sabotage.Place``, or ``everywhere``; the options are the manager's.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from atelier.manager import installation
 
 CRASHED = 77
 MODULE = "tests.disturbed_manager"
+EVERYWHERE = "everywhere"
 
 
-def main(action: str, place: Place, options: list[str]) -> int:
+def main(action: str, place: str, options: list[str]) -> int:
+    verb, _, value = action.partition("=")
+
     async def disturbance(reached: Place) -> None:
-        if reached != place:
+        if place not in (EVERYWHERE, str(reached)):
             return
-        if action == "crash":
+        if verb == "crash":
             os._exit(CRASHED)
-        flag = Path(action.removeprefix("hold="))
-        flag.touch()
-        while flag.exists():
-            await asyncio.sleep(0.05)
+        elif verb == "slow":
+            await asyncio.sleep(float(value))
+        elif verb == "hold":
+            flag = Path(value)
+            flag.touch()
+            while flag.exists():
+                await asyncio.sleep(0.05)
 
     build = installation.build_lifecycle
 
@@ -46,4 +52,4 @@ def main(action: str, place: Place, options: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Place.parse(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))

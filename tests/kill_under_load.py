@@ -18,6 +18,7 @@ from tests.running_manager import LocalInstallation, wait_until
 
 SMALL = {"memory_mib": 128}
 """Enough to boot, and many have room at once."""
+_APART_SECONDS = 0.04
 _SCRIPT = "cat /home/user/mine"
 
 
@@ -90,7 +91,7 @@ def kill_in_the_middle(
     moment: Moment,
 ) -> None:
     """All ``names`` are created and all ``victims`` (ids) destroyed at once, each by a client of its own, which destroys
-    every second new one again at once. At the ``moment`` manager and gateway are killed."""
+    every second new one again. At the ``moment`` manager and gateway are killed."""
     manager = installation.manager
     gateway = gateway_pid(manager) if installation.mode == "local" else None
     promises.answers = 0
@@ -104,6 +105,8 @@ def kill_in_the_middle(
             sandbox_id = answer.json()["id"]
             promises.note(lambda: promises.created.update({name: sandbox_id}))
             if number % 2:
+                # Each finds its creation a little further on.
+                time.sleep(number * _APART_SECONDS)
                 destroy_now(client, sandbox_id)
 
     def destroy(sandbox_id: str) -> None:

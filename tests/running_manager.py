@@ -22,6 +22,8 @@ from tests.real_machines import NO_QEMU, REPOSITORY
 
 from atelier.model.states import UNDER_WAY
 
+MANAGER = ("atelier.manager",)
+
 
 @dataclass(frozen=True)
 class RunningManager:
@@ -48,7 +50,7 @@ def start_manager(
     folder: Path,
     *options: str,
     mode: str = "mock",
-    program: Sequence[str] = ("atelier.manager",),
+    program: Sequence[str] = MANAGER,
     variables: Mapping[str, str] | None = None,
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
@@ -123,14 +125,17 @@ class LocalInstallation:
     """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
     test."""
 
-    def __init__(self, folder: Path, *, mode: str = "local") -> None:
+    def __init__(self, folder: Path, *, mode: str = "local", program: Sequence[str] = MANAGER) -> None:
         self.folder = folder
         self.mode = mode
+        self.program = program
         self.manager = self.start()
 
-    def start(self, *options: str, program: Sequence[str] = ("atelier.manager",)) -> RunningManager:
-        """A manager that leaves its sandboxes alone when it ends."""
-        self.manager = start_manager(self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program)
+    def start(self, *options: str, program: Sequence[str] = ()) -> RunningManager:
+        """A manager that leaves its sandboxes alone when it ends; ``program`` as for ``start_manager``."""
+        self.manager = start_manager(
+            self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program or self.program
+        )
         return self.manager
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.disturbed_manager import EVERYWHERE, MODULE
 from tests.kill_under_load import Moment, create_witnesses, kill_again_and_again
 from tests.leftovers import leftovers
 from tests.running_manager import LocalInstallation, stop_manager
@@ -15,7 +16,9 @@ from tests.running_manager import LocalInstallation, stop_manager
 @pytest.fixture
 def installation() -> Iterator[LocalInstallation]:
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:  # short: sockets lie below it
-        made = LocalInstallation(Path(folder), mode="mock")
+        # Real steps take their time, too; else hardly one would be under way at the kill.
+        slow = (MODULE, "slow=0.03", EVERYWHERE)
+        made = LocalInstallation(Path(folder), mode="mock", program=slow)
         try:
             yield made
         finally:

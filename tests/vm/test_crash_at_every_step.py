@@ -8,6 +8,7 @@ are dealt to a few sandboxes, which serve as the others' witnesses afterwards.
 from __future__ import annotations
 
 import sqlite3
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
@@ -56,14 +57,23 @@ def crash_along(
     # It may die before its answer is out.
     with suppress(httpx.TransportError):
         begin()
-    assert installation.manager.process.wait(120) == CRASHED, installation.manager.log.read_text()
+    wait_for_crash(installation, installation.manager.process)
     look()
     for place in places[1:]:
         program = (MODULE, "crash", str(place))
         _, process = launch_manager(installation.folder, "--on-exit", "keep", mode="local", program=program)
-        assert process.wait(120) == CRASHED, (place, installation.manager.log.read_text())
+        wait_for_crash(installation, process)
         look()
     installation.start()
+
+
+def wait_for_crash(installation: LocalInstallation, process: subprocess.Popen[bytes]) -> None:
+    try:
+        assert process.wait(120) == CRASHED, installation.manager.log.read_text()
+    finally:
+        # One that did not come there must not hold the folder's lock.
+        process.kill()
+        process.wait()
 
 
 def id_of(installation: LocalInstallation, name: str) -> str:
