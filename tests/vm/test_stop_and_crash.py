@@ -7,10 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from tests.footprint import processes_naming, vmm_pids
 from tests.running_manager import LocalInstallation, local_installation, wait_until
@@ -72,9 +72,10 @@ def test_a_restart_is_one_piece_of_work(installation: LocalInstallation) -> None
 
 
 def test_a_guest_that_does_not_shut_down_is_cut_off_and_said_so(installation: LocalInstallation) -> None:
-    # The agent stands still, so nobody in the guest hears of it.
-    installation.run("box", "sync; sudo sh -c '(sleep 1; pkill -STOP -f atelier-agent; pkill -STOP -f guest_agent) &'")
-    time.sleep(3)
+    # The agent stands still, so nobody in the guest hears of it; nor does this call get an answer.
+    script = "sync; sudo pkill -STOP -f '[/]opt/shared/agent/start'"
+    with installation.manager.client() as client, pytest.raises(httpx.ReadTimeout):
+        client.post("/api/v1/sandboxes/box/run", json={"command": ["sh", "-c", script]}, timeout=12)
     stopped = installation.call("POST", "/sandboxes/box/stop?wait=true", {"grace_seconds": 3})
     assert (stopped["state"], stopped["stop_reason"]) == ("stopped", "forced")
     installation.call("POST", "/sandboxes/box/start?wait=true")
