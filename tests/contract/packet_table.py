@@ -291,6 +291,17 @@ def _from_bridge(destination: str) -> Send:
     return send
 
 
+def _odd_arp(hardware: int = 1, protocol: int = frames.IPV4, lengths: tuple[int, int] = (6, 4)) -> Send:
+    """ARP of another kind than Ethernet's for IPv4, with the guest's own addresses where they would be."""
+
+    def send(stage: Stage) -> None:
+        packet = arp(1, stage.guest.mac, stage.guest.address, BROADCAST, stage.guest.gateway, stage.mark)
+        head = struct.pack("!HHBB", hardware, protocol, *lengths)
+        stage.guest.send(ethernet(BROADCAST, stage.guest.mac, frames.ARP, head + packet[6:]))
+
+    return send
+
+
 _LINK_LOCAL, _ALL_NODES, _NEIGHBOUR_V6 = "fe80::1", "ff02::1", "fe80::2"
 _ALL_NODES_MAC = "33:33:00:00:00:01"
 _NOTHING: frozenset[str] = frozenset()
@@ -316,7 +327,7 @@ TABLE: tuple[Row, ...] = (
     Row("UDP broadcast", _neighbourly(lambda s: s.udp_to("255.255.255.255"), BROADCAST)),
     Row("UDP to the subnet's broadcast address", _neighbourly(lambda s: s.udp_to(str(s.lab.plan.subnet[-1])), BROADCAST)),
     Row("UDP multicast", _neighbourly(lambda s: s.udp_to("224.0.0.251", 5353), "01:00:5e:00:00:fb")),
-    Row("ARP question to all", _arp("guest", "guest", operation=1)),
+    Row("ARP question to all", _arp("guest", "guest", operation=1), frozenset({"bridge"})),
     Row("ARP question to the neighbour", _arp("guest", "guest", operation=1, to="neighbour")),
     Row("a DHCP offer to all", _neighbourly(lambda s: ipv4(s.guest.address, "255.255.255.255", frames.UDP, udp(67, 68, s.mark)), BROADCAST)),
     Row("a DHCP offer to the neighbour", _neighbourly(lambda s: ipv4(s.guest.address, s.neighbour.address, frames.UDP, udp(67, 68, s.mark)))),
@@ -333,6 +344,10 @@ TABLE: tuple[Row, ...] = (
     _forged("ARP of mine under the neighbour's MAC", _arp("guest", "guest", source="neighbour")),
     _forged("ARP under the gateway's MAC", _arp("gateway", "gateway", source="gateway")),
     _forged("ARP from no address", _arp("guest", "nobody", operation=1)),
+    _forged("ARP of other hardware", _odd_arp(hardware=6)),
+    _forged("ARP for another protocol", _odd_arp(protocol=frames.IPV6)),
+    _forged("ARP with longer hardware addresses", _odd_arp(lengths=(8, 4))),
+    _forged("ARP with longer addresses", _odd_arp(lengths=(6, 16))),
     _forged("a stolen MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.neighbour.mac))),
     _forged("the gateway's MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.gateway_mac))),
     _forged("a stolen address", _routed(lambda s: s.udp_to(INTERNET, source=s.neighbour.address))),

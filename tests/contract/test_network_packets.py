@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.contract.packet_table import Guest, Stage, try_table
@@ -143,6 +144,32 @@ async def test_every_rule_is_needed(stage: Stage) -> None:
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == [], "all is as before"
     assert not needless
+
+
+async def test_every_condition_on_what_a_guest_sends_is_needed(stage: Stage) -> None:
+    """As above, by single conditions of the rules that let a guest's packets pass: of its slot, and on the host."""
+    chains = {f"at{INSTALLATION}{GUEST[:8]}": stage.lab.in_home, "from_guests": stage.lab.in_host}
+    needless: list[str] = []
+    for chain, run in chains.items():
+        for number in range(sum(len(_matches(rule)) for rule in _rules_of(run, chain))):
+            rule, match = [(rule, match) for rule in _rules_of(run, chain) for match in _matches(rule)][number]
+            with holder_asleep(stage.lab):
+                weaker = {**rule, "expr": [each for each in rule["expr"] if each is not match]}
+                change = {"nftables": [{"replace": {"rule": weaker}}]}
+                run("nft", "-j", json.dumps(change))
+                if not try_table(stage, stop_at_first=True):
+                    needless.append(f"{chain}: {match}")
+            wait_until(lambda: not stage.lab.ask("check")["put_back"])
+    assert not needless
+
+
+def _rules_of(run: Callable[..., str], chain: str) -> list[dict[str, Any]]:
+    entries = json.loads(run("nft", "-j", "list", "ruleset"))["nftables"]
+    return [entry["rule"] for entry in entries if entry.get("rule", {}).get("chain") == chain]
+
+
+def _matches(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in rule["expr"] if "match" in each]
 
 
 @pytest.mark.parametrize("flag", ["isolated off", "flood on"])
