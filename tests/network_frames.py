@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address
 
 ARP, IPV4, IPV6, VLAN, VLAN_OUTER, RARP = 0x0806, 0x0800, 0x86DD, 0x8100, 0x88A8, 0x8035
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
+DO_NOT_FRAGMENT = 0x4000
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 
 
@@ -31,9 +32,9 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def ipv4(source: str, destination: str, protocol: int, payload: bytes) -> bytes:
+def ipv4(source: str, destination: str, protocol: int, payload: bytes, *, fragment: int = 0) -> bytes:
     ends = IPv4Address(source).packed + IPv4Address(destination).packed
-    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + ends
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, fragment, 64, protocol, 0) + ends
     return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + payload
 
 

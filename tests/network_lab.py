@@ -180,7 +180,7 @@ def _connect(lab: NetworkLab) -> None:
     lab.in_host("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", str(lab.internet.pid))
     for command in (
         "ip link set lo up",
-        "ip link set wan up",
+        "ip link set wan up mtu 1400",
         f"ip address add {HOST_ADDRESS}/24 dev wan",
         f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
         f"ip route add default via {NEIGHBOUR_OF_HOST}",

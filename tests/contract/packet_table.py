@@ -291,6 +291,12 @@ def _from_bridge(destination: str) -> Send:
     return send
 
 
+def _too_large(stage: Stage) -> bytes:
+    """Larger than the host's way to the internet takes; the guest has to hear of it, or its connections would hang."""
+    content = udp(stage.port, 9, stage.mark + bytes(1420))
+    return ipv4(stage.guest.address, INTERNET, frames.UDP, content, fragment=frames.DO_NOT_FRAGMENT)
+
+
 def _odd_arp(hardware: int = 1, protocol: int = frames.IPV4, lengths: tuple[int, int] = (6, 4)) -> Send:
     """ARP of another kind than Ethernet's for IPv4, with the guest's own addresses where they would be."""
 
@@ -320,6 +326,7 @@ TABLE: tuple[Row, ...] = (
     Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"internet"}), frozenset({"bridge", "self"})),
     Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"internet", "self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
+    Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"})),
     # From guest to guest.
     Row("ping of the neighbour", _neighbourly(lambda s: s.ping(s.neighbour.address))),
     Row("TCP to the neighbour", _neighbourly(lambda s: s.syn_to(s.neighbour.address))),

@@ -29,6 +29,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_PROTINFO, _IFLA_LINKINFO, _IFLA
     1, 3, 10, 12, 18, 20, 28,
 )  # fmt: skip
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
+_IFLA_GROUP = 27
 _BRIDGE_MCAST_SNOOPING = 23
 _PORT_LEARNING, _PORT_UNICAST_FLOOD, _PORT_ISOLATED = 8, 9, 33
 _UP = 1
@@ -180,6 +181,20 @@ class RouteSocket:
             self._change(_DELLINK, 0, _link_header(link.index), f"deleting the link {name}")
         except _RefusedError as error:
             if error.number != errno.ENODEV:
+                raise
+
+    def set_group(self, index: int, group: int) -> None:
+        """So that many links can be deleted at once."""
+        body = _link_header(index) + _attribute(_IFLA_GROUP, struct.pack("=I", group))
+        self._change(_SETLINK, 0, body, f"putting link {index} into a group")
+
+    def delete_group(self, group: int) -> None:
+        """All links of the group, in a hundredth of the time that one after the other takes. Idempotent."""
+        body = _link_header(0) + _attribute(_IFLA_GROUP, struct.pack("=I", group))
+        try:
+            self._change(_DELLINK, 0, body, f"deleting the links of group {group}")
+        except _RefusedError as error:
+            if error.number not in (errno.ENODEV, errno.EINVAL):
                 raise
 
     def set_up(self, index: int, up: bool = True) -> None:

@@ -8,6 +8,7 @@ thirteen. An object belongs to the namespace in which it was made. Source: libnf
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
 import struct
 from typing import Any
@@ -20,10 +21,9 @@ _NETLINK_NETFILTER = 12
 _SOL_NETLINK, _ADD_MEMBERSHIP, _NO_BUFFER_ERRORS = 270, 1, 5
 _GROUP_OF_NFTABLES = 7
 _NFTABLES_SUBSYSTEM = 10
-_DELETIONS = frozenset({2, 5, 8, 11, 14})
-"""DELTABLE, DELCHAIN, DELRULE, DELSET, DELSETELEM."""
-_CHANGES = _DELETIONS | {3, 6}
-"""And NEWCHAIN and NEWRULE: a chain's policy, and a rule put before ours."""
+_NEW_GENERATION = 15
+"""The end of each transaction's messages, with the process that made it."""
+_PROCESS_ID = 2
 
 
 def _load() -> Any:
@@ -83,7 +83,11 @@ class Nftables:
 
 
 class RulesWatch:
-    """Becomes readable when rules of the namespace are changed; ``fileno`` is for an event loop."""
+    """Becomes readable when rules of the namespace are changed; ``fileno`` is for an event loop.
+
+    Rules of the old iptables are not told of. Where this process has another number for the kernel than for itself (in a
+    container) its own changes count as another's, which costs a look at the rules and no more.
+    """
 
     def __init__(self) -> None:
         self._socket = socket.socket(
@@ -101,14 +105,24 @@ class RulesWatch:
         self._socket.close()
 
     def drain(self) -> bool:
-        """Read what there is; whether anything of it may have made rules weaker."""
-        weaker = False
+        """Read what there is; whether another process than this one has changed rules."""
+        foreign = False
         while True:
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
-                return weaker
+                return foreign
             while len(data) >= 16:
                 length, kind = struct.unpack_from("=IH", data)
-                weaker |= kind >> 8 == _NFTABLES_SUBSYSTEM and kind & 0xFF in _CHANGES
+                if kind == _NFTABLES_SUBSYSTEM << 8 | _NEW_GENERATION:
+                    foreign |= _process_id(data[20:length]) != os.getpid()
                 data = data[max(16, (length + 3) & ~3) :]
+
+
+def _process_id(attributes: bytes) -> int:
+    while len(attributes) >= 8:
+        length, kind = struct.unpack_from("=HH", attributes)
+        if kind == _PROCESS_ID:
+            return struct.unpack_from("!I", attributes, 4)[0]
+        attributes = attributes[max(4, (length + 3) & ~3) :]
+    return 0

@@ -7,6 +7,7 @@ starts anew finds all of it again. The process' main thread is in the home's nam
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from atelier.host import namespaces, tap
 from atelier.host.netlink import Link
 from atelier.model.address_plan import AddressPlan, is_plan_subnet, overlapping
-from atelier.model.errors import ConflictError, NotFoundError
+from atelier.model.errors import AtelierError, ConflictError, NotFoundError
 from atelier.model.machine import GuestAddress
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.plans import settle_plan
@@ -28,6 +29,8 @@ from atelier.network_holder.uplink import VethUplink
 _logger = logging.getLogger(__name__)
 
 _GATEWAY_MAC_PREFIX = "02:a7:e1"
+_TAP_GROUP = 1
+"""In a namespace of our own, where no other groups are."""
 _CHAIN = re.compile(r"^\tchain (\S+) \{\n.*?^\t\}", re.MULTILINE | re.DOTALL)
 
 
@@ -82,9 +85,18 @@ class NetworkHome:
     async def open(self) -> None:
         """Have the home, or find the one that is there. Refuses before anything is changed.
 
-        Raises HostError, MissingProgramError.
+        Raises HostError, MissingProgramError; what was made by then is gone again, unless slots stand on it.
         """
         self._uplink.require_forwarding()
+        try:
+            await self._make()
+        except BaseException:
+            if not self._leases:
+                with contextlib.suppress(AtelierError):
+                    await self.remove()
+            raise
+
+    async def _make(self) -> None:
         taken = self._uplink.taken_networks()
         namespace = await namespaces.ensure_named(self._names.namespace)
         namespaces.enter(namespace)
@@ -110,9 +122,9 @@ class NetworkHome:
 
     async def remove(self) -> None:
         """Leave nothing behind. Machines that hold a TAP still are cut off."""
-        for lease in self._leases.values():
-            self.side.links.delete_link(self._names.tap(lease.sandbox_id))
-        self.side.links.delete_link(self._names.bridge)
+        if self._side is not None:
+            self._side.links.delete_group(_TAP_GROUP)
+            self._side.links.delete_link(self._names.bridge)
         await self._uplink.remove()
         await namespaces.ensure_named_absent(self._names.namespace)
 
@@ -151,6 +163,7 @@ class NetworkHome:
             link = links.get_link(name)
         elif link.up:
             links.set_up(link.index, up=False)
+        links.set_group(link.index, _TAP_GROUP)
         links.set_alias(link.index, lease.alias)
         self._leases[lease.sandbox_id] = lease
         links.set_master(link.index, self._bridge)
