@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+from tests.network_lab import network_lab, why_no_lab
 
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.network.user import UserNetwork
 from atelier.model.errors import HostError
 
+NO_LAB = why_no_lab()
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
-@pytest.fixture(params=[UserNetwork, FakeNetwork])
-def network(request: pytest.FixtureRequest) -> NetworkDriver:
-    return request.param()
+@pytest.fixture(params=["user", "fake", "bridge"])
+def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NetworkDriver]:
+    match request.param:
+        case "user":
+            yield UserNetwork()
+        case "fake":
+            yield FakeNetwork()
+        case _:
+            if NO_LAB:
+                pytest.skip(NO_LAB)
+            with network_lab(tmp_path) as lab:
+                lab.start_holder()
+                yield lab.driver()
 
 
 async def test_a_slot_is_the_same_each_time(network: NetworkDriver) -> None:
@@ -26,8 +42,29 @@ async def test_a_slot_is_the_same_each_time(network: NetworkDriver) -> None:
 
 
 async def test_two_sandboxes_have_two_addresses(network: NetworkDriver) -> None:
-    addresses = {(await network.ensure_slot(sandbox, 0)).mac_address for sandbox in (SANDBOX, OTHER)}
-    assert len(addresses) == 2
+    slots = [await network.ensure_slot(sandbox, lease) for lease, sandbox in enumerate((SANDBOX, OTHER))]
+    assert len({slot.mac_address for slot in slots}) == 2
+    addresses = [slot.guest.address for slot in slots if slot.guest is not None]
+    assert len(set(addresses)) == len(addresses)
+
+
+async def test_an_opened_slot_is_a_descriptor_where_the_machine_needs_one(network: NetworkDriver) -> None:
+    slot = await network.ensure_slot(SANDBOX, 0)
+    for _ in range(2):
+        async with network.opened(SANDBOX) as descriptor:
+            assert (descriptor is not None) == (slot.kind == "tap")
+            if descriptor is not None:
+                os.fstat(descriptor)
+    if descriptor is not None:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
+async def test_a_slot_moves_to_another_lease(network: NetworkDriver) -> None:
+    first = await network.ensure_slot(SANDBOX, 0)
+    second = await network.ensure_slot(SANDBOX, 3)
+    assert second.mac_address == first.mac_address
+    await network.ensure_slot(OTHER, 0)
 
 
 async def test_addresses_are_local_unicast(network: NetworkDriver) -> None:

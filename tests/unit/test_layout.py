@@ -19,6 +19,7 @@ def test_the_data_folder() -> None:
     assert data.bases == Path("/d/volumes/bases")
     assert data.consoles == Path("/d/consoles")
     assert data.logs == Path("/d/logs")
+    assert data.network_plan == Path("/d/network.json")
 
 
 def test_the_run_folder() -> None:
@@ -26,6 +27,7 @@ def test_the_run_folder() -> None:
     assert run.vmm_directory("aaaaaaaaaaaa") == Path("/r/sandboxes/aaaaaaaaaaaa")
     assert run.channel_socket("aaaaaaaaaaaa") == Path("/r/channels/aaaaaaaaaaaa.sock")
     assert run.gateway_socket == Path("/r/gateway.sock")
+    assert run.network_socket == Path("/r/network.sock")
 
 
 def test_socket_paths_are_as_long_as_the_kernel_takes() -> None:

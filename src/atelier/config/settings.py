@@ -1,7 +1,8 @@
 """The settings of an installation: environment variables, overridden by a program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
-``ATELIER_ACCELERATOR``, ``ATELIER_RECIPES_DIR``, ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_LOG_LEVEL``. Nothing defaults into a source checkout.
+``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_RECIPES_DIR``, ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_LOG_LEVEL``.
+Nothing defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ class Accelerator(StrEnum):
     TCG = "tcg"
 
 
+class NetworkChoice(StrEnum):
+    """``closed``: sandboxes have no way out; ``bridge``: they have the internet, and nothing else."""
+
+    CLOSED = "closed"
+    BRIDGE = "bridge"
+
+
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
     host: str
@@ -61,6 +69,7 @@ class Settings:
     run_dir: Path
     listen: ListenAddress
     accelerator: Accelerator
+    network: NetworkChoice
     recipes_dir: Path
     disk_overcommit: float
     log_level: str
@@ -84,6 +93,7 @@ def load_settings(
         run_dir=run_directory(data, variables),
         listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
+        network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.CLOSED), "ATELIER_NETWORK"),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),

@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from atelier.api.application import create_application
@@ -24,7 +24,7 @@ from atelier.db.installation import load_installation
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
-from atelier.manager.gateway_process import GatewayProcess
+from atelier.manager.kept_process import KeptProcess
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
@@ -86,9 +86,11 @@ class Installation:
             stack.push_async_callback(drivers.close)
             lifecycle = build_lifecycle(drivers, database, data, run, ids)
             fleet = SandboxFleet(lifecycle, database, drivers.vmm, drivers.guests, run)
-            stack.push_async_callback(_close_run_folders, run, fleet, drivers.gateway)
-            if drivers.gateway is not None:
-                await drivers.gateway.open()
+            # The network first, and last to go: a machine's card has to lead somewhere for as long as it runs.
+            companions = [each for each in (drivers.network_holder, drivers.gateway) if each is not None]
+            stack.push_async_callback(_close_run_folders, run, fleet, companions)
+            for companion in companions:
+                await companion.open()
             stack.push_async_callback(lifecycle.close)
             end_asked = asyncio.Event()
             services = assemble(drivers, database, lifecycle, fleet, settings.mode, end_asked.set)
@@ -153,20 +155,20 @@ def _make_run_folders(run: RunLayout) -> None:
         ensure_private_folder(folder)
 
 
-async def _close_run_folders(run: RunLayout, fleet: SandboxFleet, gateway: GatewayProcess | None) -> None:
-    """While machines go on so does their gateway, which the next manager finds. Otherwise nothing stays behind."""
+async def _close_run_folders(run: RunLayout, fleet: SandboxFleet, companions: Sequence[KeptProcess]) -> None:
+    """While machines go on so do gateway and network, which the next manager finds. Otherwise nothing stays behind."""
     if fleet.list_running_names():
-        if gateway is not None:
-            await gateway.release()
+        for companion in companions:
+            await companion.release()
         return
-    if gateway is not None:
-        await gateway.close()
+    for companion in reversed(companions):
+        await companion.close()
     _remove_run_folders(run)
 
 
 def _remove_run_folders(run: RunLayout) -> None:
     """Remove what is empty by now; what a failed unwinding left stays for the next start to find."""
-    for file in (run.gateway_socket, *run.channels.glob("*.lock")):
+    for file in (run.gateway_socket, run.network_socket, *run.root.glob("*.lock"), *run.channels.glob("*.lock")):
         file.unlink(missing_ok=True)
     for folder in (run.sandboxes, run.channels, run.root, run.root.parent):
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atelier.api.services import Services
-from atelier.config.settings import ServerMode, Settings
+from atelier.config.settings import NetworkChoice, ServerMode, Settings
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -19,6 +19,7 @@ from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.debian import DebianImages
 from atelier.drivers.images.fake import FakeImages
 from atelier.drivers.images.interface import ImageDriver
+from atelier.drivers.network.bridge import BridgeNetwork
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.network.user import UserNetwork
@@ -28,11 +29,13 @@ from atelier.drivers.storage.qcow2 import Qcow2Storage
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
+from atelier.host.checks.network import check_bridge_network
 from atelier.host.memory import memory_bytes
 from atelier.lifecycle.admission import Capacity, RoomPolicy
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
+from atelier.manager.network_process import NetworkHolderProcess
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
@@ -51,7 +54,7 @@ _MOCK_MEMORY_MIB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Drivers:
-    """``gateway`` is None where the guest driver needs none."""
+    """``gateway`` is None where the guest driver needs none, ``network_holder`` where the network driver does."""
 
     vmm: VmmDriver
     storage: StorageDriver
@@ -59,6 +62,7 @@ class Drivers:
     images: ImageDriver
     guests: GuestDriver
     gateway: GatewayProcess | None
+    network_holder: NetworkHolderProcess | None
     room: RoomPolicy
     concurrent_boots: int | None
     close: Callable[[], Awaitable[None]]
@@ -114,13 +118,16 @@ def build_lifecycle(
 def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
     package = Path(__file__).resolve().parents[1]
     guests = AgentGuests(run.channel_socket, run.gateway_socket)
+    bridged = settings.network is NetworkChoice.BRIDGE
+    holder = NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network)
     return Drivers(
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
         storage=Qcow2Storage(data.volumes),
-        network=UserNetwork(),
+        network=BridgeNetwork(run.network_socket) if bridged else UserNetwork(),
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        network_holder=holder if bridged else None,
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
         room=RoomPolicy(
@@ -144,6 +151,7 @@ def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
         images=FakeImages(folder=settings.cache_dir / "fake"),
         guests=guests,
         gateway=None,
+        network_holder=None,
         concurrent_boots=None,
         room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,

@@ -54,6 +54,11 @@ class DataLayout:
     def logs(self) -> Path:
         return self.root / "logs"
 
+    @property
+    def network_plan(self) -> Path:
+        """JSON ``{"subnet": str}``: which addresses the sandboxes have, where they have a bridge."""
+        return self.root / "network.json"
+
 
 @dataclass(frozen=True, slots=True)
 class RunLayout:
@@ -80,6 +85,11 @@ class RunLayout:
     @property
     def gateway_socket(self) -> Path:
         return self.root / "gateway.sock"
+
+    @property
+    def network_socket(self) -> Path:
+        """The network holder's."""
+        return self.root / "network.sock"
 
     @property
     def manager_socket(self) -> Path:

@@ -1,0 +1,148 @@
+"""Each sandbox on a port of a bridge, with the internet and nothing else: the network holder's client.
+
+Chosen by ``manager.wiring``. All that touches the kernel is done by the network holder, a process of its own that
+outlives the manager; here are the driver's interface, and one connection per request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from atelier.drivers.network.addresses import mac_address_of
+from atelier.model.address_plan import SLOT_COUNT
+from atelier.model.errors import ConflictError, HostError, NotFoundError, TransientError
+from atelier.model.machine import GuestAddress, NetworkAttachment
+
+_TIMEOUT_SECONDS = 15.0
+_ANSWER_MAX_BYTES = 256 * 1024
+_ERRORS = {
+    "lease_taken": ConflictError,
+    "slot_in_use": ConflictError,
+    "slot_name_taken": ConflictError,
+    "no_network_slot": NotFoundError,
+}
+
+
+class BridgeNetwork:
+    """``socket_path``: the network holder's."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._socket_path = socket_path
+
+    @property
+    def name(self) -> str:
+        return "bridge"
+
+    @property
+    def slot_count(self) -> int | None:
+        return SLOT_COUNT
+
+    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
+        """Raises TransientError (``network_holder_unreachable``), ConflictError, HostError."""
+        mac_address = mac_address_of(sandbox_id)
+        what = f"taking network slot {lease} for {sandbox_id}"
+        answer, _ = await self._ask(
+            what, operation="ensure_slot", sandbox_id=sandbox_id, lease=lease, mac_address=mac_address
+        )
+        return NetworkAttachment("tap", mac_address, _guest_address(answer, what))
+
+    async def ensure_slot_absent(self, sandbox_id: str) -> None:
+        what = f"freeing the network slot of {sandbox_id}"
+        await self._ask(what, operation="ensure_slot_absent", sandbox_id=sandbox_id)
+
+    @asynccontextmanager
+    async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
+        """Raises ConflictError (``slot_in_use``) while another machine holds it."""
+        what = f"opening the TAP of {sandbox_id}"
+        _, descriptors = await self._ask(what, operation="open_slot", sandbox_id=sandbox_id)
+        try:
+            if len(descriptors) != 1:
+                raise HostError(f"{what}: the network holder sent {len(descriptors)} descriptors")
+            yield descriptors[0]
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    async def list_slots(self) -> list[str]:
+        slots = (await self._ask("listing the network slots", operation="list_slots"))[0].get("slots")
+        return sorted(each for each in cast("list[object]", slots) if isinstance(each, str))
+
+    async def _ask(self, what: str, **request: str | int) -> tuple[dict[str, Any], list[int]]:
+        """(answer, descriptors that came with it, which are the caller's to close)."""
+        # In a thread: asyncio's streams take no descriptors.
+        asking = asyncio.ensure_future(asyncio.to_thread(self._exchange, what, json.dumps(request).encode() + b"\n"))
+        try:
+            line, descriptors = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            asking.add_done_callback(_close_unwanted)
+            raise
+        try:
+            return _checked(line, what), descriptors
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+    def _exchange(self, what: str, request: bytes) -> tuple[bytes, list[int]]:
+        line = b""
+        descriptors: list[int] = []
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_TIMEOUT_SECONDS)
+                connection.connect(str(self._socket_path))
+                connection.sendall(request)
+                while not line.endswith(b"\n") and len(line) < _ANSWER_MAX_BYTES:
+                    data, received, _, _ = socket.recv_fds(connection, 65536, 1, socket.MSG_CMSG_CLOEXEC)
+                    descriptors += received
+                    if not data:
+                        raise ConnectionResetError("the network holder closed the connection")
+                    line += data
+        except OSError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise TransientError(
+                f"{what}: {error}",
+                code="network_holder_unreachable",
+                hint=f"the network holder listens on {self._socket_path}; is it running?",
+            ) from error
+        return line, descriptors
+
+
+def _close_unwanted(asking: asyncio.Future[tuple[bytes, list[int]]]) -> None:
+    if not asking.cancelled() and asking.exception() is None:
+        for descriptor in asking.result()[1]:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+
+
+def _checked(line: bytes, what: str) -> dict[str, Any]:
+    try:
+        answer: object = json.loads(line)
+    except ValueError as error:
+        raise HostError(f"{what}: the network holder's answer is no JSON") from error
+    if not isinstance(answer, dict):
+        raise HostError(f"{what}: the network holder's answer is no object")
+    reply = cast("dict[str, Any]", answer)
+    if reply.get("ok") is not True:
+        code = str(reply.get("code") or "host_error")
+        message = f"{what}: {reply.get('message', 'the network holder refused')}"
+        raise _ERRORS.get(code, HostError)(message, code=code, hint=str(reply.get("hint", "")))
+    return reply
+
+
+def _guest_address(answer: dict[str, Any], what: str) -> GuestAddress:
+    try:
+        guest = answer["guest"]
+        return GuestAddress(
+            str(guest["address"]), int(guest["prefix_length"]), str(guest["gateway"]), str(guest["nameserver"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise HostError(f"{what}: the network holder's answer holds no address") from error

@@ -1,0 +1,144 @@
+"""Keeps one of the manager's companions running beside it: the gateway, the network holder.
+
+Each lives in a process (and session) of its own, so that a manager that dies takes nothing with it; the next manager
+finds it by its control socket, where it answers the operation ``ping``, and uses it on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import atelier
+from atelier.host import processes
+from atelier.host.files import read_tail
+from atelier.model.errors import AtelierError, HostError
+
+logger = logging.getLogger(__name__)
+
+_START_SECONDS = 20.0
+_STOP_SECONDS = 10.0
+_CHECK_SECONDS = 1.0
+_MAX_BACKOFF_SECONDS = 10.0
+_LAST_WORDS_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    pid: int
+    version: str
+    problems: tuple[str, ...] = ()
+    """What a person has to mend, in words."""
+
+
+class KeptProcess:
+    """``title`` is what messages call it, ``code`` that of the error when it does not start; ``arguments`` are those of
+    this Python; ``socket_path`` is its control socket, ``log_path`` where its log goes."""
+
+    def __init__(self, title: str, code: str, arguments: Sequence[str], socket_path: Path, log_path: Path) -> None:
+        self._title = title
+        self._code = code
+        self._arguments = arguments
+        self._socket_path = socket_path
+        self._log_path = log_path
+        self._supervisor: asyncio.Task[None] | None = None
+        self._told: frozenset[str] = frozenset()
+
+    async def open(self) -> None:
+        """Start it unless one of this version answers already, and keep one running. One of another version is replaced.
+        Raises HostError if it does not start."""
+        answer = await self._ping()
+        if answer is not None and answer.version != atelier.__version__:
+            logger.info("replacing the %s of version %s", self._title, answer.version or "unknown")
+            await self._end(answer.pid)
+            answer = None
+        if answer is None:
+            await self._start()
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def release(self) -> None:
+        """Watch it no longer and leave it to the next manager: machines go on that need it."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End it: to be called when no sandbox is left that needs it."""
+        await self.release()
+        if (answer := await self._ping()) is not None:
+            await self._end(answer.pid)
+
+    async def _end(self, pid: int) -> None:
+        if (identity := processes.find_identity(pid)) is not None:
+            await processes.kill_and_wait(identity, _STOP_SECONDS, signal_number=signal.SIGTERM)
+
+    async def _start(self) -> None:
+        identity = await processes.start_detached([sys.executable, *self._arguments], stderr_path=self._log_path)
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while await self._ping() is None:
+                    if not processes.is_alive(identity):
+                        raise HostError(
+                            f"the {self._title} ended as soon as it was started: {self._last_words()}",
+                            code=self._code,
+                            hint=f"its log is {self._log_path}",
+                        )
+                    await asyncio.sleep(0.02)
+        except TimeoutError as error:
+            raise HostError(
+                f"the {self._title} does not answer within {_START_SECONDS:g} s",
+                code=self._code,
+                hint=f"its log is {self._log_path}",
+            ) from error
+
+    async def _supervise(self) -> None:
+        backoff = _CHECK_SECONDS
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            if (answer := await self._ping()) is not None:
+                backoff = _CHECK_SECONDS
+                self._tell(answer.problems)
+                continue
+            logger.warning("the %s does not answer: starting it again", self._title)
+            try:
+                await self._start()
+            except AtelierError as error:
+                logger.error("%s", error)
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
+
+    def _tell(self, problems: tuple[str, ...]) -> None:
+        for problem in problems:
+            if problem not in self._told:
+                logger.warning("%s: %s", self._title, problem)
+        self._told = frozenset(problems)
+
+    def _last_words(self) -> str:
+        lines = read_tail(self._log_path, _LAST_WORDS_BYTES).decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "without a word"
+
+    async def _ping(self) -> _Answer | None:
+        """What it says of itself; None if none answers."""
+        try:
+            async with asyncio.timeout(2):
+                reader, writer = await asyncio.open_unix_connection(self._socket_path)
+                try:
+                    writer.write(b'{"operation": "ping"}\n')
+                    answer = json.loads(await reader.readline())
+                    if not answer.get("ok"):
+                        return None
+                    problems = tuple(str(each) for each in answer.get("problems", ()))
+                    return _Answer(int(answer["pid"]), str(answer.get("version", "")), problems)
+                finally:
+                    writer.close()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+        except (OSError, ValueError, TimeoutError, KeyError):
+            return None

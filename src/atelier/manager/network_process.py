@@ -1,0 +1,57 @@
+"""The network holder, as the manager keeps it: its process may be replaced at any time, the network itself stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from atelier.host.checks.local import CheckResult, CheckStatus
+from atelier.manager.kept_process import KeptProcess
+from atelier.model.errors import HostError
+from atelier.model.layout import DataLayout, RunLayout
+
+_CLOSE_SECONDS = 30.0
+
+
+class NetworkHolderProcess(KeptProcess):
+    """``check``: what the network needs of this machine, asked before anything is started."""
+
+    def __init__(
+        self, data: DataLayout, run: RunLayout, installation_id: str, check: Callable[[], list[CheckResult]]
+    ) -> None:
+        self._check = check
+        self._control: Path = run.network_socket
+        arguments = (
+            *("-m", "atelier.network_holder", "--run-dir", str(run.root)),
+            *("--plan-file", str(data.network_plan), "--installation", installation_id),
+        )
+        super().__init__(
+            "network holder", "network_holder_failed", arguments, run.network_socket, data.logs / "network.log"
+        )
+
+    async def open(self) -> None:
+        """Raises HostError (``network_not_possible``) with what is missing and how to get it."""
+        missing = [result for result in self._check() if result.status is CheckStatus.FAILED]
+        if missing:
+            raise HostError(
+                "ATELIER_NETWORK is bridge, and this machine has not got what it takes: "
+                + "; ".join(result.message for result in missing),
+                code="network_not_possible",
+                hint="; ".join(result.remedy for result in missing) + "; or ATELIER_NETWORK=closed",
+            )
+        await super().open()
+
+    async def close(self) -> None:
+        """End the network too, which is then needed by nobody."""
+        await self.release()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                reader, writer = await asyncio.open_unix_connection(self._control)
+                try:
+                    writer.write(b'{"operation": "close"}\n')
+                    await reader.readline()
+                finally:
+                    writer.close()
+        await super().close()

@@ -1,0 +1,1 @@
+"""The program that holds the sandboxes' network: its namespace, its rules, its TAPs."""

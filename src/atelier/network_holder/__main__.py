@@ -1,0 +1,137 @@
+"""``python -m atelier.network_holder``: holds the network of an installation. Started by the manager, outlives it.
+
+Opens the home, serves ``control``'s socket, and sees to it that the rules stand: at once when somebody changes rules in
+one of the two namespaces, and every few seconds. SIGTERM ends the process and leaves the home as it is, for the next
+holder; the operation ``close`` ends both. One holder per run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Literal
+
+from atelier.host.files import lock_folder
+from atelier.host.nameservers import find_nameserver
+from atelier.host.namespaces import open_current
+from atelier.model.errors import AlreadyRunningError, AtelierError
+from atelier.model.layout import RunLayout
+from atelier.network_holder.control import NetworkControl
+from atelier.network_holder.home import NetworkHome
+from atelier.network_holder.names import NetworkNames
+from atelier.network_holder.side import NetworkSide
+from atelier.network_holder.uplink import VethUplink
+from atelier.telemetry.logs import configure
+
+_logger = logging.getLogger("atelier.network_holder")
+
+_LOCK_NAME = "network.lock"
+_CHECK_SECONDS = 5.0
+_SETTLE_SECONDS = 0.02
+"""Who replaces rules deletes them first: looked at when the transaction's messages are through."""
+
+
+class _Options(argparse.Namespace):
+    run_dir: Path
+    plan_file: Path
+    installation: str
+    bridge_name: str
+    nameserver: IPv4Address | None
+    log_level: str
+    log_format: Literal["line", "json"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parse(arguments)
+    configure(options.log_level, options.log_format)
+    os.umask(0o077)
+    layout = RunLayout(options.run_dir.absolute())
+    try:
+        names = NetworkNames(options.installation, options.bridge_name)
+        with lock_folder(layout.root / _LOCK_NAME):
+            asyncio.run(_hold(layout, options, names))
+    except AlreadyRunningError:
+        _logger.error("another network holder already serves %s", layout.root)
+        return 1
+    except AtelierError as error:
+        _logger.error("%s", error)
+        return 1
+    except OSError as error:
+        _logger.error("cannot serve %s: %s", layout.root, error)
+        return 1
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> _Options:
+    parser = argparse.ArgumentParser(prog="python -m atelier.network_holder", description="Atelier's network.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="the run directory: the socket lies here")
+    parser.add_argument("--plan-file", type=Path, required=True, help="where the choice of addresses is kept")
+    parser.add_argument("--installation", required=True, help="the installation's id")
+    parser.add_argument("--bridge-name", default="br0")
+    parser.add_argument(
+        "--nameserver", type=IPv4Address, help="who answers sandboxes' questions for names (default: this machine's)"
+    )
+    parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="INFO")
+    parser.add_argument("--log-format", choices=["line", "json"], default="line")
+    return parser.parse_args(arguments, namespace=_Options())
+
+
+async def _hold(layout: RunLayout, options: _Options, names: NetworkNames) -> None:
+    loop = asyncio.get_running_loop()
+    host = NetworkSide.open(open_current())
+    home = NetworkHome(names, VethUplink(names, host), options.plan_file, options.nameserver or find_nameserver())
+    control = NetworkControl(home, layout.network_socket)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, control.end.set)
+    await home.open()
+    changed = asyncio.Event()
+    for watch in (host.watch, home.side.watch):
+        loop.add_reader(watch.fileno(), lambda watch=watch: changed.set() if watch.drain() else None)
+    for problem in home.problems():
+        _logger.warning("%s", problem)
+    _logger.info("the network of %s stands: %s on %s", names.installation_id, home.plan.subnet, names.namespace)
+    tasks: list[asyncio.Task[object]] = [
+        asyncio.create_task(control.serve()),
+        asyncio.create_task(_keep(control, changed)),
+        asyncio.create_task(control.end.wait()),
+    ]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for watch in (host.watch, home.side.watch):
+            loop.remove_reader(watch.fileno())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        home.close()
+        host.close()
+    _logger.info("the network holder has stopped")
+
+
+async def _keep(control: NetworkControl, changed: asyncio.Event) -> None:
+    """A check that fails is told, and tried again: the rules it could not put back may be mended by then."""
+    while not control.end.is_set():
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                await changed.wait()
+            await asyncio.sleep(_SETTLE_SECONDS)
+        except TimeoutError:
+            pass
+        changed.clear()
+        try:
+            await control.check()
+        except (AtelierError, OSError) as error:
+            _logger.error("the rules of the sandboxes' network cannot be checked: %s", error)
+            await asyncio.sleep(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

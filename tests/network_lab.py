@@ -1,0 +1,221 @@
+"""A host, an internet and a network holder in namespaces of the test's own: nothing of this machine's is touched.
+
+::
+
+    guests (this process, on their TAPs) -- bridge [home] -- pair -- [host] wan -- eth0 [internet]
+
+Host and internet are namespaces of two sleeping processes; the home lies below a /run/netns that only the host's mount
+namespace has. All of it vanishes with the processes, however the test ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from atelier.drivers.network.bridge import BridgeNetwork
+from atelier.host.namespaces import entered
+from atelier.model.address_plan import AddressPlan
+from atelier.model.layout import DataLayout, RunLayout
+
+INSTALLATION = "test"
+BRIDGE = "br0"
+HOST_ADDRESS = "198.51.100.2"
+NEIGHBOUR_OF_HOST = "198.51.100.1"
+OTHER_HOST_ADDRESS = "203.0.113.77"
+INTERNET = "203.0.113.9"
+NAMESERVER = "10.1.53.53"
+"""In a private network, as a home router is."""
+METADATA = "169.254.169.254"
+PRIVATE = ("192.168.77.7", "172.16.77.7", "10.1.77.7", "100.127.77.7")
+PUBLISHED_PORT = 8080
+
+_PREPARE_MOUNTS = "mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec sleep infinity"
+
+
+def why_no_lab() -> str:
+    """Words for a skip; empty where a lab can be made."""
+    missing = [each for each in ("ip", "nft", "unshare", "nsenter") if shutil.which(each) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    script = (
+        "set -e; ip link add bridge0 type bridge; ip tuntap add tap0 mode tap; ip link set tap0 master bridge0;"
+        "ip link add veth0 type veth peer name veth1; bridge link set dev tap0 isolated on; nft add table netdev x;"
+        "nft 'add chain netdev x c { type filter hook ingress device tap0 priority 0; }'; mkdir -p /run/netns;"
+        "mount -t tmpfs tmpfs /run/netns"
+    )
+    probe = subprocess.run(
+        ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script], capture_output=True, text=True
+    )
+    return "" if probe.returncode == 0 else f"no namespaces with bridge, TAP and nftables: {probe.stderr.strip()}"
+
+
+@dataclass
+class NetworkLab:
+    folder: Path
+    host: subprocess.Popen[bytes]
+    internet: subprocess.Popen[bytes]
+    holder: subprocess.Popen[bytes] | None = None
+
+    @property
+    def run(self) -> RunLayout:
+        return RunLayout(self.folder / "run")
+
+    @property
+    def plan_file(self) -> Path:
+        return DataLayout(self.folder).network_plan
+
+    @property
+    def plan(self) -> AddressPlan:
+        return AddressPlan(IPv4Network(json.loads(self.plan_file.read_text())["subnet"]))
+
+    def driver(self) -> BridgeNetwork:
+        return BridgeNetwork(self.run.network_socket)
+
+    def in_host(self, *command: str, check: bool = True) -> str:
+        return _run(["nsenter", "--target", str(self.host.pid), "--net", "--mount", *command], check)
+
+    def in_home(self, *command: str, check: bool = True) -> str:
+        return self.in_host("ip", "netns", "exec", f"at-{INSTALLATION}", *command, check=check)
+
+    def in_internet(self, *command: str) -> str:
+        return _run(["nsenter", "--target", str(self.internet.pid), "--net", *command], check=True)
+
+    @contextmanager
+    def inside(self, place: str) -> Iterator[None]:
+        """This thread in the namespace ``host``, ``home`` or ``internet``."""
+        paths = {
+            "host": f"/proc/{self.host.pid}/ns/net",
+            "internet": f"/proc/{self.internet.pid}/ns/net",
+            "home": f"/proc/{self.host.pid}/root/run/netns/at-{INSTALLATION}",
+        }
+        descriptor = os.open(paths[place], os.O_RDONLY)
+        try:
+            with entered(descriptor):
+                yield
+        finally:
+            os.close(descriptor)
+
+    def start_holder(self, *options: str) -> None:
+        """Raises RuntimeError with the holder's last words when it ends instead of answering."""
+        self.run.root.mkdir(exist_ok=True)
+        arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
+        log = self.folder / "holder.log"
+        with log.open("ab") as output:
+            self.holder = subprocess.Popen(
+                [
+                    *("nsenter", "--target", str(self.host.pid), "--net", "--mount"),
+                    *(sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
+                    *("--bridge-name", BRIDGE, "--nameserver", NAMESERVER, *options),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        deadline = time.monotonic() + 30
+        while not self.run.network_socket.exists():
+            if self.holder.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(log.read_text())
+            time.sleep(0.02)
+
+    def ask(self, operation: str, **arguments: object) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(30)
+            connection.connect(str(self.run.network_socket))
+            connection.sendall(json.dumps({"operation": operation, **arguments}).encode() + b"\n")
+            return json.loads(connection.makefile().readline())
+
+    def stop_holder(self) -> None:
+        """The process alone: the home stays."""
+        if self.holder is not None:
+            self.holder.terminate()
+            self.holder.wait(10)
+            self.holder = None
+
+    def state(self) -> dict[str, str]:
+        """Everything in host and home that a slot could leave behind."""
+        return {
+            "links": _names_and_addresses(self.in_home("ip", "-br", "link")),
+            "entries": self.in_home("bridge", "fdb", "show"),
+            "rules": self.in_home("nft", "list", "ruleset"),
+            "host links": _names_and_addresses(self.in_host("ip", "-br", "link")),
+            "host rules": self.in_host("nft", "list", "ruleset"),
+            "namespaces": self.in_host("ip", "netns"),
+        }
+
+
+@contextmanager
+def network_lab(folder: Path) -> Iterator[NetworkLab]:
+    """Host and internet, connected; no holder yet."""
+    host = subprocess.Popen(
+        ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", _PREPARE_MOUNTS],
+        stdin=subprocess.DEVNULL,
+    )
+    internet = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
+    lab = NetworkLab(folder, host, internet)
+    try:
+        _wait_for_sleep(host)
+        _wait_for_sleep(internet)
+        _connect(lab)
+        yield lab
+    finally:
+        lab.stop_holder()
+        for process in (host, internet):
+            process.kill()
+            process.wait()
+
+
+def _connect(lab: NetworkLab) -> None:
+    lab.in_host("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", str(lab.internet.pid))
+    for command in (
+        "ip link set lo up",
+        "ip link set wan up mtu 1400",
+        f"ip address add {HOST_ADDRESS}/24 dev wan",
+        f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
+        f"ip route add default via {NEIGHBOUR_OF_HOST}",
+        "sysctl -qw net.ipv4.ip_forward=1",
+    ):
+        lab.in_host(*command.split())
+    for command in (
+        "ip link set lo up",
+        "ip link set eth0 up",
+        f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
+        *(f"ip address add {address}/32 dev lo" for address in (INTERNET, NAMESERVER, METADATA, *PRIVATE)),
+    ):
+        lab.in_internet(*command.split())
+    # A port that the host publishes from behind it, as Docker does.
+    lab.in_host(
+        "nft",
+        f"table ip published {{ chain in {{ type nat hook prerouting priority dstnat;"
+        f" ip daddr {OTHER_HOST_ADDRESS} udp dport {PUBLISHED_PORT} dnat to {INTERNET}; }}; }}",
+    )
+
+
+def _wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
+        assert process.poll() is None and time.monotonic() < deadline, "a namespace could not be made"
+        time.sleep(0.005)
+
+
+def _names_and_addresses(links: str) -> str:
+    """Without their carriers, which come a moment later."""
+    return "\n".join(" ".join(line.split()[0:3:2]) for line in links.splitlines())
+
+
+def _run(command: list[str], check: bool) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if check and done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr}{done.stdout}")
+    return done.stdout

@@ -1,0 +1,171 @@
+"""Two real guests on the bridge of a real manager, which runs in a host and with an internet of the test's own.
+
+The packets that a guest may try are ``tests/contract/test_network_packets.py``'s; here it is shown that real machines,
+a real manager and its end go with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from ipaddress import IPv4Network
+from pathlib import Path
+
+import pytest
+from tests.network_lab import HOST_ADDRESS, INTERNET, METADATA, OTHER_HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
+from tests.real_machines import NO_QEMU
+
+from atelier.model.address_plan import AddressPlan
+
+MISSING = NO_QEMU or why_no_lab()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+_SERVE = (
+    "import http.server, sys;"
+    "handler = type('H', (http.server.BaseHTTPRequestHandler,), {"
+    "'do_GET': lambda s: (s.send_response(200), s.end_headers(), s.wfile.write(s.client_address[0].encode())),"
+    "'log_message': lambda *a: None});"
+    "http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), handler).serve_forever()"
+)
+
+
+class BridgedManager:
+    """A manager with ``ATELIER_NETWORK=bridge`` in the lab's host, asked through its command line there."""
+
+    def __init__(self, lab: NetworkLab, folder: Path) -> None:
+        self.lab = lab
+        self.data = folder / "data"
+        self.log = folder / "manager.log"
+        self.words = [
+            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", "env"),
+            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", "ATELIER_NETWORK=bridge"),
+            sys.executable,
+        ]
+        self.process = self.start()
+
+    def start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self.words, "-m", "atelier.manager"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 60
+        while self.try_cli("ls").returncode != 0:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.2)
+        return self.process
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+        self.process.wait(120)
+
+    def try_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*self.words, "-m", "atelier.cli", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+
+    def cli(self, *arguments: str) -> str:
+        done = self.try_cli(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr + self.log.read_text()
+        return done.stdout
+
+    @property
+    def plan(self) -> AddressPlan:
+        return AddressPlan(IPv4Network(json.loads((self.data / "network.json").read_text())["subnet"]))
+
+    def in_guest(self, name: str, script: str) -> subprocess.CompletedProcess[str]:
+        return self.try_cli("exec", name, "--", "sudo", "sh", "-c", script)
+
+    def set_card(self, name: str, lease: int) -> None:
+        """What the guest agent may have done already."""
+        address = f"{self.plan.address_of(lease)}/{self.plan.subnet.prefixlen}"
+        script = (
+            f"ip link set eth0 up && ip address replace {address} dev eth0 && "
+            f"ip route replace default via {self.plan.gateway}"
+        )
+        assert self.in_guest(name, script).returncode == 0
+
+    def fetch(self, name: str, address: str, port: int = 80) -> str:
+        """What a server there answers; empty if it is not reached."""
+        done = self.in_guest(name, f"curl --silent --max-time 4 http://{address}:{port}/")
+        return done.stdout if done.returncode == 0 else ""
+
+
+@contextmanager
+def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None]:
+    server = subprocess.Popen(
+        ["nsenter", "--target", str(pid), "--net", sys.executable, "-c", _SERVE, address, str(port)],
+        stdin=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_two_guests_have_the_internet_and_nothing_else() -> None:
+    # Short: sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name)) as lab:
+        before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
+        manager = BridgedManager(lab, Path(name))
+        try:
+            with serving(lab, lab.internet.pid, "0.0.0.0", 80), serving(lab, lab.host.pid, "0.0.0.0", 80):
+                try_guests(manager)
+            manager.cli("rm", "--yes", "one", "two")
+            manager.end()
+        finally:
+            # Also where a row failed, nothing may stay: machines, gateway and network outlive a manager.
+            if manager.process.poll() is None:
+                manager.end(signal.SIGKILL)
+            subprocess.run([*manager.words, "-m", "atelier.manager", "--down", "destroy"], capture_output=True)
+        assert (
+            lab.in_host("ip", "-br", "link"),
+            lab.in_host("nft", "list", "ruleset"),
+            lab.in_host("ip", "netns"),
+        ) == before
+        assert not list(Path(name, "run").glob("*/*"))
+
+
+def try_guests(manager: BridgedManager) -> None:
+    for lease, name in enumerate(("one", "two")):
+        manager.cli("create", "--name", name, "--memory", "256M")
+        manager.set_card(name, lease)
+    plan = manager.plan
+    for name in ("one", "two"):
+        assert manager.fetch(name, INTERNET) == HOST_ADDRESS, "translated to the host's address"
+    gateway, neighbour = str(plan.gateway), str(plan.address_of(1))
+    for closed in (HOST_ADDRESS, OTHER_HOST_ADDRESS, gateway, str(plan.uplink_host), METADATA):
+        assert manager.fetch("one", closed) == "", f"{closed} is closed"
+    assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").returncode != 0
+    assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").returncode != 0
+
+    # The manager dies; network and guests go on, and the next one finds them.
+    manager.end(signal.SIGKILL)
+    manager.start()
+    assert manager.fetch("one", INTERNET) == HOST_ADDRESS
+
+    # The first takes the second's place: it gains nothing, and the second loses nothing.
+    mac = manager.in_guest("two", "cat /sys/class/net/eth0/address").stdout.strip()
+    theft = (
+        f"ip link set eth0 down; ip link set eth0 address {mac}; ip address flush dev eth0; "
+        f"ip address add {neighbour}/16 dev eth0; ip link set eth0 up; ip route replace default via {gateway}; "
+    )
+    stolen = manager.in_guest("one", theft + f"curl --silent --max-time 4 http://{INTERNET}/")
+    assert stolen.returncode != 0
+    assert manager.fetch("two", INTERNET) == HOST_ADDRESS
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with network_lab(tmp_path) as lab:
+        lab.in_host("sysctl", "-qw", "net.ipv4.ip_forward=0")
+        with pytest.raises(AssertionError, match=r"sysctl -w net\.ipv4\.ip_forward=1"):
+            BridgedManager(lab, tmp_path)
+        assert lab.in_host("ip", "netns") == ""
+        assert os.path.exists(tmp_path / "data" / "atelier.db")
