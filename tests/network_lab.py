@@ -86,6 +86,9 @@ class NetworkLab:
     def in_host(self, *command: str, check: bool = True) -> str:
         return _run(["nsenter", "--target", str(self.host.pid), "--net", "--mount", *command], check)
 
+    def set_forwarding(self, on: bool) -> None:
+        self.in_host("sh", "-c", f"echo {int(on)} >/proc/sys/net/ipv4/ip_forward")
+
     def in_home(self, *command: str, check: bool = True) -> str:
         return self.in_host("ip", "netns", "exec", f"at-{INSTALLATION}", *command, check=check)
 
@@ -184,9 +187,9 @@ def _connect(lab: NetworkLab) -> None:
         f"ip address add {HOST_ADDRESS}/24 dev wan",
         f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
         f"ip route add default via {NEIGHBOUR_OF_HOST}",
-        "sysctl -qw net.ipv4.ip_forward=1",
     ):
         lab.in_host(*command.split())
+    lab.set_forwarding(True)
     for command in (
         "ip link set lo up",
         "ip link set eth0 up",

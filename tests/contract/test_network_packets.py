@@ -173,17 +173,23 @@ def _matches(rule: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("flag", ["isolated off", "flood on"])
-async def test_every_flag_of_a_port_is_needed(stage: Stage, flag: str) -> None:
-    for sandbox in (GUEST, NEIGHBOUR):
-        tap = f"at{INSTALLATION}{sandbox[:8]}"
-        stage.lab.in_home("bridge", "link", "set", "dev", tap, *flag.split())
-    assert try_table(stage, stop_at_first=True)
+async def test_every_flag_of_a_port_is_needed_and_put_back(stage: Stage, flag: str) -> None:
+    with holder_asleep(stage.lab):
+        for sandbox in (GUEST, NEIGHBOUR):
+            tap = f"at{INSTALLATION}{sandbox[:8]}"
+            stage.lab.in_home("bridge", "link", "set", "dev", tap, *flag.split())
+        assert try_table(stage, stop_at_first=True)
+    wait_until(lambda: not stage.lab.ask("check")["put_back"])
+    assert try_table(stage) == []
 
 
-async def test_the_entry_of_a_port_is_needed(stage: Stage) -> None:
+async def test_the_entry_of_a_port_is_needed_and_put_back(stage: Stage) -> None:
     tap = f"at{INSTALLATION}{GUEST[:8]}"
-    stage.lab.in_home("bridge", "fdb", "del", stage.guest.mac, "dev", tap, "master")
-    assert try_table(stage, stop_at_first=True)
+    with holder_asleep(stage.lab):
+        stage.lab.in_home("bridge", "fdb", "del", stage.guest.mac, "dev", tap, "master")
+        assert try_table(stage, stop_at_first=True)
+    wait_until(lambda: not stage.lab.ask("check")["put_back"])
+    assert try_table(stage) == []
 
 
 def weakenings(ruleset: str) -> Iterator[tuple[str, str]]:
@@ -290,7 +296,7 @@ async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
 
 
 def test_without_forwarding_nothing_is_changed(lab: NetworkLab) -> None:
-    lab.in_host("sysctl", "-qw", "net.ipv4.ip_forward=0")
+    lab.set_forwarding(False)
     before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset")
     with pytest.raises(RuntimeError, match=r"sysctl -w net\.ipv4\.ip_forward=1"):
         lab.start_holder()

@@ -164,7 +164,7 @@ def try_guests(manager: BridgedManager) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with network_lab(tmp_path) as lab:
-        lab.in_host("sysctl", "-qw", "net.ipv4.ip_forward=0")
+        lab.set_forwarding(False)
         with pytest.raises(AssertionError, match=r"sysctl -w net\.ipv4\.ip_forward=1"):
             BridgedManager(lab, tmp_path)
         assert lab.in_host("ip", "netns") == ""

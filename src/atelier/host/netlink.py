@@ -34,6 +34,8 @@ _BRIDGE_MCAST_SNOOPING = 23
 _PORT_LEARNING, _PORT_UNICAST_FLOOD, _PORT_ISOLATED = 8, 9, 33
 _UP = 1
 _AF_BRIDGE = 7
+_PORT_HEADER = struct.pack("=BxHiII", _AF_BRIDGE, 0, 0, 0, 0)
+_CLOSED_PORT = {_PORT_ISOLATED: b"\1", _PORT_LEARNING: b"\0", _PORT_UNICAST_FLOOD: b"\0"}
 _NTF_MASTER, _NUD_NOARP, _NDA_LLADDR = 4, 0x40, 2
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
@@ -147,6 +149,15 @@ class RouteSocket:
             found.append((index, dict(_attributes(payload[12:])).get(_NDA_LLADDR, b"").hex(":")))
         return found
 
+    def closed_ports(self) -> set[int]:
+        """Indices of bridge ports that are as ``close_port`` leaves them."""
+        found: set[int] = set()
+        for _, payload in self._ask(_GETLINK, _DUMP, _PORT_HEADER, "listing the bridges' ports"):
+            options = dict(_attributes(dict(_attributes(payload[16:])).get(_IFLA_PROTINFO, b"")))
+            if all(options.get(option) == value for option, value in _CLOSED_PORT.items()):
+                found.add(struct.unpack_from("=i", payload, 4)[0])
+        return found
+
     # --- changing -----------------------------------------------------------------------------------------------------
 
     def create_bridge(self, name: str, mac_address: str) -> None:
@@ -213,11 +224,7 @@ class RouteSocket:
 
     def close_port(self, index: int) -> None:
         """Let this port of a bridge reach no other closed one, learn no address, and get nothing that is not its own."""
-        options = (
-            _attribute(_PORT_ISOLATED, b"\1")
-            + _attribute(_PORT_LEARNING, b"\0")
-            + _attribute(_PORT_UNICAST_FLOOD, b"\0")
-        )
+        options = b"".join(_attribute(option, value) for option, value in _CLOSED_PORT.items())
         header = struct.pack("=BxHiII", _AF_BRIDGE, 0, index, 0, 0)
         self._change(_SETLINK, 0, header + _nest(_IFLA_PROTINFO, options), f"isolating port {index}")
 

@@ -206,9 +206,26 @@ class NetworkHome:
             self._blocked = blocked
             self._load()
         namespaces.write_setting("ipv4/ip_forward", "1")
-        if foreign or changed:
+        opened = self._close_opened_ports()
+        if foreign or changed or opened:
             _logger.warning("somebody removed or changed rules of the sandboxes' network: put back")
-        return foreign or changed
+        return foreign or changed or opened
+
+    def _close_opened_ports(self) -> bool:
+        """Whether there were ports that somebody had opened to one another, or whose entry was removed."""
+        closed = self.side.links.closed_ports()
+        entries = set(self.side.links.forwarding_entries())
+        links = self.side.links.links()
+        found = False
+        for lease in self._leases.values():
+            link = links.get(self._names.tap(lease.sandbox_id))
+            if link is None or link.master != self._bridge:
+                continue
+            if link.index not in closed or (link.index, lease.mac_address) not in entries:
+                self.side.links.close_port(link.index)
+                self.side.links.set_forwarding_entry(link.index, lease.mac_address)
+                found = True
+        return found
 
     def problems(self) -> list[str]:
         """What a person has to mend, in words."""
