@@ -188,7 +188,7 @@ def test_doctor_lists_and_removes_disks_without_a_sandbox(start: Callable[..., C
     assert b"every volume belongs to a sandbox" in cli.run("doctor", "--reclaim").stdout
     cli.run("down")
     assert b"atelier up" in cli.run("doctor", "--reclaim", status=1).stderr
-    file = cli.manager.data_dir / "volumes" / f"{lost}.fake"
+    file = cli.manager.data_dir / "volumes" / f"{lost}.fake.json"
     content = file.read_bytes()
     cli = start("--on-exit", "keep")
     cli.run("rm", "lost")

@@ -82,14 +82,12 @@ class BridgedManager:
     def in_guest(self, name: str, script: str) -> subprocess.CompletedProcess[str]:
         return self.try_cli("exec", name, "--", "sudo", "sh", "-c", script)
 
-    def set_card(self, name: str, lease: int) -> None:
-        """What the guest agent may have done already."""
-        address = f"{self.plan.address_of(lease)}/{self.plan.subnet.prefixlen}"
-        script = (
-            f"ip link set eth0 up && ip address replace {address} dev eth0 && "
-            f"ip route replace default via {self.plan.gateway}"
-        )
-        assert self.in_guest(name, script).returncode == 0
+    def check_card(self, name: str, lease: int) -> None:
+        """The guest agent has set it as the manager said."""
+        shown = self.in_guest(name, "ip -brief address show dev eth0; ip route; cat /etc/resolv.conf").stdout
+        assert f" UP {self.plan.address_of(lease)}/{self.plan.subnet.prefixlen}" in " ".join(shown.split()), shown
+        assert f"default via {self.plan.gateway} dev eth0" in shown
+        assert f"nameserver {self.plan.gateway}\n" in shown
 
     def fetch(self, name: str, address: str, port: int = 80) -> str:
         """What a server there answers; empty if it is not reached."""
@@ -136,7 +134,7 @@ def test_two_guests_have_the_internet_and_nothing_else() -> None:
 def try_guests(manager: BridgedManager) -> None:
     for lease, name in enumerate(("one", "two")):
         manager.cli("create", "--name", name, "--memory", "256M")
-        manager.set_card(name, lease)
+        manager.check_card(name, lease)
     plan = manager.plan
     for name in ("one", "two"):
         assert manager.fetch(name, INTERNET) == HOST_ADDRESS, "translated to the host's address"
