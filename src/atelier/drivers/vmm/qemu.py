@@ -78,6 +78,7 @@ class QemuVmm:
         Takes up to 3 s; ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
         demanded and does not work.
         """
+        _find_executable()
         async with self._preparing:
             if self._chosen is None:
                 self._chosen = await self._choose(boot)
