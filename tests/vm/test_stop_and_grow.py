@@ -55,7 +55,7 @@ from atelier.model.machine import (
 
 pytestmark = pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 
-SANDBOX = "aaaaaaaaaaaa"
+SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 INSTALLATION = "stop"
 TOKEN = "the-token"
 MIB = 2**20
@@ -290,13 +290,13 @@ async def test_a_guest_may_write_as_much_as_its_disk_grew_by() -> None:
     folder = Path(tempfile.mkdtemp(prefix="atl-grow-"))
     folder.chmod(0o711)
     vmm = emulated(INSTALLATION, folder)
-    spec = machine_spec(SANDBOX, INSTALLATION, with_init(await get_boot_files(), FILLS_ITS_GROWN_DISK, folder), folder)
+    spec = machine_spec(OTHER, INSTALLATION, with_init(await get_boot_files(), FILLS_ITS_GROWN_DISK, folder), folder)
 
     async def console() -> str:
         return (await vmm.console_tail(spec.run_directory, 10_000)).decode(errors="replace")
 
     try:
-        await vmm.ensure_run_directory(SANDBOX, spec.run_directory)
+        await vmm.ensure_run_directory(OTHER, spec.run_directory)
         identity = await vmm.ensure_started(spec)
         assert file_size_limits(identity.pid)[0] < 100 * MIB
         async with asyncio.timeout(READY_SECONDS):
@@ -309,7 +309,7 @@ async def test_a_guest_may_write_as_much_as_its_disk_grew_by() -> None:
         assert "FILLED" in said, said
         assert spec.root.top.path.stat().st_size > 100 * MIB
     finally:
-        await vmm.ensure_stopped(SANDBOX, spec.run_directory, None)
+        await vmm.ensure_stopped(OTHER, spec.run_directory, None)
         shutil.rmtree(folder)
 
 
