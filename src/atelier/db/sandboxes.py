@@ -139,6 +139,13 @@ class SandboxRepository:
         next_cursor = _make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
         return [_to_sandbox(row) for row in rows[:limit]], next_cursor
 
+    def list_in(self, connection: Connection, states: Collection[SandboxState] = ()) -> list[Sandbox]:
+        """Oldest first; of the given states, or all. One query: loops of the manager ask this every few seconds."""
+        query = select(sandboxes).order_by(sandboxes.c.sequence)
+        if states:
+            query = query.where(sandboxes.c.state.in_([state.value for state in states]))
+        return [_to_sandbox(row) for row in connection.execute(query)]
+
     def list_ids(self, connection: Connection, states: Collection[SandboxState] = ()) -> list[str]:
         """Ids, oldest first; of the given states, or all."""
         query = select(sandboxes.c.id).order_by(sandboxes.c.sequence)

@@ -136,4 +136,4 @@ class SandboxFleet:
     def _list(self, *states: SandboxState) -> list[Sandbox]:
         """Of these states, or all."""
         with self._database.read() as connection:
-            return [self._sandboxes.get(connection, each) for each in self._sandboxes.list_ids(connection, states)]
+            return self._sandboxes.list_in(connection, states)
