@@ -20,9 +20,10 @@ from atelier.drivers.network.addresses import mac_address_of
 from atelier.model.address_plan import SLOT_COUNT
 from atelier.model.errors import ConflictError, HostError, NotFoundError, TransientError
 from atelier.model.machine import GuestAddress, NetworkAttachment
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy, NetworkUsage
 
 _TIMEOUT_SECONDS = 15.0
-_ANSWER_MAX_BYTES = 256 * 1024
+_ANSWER_MAX_BYTES = 4 * 1024 * 1024
 _ERRORS = {
     "lease_taken": ConflictError,
     "slot_in_use": ConflictError,
@@ -45,18 +46,42 @@ class BridgeNetwork:
     def slot_count(self) -> int | None:
         return SLOT_COUNT
 
-    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
+    @property
+    def enforces_policies(self) -> bool:
+        return True
+
+    async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy = OPEN_POLICY) -> NetworkAttachment:
         """Raises TransientError (``network_holder_unreachable``), ConflictError, HostError."""
         mac_address = mac_address_of(sandbox_id)
         what = f"taking network slot {lease} for {sandbox_id}"
         answer, _ = await self._ask(
-            what, operation="ensure_slot", sandbox_id=sandbox_id, lease=lease, mac_address=mac_address
+            what,
+            operation="ensure_slot",
+            sandbox_id=sandbox_id,
+            lease=lease,
+            mac_address=mac_address,
+            policy=policy.to_json(),
         )
         return NetworkAttachment("tap", mac_address, _guest_address(answer, what))
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         what = f"freeing the network slot of {sandbox_id}"
         await self._ask(what, operation="ensure_slot_absent", sandbox_id=sandbox_id)
+
+    async def set_policy(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        what = f"setting the network policy of {sandbox_id}"
+        await self._ask(what, operation="set_policy", sandbox_id=sandbox_id, policy=policy.to_json())
+
+    async def read_usage(self) -> dict[str, NetworkUsage]:
+        what = "reading the network usage"
+        usage = (await self._ask(what, operation="read_usage"))[0].get("usage")
+        try:
+            return {
+                sandbox_id: NetworkUsage(**each)
+                for sandbox_id, each in cast("dict[str, dict[str, int]]", usage).items()
+            }
+        except (AttributeError, TypeError) as error:
+            raise HostError(f"{what}: the network holder's answer holds no usage") from error
 
     @asynccontextmanager
     async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
@@ -75,7 +100,7 @@ class BridgeNetwork:
         slots = (await self._ask("listing the network slots", operation="list_slots"))[0].get("slots")
         return sorted(each for each in cast("list[object]", slots) if isinstance(each, str))
 
-    async def _ask(self, what: str, **request: str | int) -> tuple[dict[str, Any], list[int]]:
+    async def _ask(self, what: str, **request: object) -> tuple[dict[str, Any], list[int]]:
         """(answer, descriptors that came with it, which are the caller's to close)."""
         # In a thread: asyncio's streams take no descriptors.
         asking = asyncio.ensure_future(asyncio.to_thread(self._exchange, what, json.dumps(request).encode() + b"\n"))

@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from atelier.model.machine import NetworkAttachment
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy, NetworkUsage
 
 
 class NetworkDriver(Protocol):
@@ -20,11 +21,25 @@ class NetworkDriver(Protocol):
         """How many slots there are; None: as many as are asked for."""
         ...
 
-    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
-        """The sandbox's slot; the same answer each time it is asked for with the same lease."""
+    @property
+    def enforces_policies(self) -> bool:
+        """False where no sandbox has a way out, whatever its policy says."""
+        ...
+
+    async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy = OPEN_POLICY) -> NetworkAttachment:
+        """The sandbox's slot; the same answer each time it is asked for with the same lease. The policy is in force
+        before the first packet passes."""
         ...
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None: ...
+
+    async def set_policy(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        """In force when it returns, for open connections too. Raises NotFoundError (``no_network_slot``)."""
+        ...
+
+    async def read_usage(self) -> dict[str, NetworkUsage]:
+        """By sandbox id; what has no slot is not there."""
+        ...
 
     def opened(self, sandbox_id: str) -> AbstractAsyncContextManager[int | None]:
         """The card's other end as a descriptor for the VMM to inherit, open for as long as the block runs; None where

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 from atelier.drivers.network.addresses import mac_address_of
 from atelier.model.machine import NetworkAttachment
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy, NetworkUsage
 
 
 class UserNetwork:
@@ -21,11 +22,22 @@ class UserNetwork:
     def slot_count(self) -> int | None:
         return None
 
-    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
+    @property
+    def enforces_policies(self) -> bool:
+        return False
+
+    async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy = OPEN_POLICY) -> NetworkAttachment:
+        """Nothing passes, whatever the policy allows."""
         return NetworkAttachment("user_restricted", mac_address_of(sandbox_id))
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         """There is nothing to give back: the network ends with the VMM."""
+
+    async def set_policy(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        """Nothing passes, whatever the policy allows."""
+
+    async def read_usage(self) -> dict[str, NetworkUsage]:
+        return {}
 
     @asynccontextmanager
     async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
