@@ -92,6 +92,11 @@ class RunLayout:
         return self.root / "network.sock"
 
     @property
+    def network_keeper_socket(self) -> Path:
+        """Of the process that keeps an ordinary user's namespaces for the network holder."""
+        return self.root / "network-keeper.sock"
+
+    @property
     def manager_socket(self) -> Path:
         return self.root / "manager.sock"
 

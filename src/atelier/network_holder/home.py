@@ -21,10 +21,11 @@ from atelier.model.address_plan import AddressPlan, is_plan_subnet, overlapping
 from atelier.model.errors import AtelierError, ConflictError, NotFoundError
 from atelier.model.machine import GuestAddress
 from atelier.network_holder.names import NetworkNames
+from atelier.network_holder.places import Place
 from atelier.network_holder.plans import settle_plan
 from atelier.network_holder.rules import Slot, home_rules, slot_rules, slot_rules_absent
 from atelier.network_holder.side import NetworkSide
-from atelier.network_holder.uplink import VethUplink
+from atelier.network_holder.uplink import Uplink
 
 _logger = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ class NetworkHome:
     """``nameserver``: where guests' questions to the gateway's port 53 go, None: nowhere."""
 
     def __init__(
-        self, names: NetworkNames, uplink: VethUplink, plan_file: Path, nameserver: IPv4Address | None
+        self, names: NetworkNames, place: Place, uplink: Uplink, plan_file: Path, nameserver: IPv4Address | None
     ) -> None:
         self._names = names
+        self._place = place
         self._uplink = uplink
         self._plan_file = plan_file
         self._nameserver = nameserver
@@ -87,7 +89,7 @@ class NetworkHome:
 
         Raises HostError, MissingProgramError; what was made by then is gone again, unless slots stand on it.
         """
-        self._uplink.require_forwarding()
+        self._uplink.require_possible()
         try:
             await self._make()
         except BaseException:
@@ -98,7 +100,7 @@ class NetworkHome:
 
     async def _make(self) -> None:
         taken = self._uplink.taken_networks()
-        namespace = await namespaces.ensure_named(self._names.namespace)
+        namespace = await self._place.ensure()
         namespaces.enter(namespace)
         self._side = NetworkSide.open(namespace)
         self._adopt()
@@ -108,7 +110,7 @@ class NetworkHome:
             namespaces.write_setting(f"ipv6/conf/{name}/disable_ipv6", value, missing_ok=True)
         # What stays on the bridge is the bridge's: the host's own filters for bridged packets have no say here.
         namespaces.write_setting("bridge/bridge-nf-call-iptables", "0", missing_ok=True)
-        self._blocked = self._uplink.connected_networks()
+        self._blocked = self._closed_networks()
         self._load()
         self._ensure_bridge()
         await self._uplink.ensure(self.plan, self.side)
@@ -126,7 +128,7 @@ class NetworkHome:
             self._side.links.delete_group(_TAP_GROUP)
             self._side.links.delete_link(self._names.bridge)
         await self._uplink.remove()
-        await namespaces.ensure_named_absent(self._names.namespace)
+        await self._place.remove()
 
     # --- slots --------------------------------------------------------------------------------------------------------
 
@@ -198,7 +200,7 @@ class NetworkHome:
     async def check(self) -> bool:
         """Put back what somebody removed or changed, and follow the host's networks; whether anything was put back."""
         changed = await self._uplink.check(self.plan)
-        blocked = self._uplink.connected_networks()
+        blocked = self._closed_networks()
         found = self.side.rules.find(f"table inet {self._names.table}")
         chains = self.side.rules.find(f"table netdev {self._names.table}")
         foreign = found != self._listing or _split(chains or "") != self._chains or chains is None
@@ -210,6 +212,9 @@ class NetworkHome:
         if foreign or changed or opened:
             _logger.warning("somebody removed or changed rules of the sandboxes' network: put back")
         return foreign or changed or opened
+
+    def _closed_networks(self) -> list[IPv4Network]:
+        return sorted({self.plan.subnet, *self._uplink.connected_networks(), *self._uplink.own_networks()})
 
     def _close_opened_ports(self) -> bool:
         """Whether there were ports that somebody had opened to one another, or whose entry was removed."""
