@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network
@@ -37,8 +37,11 @@ from atelier.model.layout import DataLayout, RunLayout
 INSTALLATION = "test"
 BRIDGE = "br0"
 HOST_ADDRESS = "198.51.100.2"
+HOST_ADDRESS_V6 = "2001:db8:5::2"
 NEIGHBOUR_OF_HOST = "198.51.100.1"
 OTHER_HOST_ADDRESS = "203.0.113.77"
+LATER_ADDRESS = "203.0.113.78"
+"""The internet's at first."""
 INTERNET = "203.0.113.9"
 NAMESERVER = "10.1.53.53"
 """In a private network, as a home router is."""
@@ -150,23 +153,35 @@ class NetworkLab:
     @contextmanager
     def inside(self, place: str) -> Iterator[None]:
         """This thread in the namespace ``host``, ``home`` or ``internet``."""
-        paths = {
-            "host": f"/proc/{self.host.pid}/ns/net",
-            "internet": f"/proc/{self.internet.pid}/ns/net",
-        }
-        descriptor = os.open(paths[place] if place in paths else self.home_namespace, os.O_RDONLY)
+        processes = {"host": self.host, "internet": self.internet}
+        path = self.home_namespace if place == "home" else f"/proc/{processes[place].pid}/ns/net"
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             with entered(descriptor):
                 yield
         finally:
             os.close(descriptor)
 
-    def start_holder(self, *options: str) -> None:
-        """Raises RuntimeError with the holder's last words when it ends instead of answering."""
+    def start_keeper(self, *options: str) -> None:
+        """Before the holder does."""
+        self._make_run_directory()
+        arguments = ["--run-dir", str(self.run.root), "--installation", INSTALLATION, *options]
+        words = ["nsenter", "--target", str(self.host.pid), "--net", "--mount", *self.as_owner(), sys.executable]
+        subprocess.Popen([*words, "-m", "atelier.network_holder.keeper", *arguments], stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not self.run.network_keeper_socket.exists():
+            assert time.monotonic() < deadline, "the keeper does not start"
+            time.sleep(0.02)
+
+    def _make_run_directory(self) -> None:
         self.run.root.mkdir(exist_ok=True)
         if self.home is Home.USER:
             for folder in (self.folder, self.run.root):
                 os.chown(folder, ORDINARY_USER, ORDINARY_USER)
+
+    def start_holder(self, *options: str) -> None:
+        """Raises RuntimeError with the holder's last words when it ends instead of answering."""
+        self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         log = self.folder / "holder.log"
         with log.open("ab") as output:
@@ -231,7 +246,7 @@ def network_lab(folder: Path, home: Home = Home.ROOT, *, shown: tuple[Path, ...]
         yield lab
     finally:
         lab.stop_holder()
-        if home is Home.USER and lab.run.network_keeper_socket.exists():
+        with suppress(FileNotFoundError, ConnectionRefusedError):
             os.kill(lab.keeper, signal.SIGTERM)
         for process in (host, internet):
             process.kill()
@@ -261,6 +276,7 @@ def _connect(lab: NetworkLab) -> None:
         "ip link set lo up",
         "ip link set wan up mtu 1400",
         f"ip address add {HOST_ADDRESS}/24 dev wan",
+        f"ip address add {HOST_ADDRESS_V6}/64 dev wan nodad",
         f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
         f"ip route add default via {NEIGHBOUR_OF_HOST}",
     ):
@@ -272,7 +288,10 @@ def _connect(lab: NetworkLab) -> None:
         "ip link set lo up",
         "ip link set eth0 up",
         f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
-        *(f"ip address add {address}/32 dev lo" for address in (INTERNET, NAMESERVER, METADATA, *PRIVATE)),
+        *(
+            f"ip address add {address}/32 dev lo"
+            for address in (INTERNET, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
+        ),
     ):
         lab.in_internet(*command.split())
     # A port that the host publishes from behind it, as Docker does.

@@ -20,12 +20,14 @@ from tests.network_frames import BROADCAST, arp, ethernet, icmp, icmpv6, ipv4, i
 from tests.network_lab import (
     BRIDGE,
     HOST_ADDRESS,
+    HOST_ADDRESS_V6,
     INTERNET,
     METADATA,
     NEIGHBOUR_OF_HOST,
     OTHER_HOST_ADDRESS,
     PRIVATE,
     PUBLISHED_PORT,
+    Home,
     NetworkLab,
 )
 
@@ -130,6 +132,8 @@ class Stage:
     neighbour: Guest
     gateway_mac: str = ""
     number: int = 0
+    asked: tuple[str, int] = ("0.0.0.0", 0)
+    """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
     ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
 
     def open(self, stack: ExitStack) -> None:
@@ -177,6 +181,7 @@ class Stage:
 
     def syn_to(self, destination: str, port: int = _LISTENING_PORT) -> bytes:
         source = self.guest.address
+        self.asked = destination, port
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
 
     def ping(self, destination: str, kind: int = 8) -> bytes:
@@ -188,7 +193,8 @@ class Stage:
         for name, ear in self.ears.items():
             for frame in ear.receive():
                 answered = name == "self" and frames.answers_port(frame, self.port)
-                heard[name] = heard.get(name, 0) + (self.mark in frame or answered)
+                asked = name == "internet" and frames.asks_for(frame, *self.asked)
+                heard[name] = heard.get(name, 0) + (self.mark in frame or answered or asked)
 
 
 Send = Callable[[Stage], None]
@@ -201,24 +207,32 @@ class Row:
     arrives: frozenset[str] = frozenset()
     may_arrive: frozenset[str] = frozenset({"bridge"})
     """Not counted: that a packet comes as far as the bridge is no harm where the rules behind it are what is tried."""
+    with_pasta: frozenset[str] | None = None
+    """Where it arrives when pasta is the way out, if that differs: it tells guests of no refused datagram, and sends what is
+    too large in pieces."""
+
+    def arrives_in(self, home: Home) -> frozenset[str]:
+        return self.arrives if self.with_pasta is None or home is not Home.USER else self.with_pasta
 
 
 def try_row(stage: Stage, row: Row) -> str:
     """Send it, and say what is wrong; empty if nothing is."""
     stage.number += 1
     heard: dict[str, int] = {}
+    stage.asked = ("0.0.0.0", 0)
     stage.listen({})
+    arrives = row.arrives_in(stage.lab.home)
     row.send(stage)
     deadline = time.monotonic() + _ARRIVES_SECONDS
     settled = time.monotonic() + _SETTLE_SECONDS
     while True:
         stage.listen(heard)
-        missing = sorted(name for name in row.arrives if not heard.get(name))
+        missing = sorted(name for name in arrives if not heard.get(name))
         if time.monotonic() > (deadline if missing else settled):
             break
         time.sleep(0.002)
     wrong = sorted(
-        f"{count} at {name}" for name, count in heard.items() if count and name not in row.arrives | row.may_arrive
+        f"{count} at {name}" for name, count in heard.items() if count and name not in arrives | row.may_arrive
     )
     said = [f"heard {', '.join(wrong)}"] if wrong else []
     said += [f"not heard at {', '.join(missing)}"] if missing else []
@@ -268,9 +282,10 @@ def _arp(sender_mac: str, sender: str, *, source: str = "guest", operation: int 
 
 
 def _from_host(stage: Stage) -> None:
-    """Somebody on the host's network who has a route to the guests."""
+    """Somebody on the host's network who has a route to the guests. (To an ordinary user's home there is none.)"""
     plan = stage.lab.plan
-    stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", str(plan.uplink_home))
+    router = str(plan.uplink_home) if stage.lab.home is Home.ROOT else NEIGHBOUR_OF_HOST
+    stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", router)
     try:
         with stage.lab.inside("host"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(stage.mark, (stage.guest.address, 9))
@@ -289,6 +304,15 @@ def _from_bridge(destination: str) -> Send:
         bridge.send(ethernet(to, stage.gateway_mac, frames.IPV4, packet))
 
     return send
+
+
+def _beside_neighbour(stage: Stage) -> None:
+    """The answer has to find the guest although another spoke last."""
+    stage.guest.send(stage.to_gateway(stage.syn_to(INTERNET)))
+    neighbour = stage.neighbour
+    for port in range(40001, 40004):
+        packet = ipv4(neighbour.address, INTERNET, frames.UDP, udp(port, 9, b"the neighbour's"))
+        neighbour.send(ethernet(stage.gateway_mac, neighbour.mac, frames.IPV4, packet))
 
 
 def _too_large(stage: Stage) -> bytes:
@@ -320,13 +344,14 @@ def _forged(name: str, send: Send) -> Row:
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.
-    Row("UDP to the internet, and its refusal", _routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"})),
+    Row("UDP to the internet, and its refusal", _routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"}), with_pasta=frozenset({"internet"})),
     Row("TCP to the internet, and its answer", _routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
     Row("ping of the internet, and its answer", _routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
+    Row("TCP to the internet while the neighbour sends too", _beside_neighbour, frozenset({"internet", "self"})),
     Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"internet"}), frozenset({"bridge", "self"})),
-    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"internet", "self"})),
+    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"internet", "self"}), with_pasta=frozenset({"self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
-    Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"})),
+    Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"}), with_pasta=frozenset({"internet"})),
     # From guest to guest.
     Row("ping of the neighbour", _neighbourly(lambda s: s.ping(s.neighbour.address))),
     Row("TCP to the neighbour", _neighbourly(lambda s: s.syn_to(s.neighbour.address))),
@@ -389,6 +414,7 @@ TABLE: tuple[Row, ...] = (
             Row(f"ping of {what}", _routed(lambda s, address=address: s.ping(address(s)))),
         )
     ),
+    _forged("IPv6 to the host's address", _guest(lambda s: ethernet(s.gateway_mac, s.guest.mac, frames.IPV6, ipv6("2001:db8:9::9", HOST_ADDRESS_V6, frames.UDP, udp(s.port, _LISTENING_PORT, s.mark))))),
     Row("a port that the host publishes", _routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
     # To what is private.
     Row("the metadata service", _routed(lambda s: s.syn_to(METADATA, 80))),
@@ -396,5 +422,5 @@ TABLE: tuple[Row, ...] = (
     Row("the host's own network", _routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
     Row("past the translation", _routed(lambda s: s.ping(INTERNET, kind=0))),
     # From outside.
-    Row("from the host's network to a guest", _from_host),
+    Row("from the host's network to a guest", _from_host, may_arrive=frozenset({"bridge", "internet"})),
 )  # fmt: skip
