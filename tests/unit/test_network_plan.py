@@ -14,7 +14,6 @@ from atelier.model.address_plan import SLOT_COUNT, AddressPlan, choose_plan
 from atelier.model.errors import HostError, InvalidRequestError
 from atelier.network_holder.names import LINK_NAME_MAX_LENGTH, NetworkNames
 from atelier.network_holder.plans import settle_plan
-from atelier.network_holder.rules import home_rules
 
 PLAN = AddressPlan(IPv4Network("10.77.0.0/16"))
 NAMES = NetworkNames("k3fa", "br0")
@@ -95,11 +94,6 @@ def test_what_cannot_be_an_installation(installation: str) -> None:
         NetworkNames(installation, "br0")
 
 
-def test_without_a_nameserver_nothing_is_translated() -> None:
-    assert "dnat" in home_rules(NAMES, PLAN, "out", [], IPv4Address("9.9.9.9"), [])
-    assert "dnat" not in home_rules(NAMES, PLAN, "out", [], None, [])
-
-
 def test_the_nameserver_is_one_that_others_may_ask(tmp_path: Path) -> None:
     stub, real = tmp_path / "stub", tmp_path / "real"
     stub.write_text("# of systemd\nnameserver 127.0.0.53\nnameserver\nnameserver fe80::1%eth0\noptions edns0\n")
@@ -108,9 +102,9 @@ def test_the_nameserver_is_one_that_others_may_ask(tmp_path: Path) -> None:
     assert find_nameserver((stub, real)) == IPv4Address("192.168.1.1")
 
 
-def test_the_network_is_closed_unless_asked_for() -> None:
-    assert load_settings(environment={"HOME": "/x"}).network is NetworkChoice.CLOSED
+def test_the_network_is_what_the_machine_can_have_unless_asked_for() -> None:
+    assert load_settings(environment={"HOME": "/x"}).network is NetworkChoice.AUTO
     assert load_settings(environment={"HOME": "/x", "ATELIER_NETWORK": "bridge"}).network is NetworkChoice.BRIDGE
     with pytest.raises(InvalidRequestError, match="ATELIER_NETWORK") as refused:
         load_settings(environment={"HOME": "/x", "ATELIER_NETWORK": "open"})
-    assert "bridge, closed" in refused.value.hint
+    assert "auto, bridge, closed" in refused.value.hint

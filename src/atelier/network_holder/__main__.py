@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from atelier.host.files import lock_folder
-from atelier.host.nameservers import find_nameserver
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.control import NetworkControl
@@ -29,7 +28,6 @@ from atelier.telemetry.logs import configure
 
 _logger = logging.getLogger("atelier.network_holder")
 
-_LOCK_NAME = "network.lock"
 _CHECK_SECONDS = 5.0
 _SETTLE_SECONDS = 0.02
 """Who replaces rules deletes them first: looked at when the transaction's messages are through."""
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     layout = RunLayout(options.run_dir.absolute())
     try:
         names = NetworkNames(options.installation, options.bridge_name)
-        with lock_folder(layout.root / _LOCK_NAME):
+        with lock_folder(layout.network_lock):
             ground = open_ground(layout, names, options.keeper_log or layout.root / "network-keeper.log")
             try:
                 asyncio.run(_hold(layout, options, names, ground))
@@ -90,8 +88,7 @@ def _parse(arguments: list[str] | None) -> _Options:
 
 async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, ground: Ground) -> None:
     loop = asyncio.get_running_loop()
-    nameserver = options.nameserver or find_nameserver()
-    home = NetworkHome(names, ground.place, ground.uplink, options.plan_file, nameserver)
+    home = NetworkHome(names, ground.place, ground.uplink, options.plan_file, layout.network_policies)
     control = NetworkControl(home, layout.network_socket)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)

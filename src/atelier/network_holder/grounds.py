@@ -5,10 +5,12 @@ runs: an ordinary user's holder has to leave the host's namespaces while it has 
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from atelier.host.namespaces import open_current
+from atelier.host.namespaces import entered, open_current
 from atelier.host.netlink import AddressWatch, RouteSocket
 from atelier.model.layout import RunLayout
 from atelier.network_holder.keeper_client import NetworkKeeper
@@ -21,17 +23,28 @@ from atelier.network_holder.uplink import Uplink, VethUplink
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """``uplink`` is the caller's to close."""
+    """``uplink`` is the caller's to close. ``make_socket`` makes one of this family and kind that does not block, in the
+    host's namespace, for questions to its nameservers."""
 
     place: Place
     uplink: Uplink
+    make_socket: Callable[[socket.AddressFamily, socket.SocketKind], socket.socket]
 
 
 def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path) -> Ground:
     """Raises HostError, MissingProgramError."""
     if os.geteuid() == 0:
-        return Ground(NamedPlace(names.namespace), VethUplink(names, NetworkSide.open(open_current())))
+        host = NetworkSide.open(open_current())
+        return Ground(NamedPlace(names.namespace), VethUplink(names, host, AddressWatch()), _made_in(host.namespace))
     keeper = NetworkKeeper.ensure(layout, names.installation_id, keeper_log)
     uplink = PastaUplink(names, keeper, RouteSocket(), AddressWatch())
     keeper.enter()
-    return Ground(KeptPlace(keeper), uplink)
+    return Ground(KeptPlace(keeper), uplink, keeper.make_socket)
+
+
+def _made_in(namespace: int) -> Callable[[socket.AddressFamily, socket.SocketKind], socket.socket]:
+    def make(family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+        with entered(namespace):
+            return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+
+    return make

@@ -14,6 +14,7 @@ from ipaddress import IPv4Interface, IPv4Network
 from typing import Protocol
 
 from atelier.host.namespaces import entered, prefix_for, write_setting
+from atelier.host.netlink import AddressWatch
 from atelier.model.address_plan import AddressPlan
 from atelier.model.errors import HostError
 from atelier.network_holder import docker
@@ -48,11 +49,11 @@ class Uplink(Protocol):
         ...
 
     def connected_networks(self) -> list[IPv4Network]:
-        """The host's own networks, which guests do not reach."""
+        """The host's own networks, which guests reach only where their policies list them."""
         ...
 
     def own_networks(self) -> list[IPv4Network]:
-        """What the host takes for itself, as far as nothing but the home's rules keeps guests from it."""
+        """What the host takes for itself: its addresses, which guests never reach."""
         ...
 
     def require_possible(self) -> None:
@@ -83,11 +84,12 @@ class Uplink(Protocol):
 
 
 class VethUplink:
-    """``host`` is the namespace in which the holder was started."""
+    """``host`` is the namespace in which the holder was started, ``addresses`` is opened there."""
 
-    def __init__(self, names: NetworkNames, host: NetworkSide) -> None:
+    def __init__(self, names: NetworkNames, host: NetworkSide, addresses: AddressWatch) -> None:
         self._names = names
         self._host = host
+        self._addresses = addresses
         self._listing: str | None = None
 
     @property
@@ -96,7 +98,7 @@ class VethUplink:
 
     @property
     def watches(self) -> Sequence[Watch]:
-        return [self._host.watch]
+        return [self._host.watch, self._addresses]
 
     def taken_networks(self) -> list[IPv4Network]:
         own = self._host.links.find_link(self._names.uplink_host)
@@ -110,8 +112,7 @@ class VethUplink:
         )
 
     def own_networks(self) -> list[IPv4Network]:
-        """None: the rules on the host close them all, and whatever address comes to them."""
-        return []
+        return self._host.links.local_networks()
 
     def require_possible(self) -> None:
         """Raises HostError (``forwarding_off``)."""
@@ -171,6 +172,7 @@ class VethUplink:
 
     def close(self) -> None:
         self._host.close()
+        self._addresses.close()
 
     def _load(self, plan: AddressPlan) -> None:
         self._host.rules.run(host_rules(self._names, plan))
