@@ -19,10 +19,10 @@ from tests import network_frames as frames
 from tests.network_frames import BROADCAST, arp, ethernet, icmp, icmpv6, ipv4, ipv6, tcp_syn, udp
 from tests.network_lab import (
     BRIDGE,
+    FRESH_HOST_ADDRESS,
     HOST_ADDRESS,
     HOST_ADDRESS_V6,
     INTERNET,
-    LATER_ADDRESS,
     METADATA,
     NEIGHBOUR_OF_HOST,
     OTHER_HOST_ADDRESS,
@@ -36,7 +36,7 @@ from atelier.model.machine import NetworkAttachment
 
 _OFFLOAD_HEADER = bytes(10)
 _PACKET_OUTGOING = 4
-_LISTENING_PORT = 7777
+LISTENING_PORT = 7777
 _ARRIVES_SECONDS = 2.0
 _SETTLE_SECONDS = 0.02
 
@@ -140,9 +140,9 @@ class Stage:
     def open(self, stack: ExitStack) -> None:
         with self.lab.inside("home"):
             self.ears["bridge"] = PacketEar(BRIDGE)
-            self.ears["home"] = PortEar(_LISTENING_PORT, 53)
+            self.ears["home"] = PortEar(LISTENING_PORT, 53)
         with self.lab.inside("host"):
-            self.ears["host"] = PortEar(_LISTENING_PORT, PUBLISHED_PORT)
+            self.ears["host"] = PortEar(LISTENING_PORT, PUBLISHED_PORT)
         with self.lab.inside("internet"):
             self.ears["internet"] = PacketEar("eth0")
         for ear in list(self.ears.values()):
@@ -177,10 +177,10 @@ class Stage:
     def to_gateway(self, payload: bytes, *, source_mac: str = "") -> bytes:
         return ethernet(self.gateway_mac, source_mac or self.guest.mac, frames.IPV4, payload)
 
-    def udp_to(self, destination: str, port: int = _LISTENING_PORT, *, source: str = "") -> bytes:
+    def udp_to(self, destination: str, port: int = LISTENING_PORT, *, source: str = "") -> bytes:
         return ipv4(source or self.guest.address, destination, frames.UDP, udp(self.port, port, self.mark))
 
-    def syn_to(self, destination: str, port: int = _LISTENING_PORT) -> bytes:
+    def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
         source = self.guest.address
         self.asked = destination, port
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
@@ -256,7 +256,7 @@ def _guest(make: Callable[[Stage], bytes]) -> Send:
     return lambda stage: stage.guest.send(make(stage))
 
 
-def _routed(make: Callable[[Stage], bytes]) -> Send:
+def routed(make: Callable[[Stage], bytes]) -> Send:
     """An IPv4 packet, to the gateway's MAC address."""
     return lambda stage: stage.guest.send(stage.to_gateway(make(stage)))
 
@@ -297,15 +297,13 @@ def _from_host(stage: Stage) -> None:
 
 
 def _to_fresh_address(stage: Stage) -> None:
-    """An address that the host has got in this moment."""
-    stage.lab.in_internet("ip", "address", "del", f"{LATER_ADDRESS}/32", "dev", "lo")
-    stage.lab.in_host("ip", "address", "add", f"{LATER_ADDRESS}/32", "dev", "lo")
+    """To the host, before the holder has noticed that it has this address."""
+    stage.lab.in_host("ip", "address", "add", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
     try:
-        for packet in (stage.udp_to(LATER_ADDRESS), stage.syn_to(LATER_ADDRESS)):
-            stage.guest.send(stage.to_gateway(packet))
+        stage.guest.send(stage.to_gateway(stage.udp_to(FRESH_HOST_ADDRESS)))
+        time.sleep(_SETTLE_SECONDS)
     finally:
-        stage.lab.in_host("ip", "address", "del", f"{LATER_ADDRESS}/32", "dev", "lo")
-        stage.lab.in_internet("ip", "address", "add", f"{LATER_ADDRESS}/32", "dev", "lo")
+        stage.lab.in_host("ip", "address", "del", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
 
 
 def _from_bridge(destination: str) -> Send:
@@ -325,11 +323,11 @@ def _answered_late(stage: Stage) -> None:
     """By a program there, which hears of the neighbour too before it answers the guest."""
     guests = ((stage.guest, stage.mark), (stage.neighbour, b"the neighbour's"))
     with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
-        program.bind((INTERNET, _LISTENING_PORT))
+        program.bind((INTERNET, LISTENING_PORT))
         program.settimeout(5)
         heard: list[tuple[str, int]] = []
         for guest, content in guests:
-            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, _LISTENING_PORT, content))
+            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, LISTENING_PORT, content))
             guest.send(ethernet(stage.gateway_mac, guest.mac, frames.IPV4, packet))
             with suppress(TimeoutError):
                 heard.append(program.recvfrom(2000)[1])
@@ -366,14 +364,14 @@ def _forged(name: str, send: Send) -> Row:
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.
-    Row("UDP to the internet, and its refusal", _routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"}), with_pasta=frozenset({"internet"})),
-    Row("TCP to the internet, and its answer", _routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
-    Row("ping of the internet, and its answer", _routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
+    Row("UDP to the internet, and its refusal", routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"}), with_pasta=frozenset({"internet"})),
+    Row("TCP to the internet, and its answer", routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
+    Row("ping of the internet, and its answer", routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
     Row("the answer to one guest after another has spoken", _answered_late, frozenset({"internet", "self"})),
-    Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"home"}), frozenset({"bridge", "self"})),
-    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
+    Row("a name over UDP", routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"home"}), frozenset({"bridge", "self"})),
+    Row("a name over TCP", routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
-    Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"}), with_pasta=frozenset({"internet"})),
+    Row("too large a packet, and the host's word of it", routed(_too_large), frozenset({"self"}), with_pasta=frozenset({"internet"})),
     # From guest to guest.
     Row("ping of the neighbour", _neighbourly(lambda s: s.ping(s.neighbour.address))),
     Row("TCP to the neighbour", _neighbourly(lambda s: s.syn_to(s.neighbour.address))),
@@ -385,9 +383,9 @@ TABLE: tuple[Row, ...] = (
     Row("ARP question to the neighbour", _arp("guest", "guest", operation=1, to="neighbour")),
     Row("a DHCP offer to all", _neighbourly(lambda s: ipv4(s.guest.address, "255.255.255.255", frames.UDP, udp(67, 68, s.mark)), BROADCAST)),
     Row("a DHCP offer to the neighbour", _neighbourly(lambda s: ipv4(s.guest.address, s.neighbour.address, frames.UDP, udp(67, 68, s.mark)))),
-    Row("UDP to the neighbour by the gateway", _routed(lambda s: s.udp_to(s.neighbour.address))),
-    Row("TCP to the neighbour by the gateway", _routed(lambda s: s.syn_to(s.neighbour.address))),
-    Row("ping of the neighbour by the gateway", _routed(lambda s: s.ping(s.neighbour.address))),
+    Row("UDP to the neighbour by the gateway", routed(lambda s: s.udp_to(s.neighbour.address))),
+    Row("TCP to the neighbour by the gateway", routed(lambda s: s.syn_to(s.neighbour.address))),
+    Row("ping of the neighbour by the gateway", routed(lambda s: s.ping(s.neighbour.address))),
     Row("the gateway's answer to a guest that is gone", _from_bridge("gone")),
     # Under another's name.
     _forged("ARP: the neighbour's address is mine", _arp("guest", "neighbour")),
@@ -404,10 +402,10 @@ TABLE: tuple[Row, ...] = (
     _forged("ARP with longer addresses", _odd_arp(lengths=(6, 16))),
     _forged("a stolen MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.neighbour.mac))),
     _forged("the gateway's MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.gateway_mac))),
-    _forged("a stolen address", _routed(lambda s: s.udp_to(INTERNET, source=s.neighbour.address))),
+    _forged("a stolen address", routed(lambda s: s.udp_to(INTERNET, source=s.neighbour.address))),
     _forged("a stolen MAC and address", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET, source=s.neighbour.address), source_mac=s.neighbour.mac))),
-    _forged("the gateway's address", _routed(lambda s: s.udp_to(INTERNET, source=s.guest.gateway))),
-    _forged("a foreign address", _routed(lambda s: s.udp_to(INTERNET, source="203.0.113.200"))),
+    _forged("the gateway's address", routed(lambda s: s.udp_to(INTERNET, source=s.guest.gateway))),
+    _forged("a foreign address", routed(lambda s: s.udp_to(INTERNET, source="203.0.113.200"))),
     _forged("a DHCP question", _neighbourly(lambda s: ipv4("0.0.0.0", "255.255.255.255", frames.UDP, udp(68, 67, s.mark)), BROADCAST)),
     # Other kinds of frame.
     _forged("IPv6 to the neighbour", _guest(lambda s: ethernet(s.neighbour.mac, s.guest.mac, frames.IPV6, ipv6(_LINK_LOCAL, _NEIGHBOUR_V6, frames.UDP, udp(9, 9, s.mark))))),
@@ -431,20 +429,20 @@ TABLE: tuple[Row, ...] = (
             ("loopback", lambda s: "127.0.0.1"),
         )
         for row in (
-            Row(f"UDP to {what}", _routed(lambda s, address=address: s.udp_to(address(s)))),
-            Row(f"TCP to {what}", _routed(lambda s, address=address: s.syn_to(address(s)))),
-            Row(f"ping of {what}", _routed(lambda s, address=address: s.ping(address(s)))),
+            Row(f"UDP to {what}", routed(lambda s, address=address: s.udp_to(address(s)))),
+            Row(f"TCP to {what}", routed(lambda s, address=address: s.syn_to(address(s)))),
+            Row(f"ping of {what}", routed(lambda s, address=address: s.ping(address(s)))),
         )
     ),
-    _forged("IPv6 to the host's address", _guest(lambda s: ethernet(s.gateway_mac, s.guest.mac, frames.IPV6, ipv6("2001:db8:9::9", HOST_ADDRESS_V6, frames.UDP, udp(s.port, _LISTENING_PORT, s.mark))))),
+    _forged("IPv6 to the host's address", _guest(lambda s: ethernet(s.gateway_mac, s.guest.mac, frames.IPV6, ipv6("2001:db8:9::9", HOST_ADDRESS_V6, frames.UDP, udp(s.port, LISTENING_PORT, s.mark))))),
     # An ordinary user's host has no rules of ours: there it takes as long as the kernel's word of it, which has a test.
-    Row("an address that the host has only just got", _to_fresh_address, homes=frozenset({Home.ROOT})),
-    Row("a port that the host publishes", _routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
+    Row("an address that the host has just got", _to_fresh_address, homes=frozenset({Home.ROOT})),
+    Row("a port that the host publishes", routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
     # To what is private.
-    Row("the metadata service", _routed(lambda s: s.syn_to(METADATA, 80))),
-    *(Row(f"the private network of {address}", _routed(lambda s, address=address: s.udp_to(address))) for address in PRIVATE),
-    Row("the host's own network", _routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
-    Row("past the translation", _routed(lambda s: s.ping(INTERNET, kind=0))),
+    Row("the metadata service", routed(lambda s: s.syn_to(METADATA, 80))),
+    *(Row(f"the private network of {address}", routed(lambda s, address=address: s.udp_to(address))) for address in PRIVATE),
+    Row("the host's own network", routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
+    Row("past the translation", routed(lambda s: s.ping(INTERNET, kind=0))),
     # From outside.
     Row("from the host's network to a guest", _from_host, may_arrive=frozenset({"bridge", "internet"})),
 )  # fmt: skip
