@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from atelier.host import tap
+from atelier.host.namespaces import write_setting
 from atelier.host.netlink import RouteSocket
 from atelier.model.address_plan import AddressPlan
 from atelier.model.errors import ConflictError, NotFoundError
@@ -23,8 +24,6 @@ from atelier.network_holder.policies import KeptPolicy, PolicyFiles, new_generat
 from atelier.network_holder.rates import set_download
 from atelier.network_holder.rules import Slot
 
-_TAP_GROUP = 1
-"""In a namespace of our own, where no other groups are."""
 _MAX_OPENED = 1024
 """Addresses that names may have opened to one guest at a time."""
 _SLACK_SECONDS = 1.0
@@ -96,7 +95,7 @@ class NetworkSlots:
 
     def remove_all(self) -> None:
         """Machines that hold a TAP still are cut off. Their rules go with the home's."""
-        self._links.delete_group(_TAP_GROUP)
+        self._links.delete_group(self._names.tap_group)
         self._files.remove_all()
 
     # --- one of them --------------------------------------------------------------------------------------------------
@@ -120,9 +119,11 @@ class NetworkSlots:
         if link is None:
             tap.create_persistent(name)
             link = self._links.get_link(name)
+            # Or the home's kernel would speak IPv6 to the guest, whom nothing keeps from hearing it.
+            write_setting(f"ipv6/conf/{name}/disable_ipv6", "1", missing_ok=True)
         elif link.up:
             self._links.set_up(link.index, up=False)
-        self._links.set_group(link.index, _TAP_GROUP)
+        self._links.set_group(link.index, self._names.tap_group)
         self._links.set_alias(link.index, lease.alias)
         self._take(lease, KeptPolicy(policy, new_generation()))
         self._links.set_master(link.index, bridge)
