@@ -62,6 +62,7 @@ class NetworkSlots:
         self._leases: dict[str, Lease] = {}
         self._policies: dict[str, KeptPolicy] = {}
         self._owners: dict[IPv4Address, str] = {}
+        self._taps: dict[str, str] = {}
 
     # --- those that are there -----------------------------------------------------------------------------------------
 
@@ -83,6 +84,7 @@ class NetworkSlots:
         for sandbox_id, lease in self._leases.items():
             self._policies[sandbox_id] = self._files.read(sandbox_id)
             self._owners[plan.address_of(lease.number)] = sandbox_id
+            self._taps[self._names.tap(sandbox_id)] = sandbox_id
         self._rules.adopt_opened(self.described())
 
     def leases(self) -> list[Lease]:
@@ -142,6 +144,7 @@ class NetworkSlots:
         self._rules.remove(name)
         self._files.remove(sandbox_id)
         self._owners.pop(self._open_plan.address_of(lease.number), None)
+        self._taps.pop(name, None)
         self._policies.pop(sandbox_id, None)
         del self._leases[sandbox_id]
 
@@ -224,20 +227,17 @@ class NetworkSlots:
         return lease
 
     def _refuse_another(self, lease: Lease) -> None:
+        owner = self._owners.get(self._open_plan.address_of(lease.number), lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(f"the network slot {lease.number} is held by sandbox {owner}", code="lease_taken")
         name = self._names.tap(lease.sandbox_id)
-        for other in self._leases.values():
-            if other.sandbox_id == lease.sandbox_id:
-                continue
-            if other.number == lease.number:
-                raise ConflictError(
-                    f"the network slot {lease.number} is held by sandbox {other.sandbox_id}", code="lease_taken"
-                )
-            if self._names.tap(other.sandbox_id) == name:
-                raise ConflictError(
-                    f"sandbox {other.sandbox_id} has a TAP of the name {name} already",
-                    code="slot_name_taken",
-                    hint="create the sandbox anew: it gets another id",
-                )
+        owner = self._taps.get(name, lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(
+                f"sandbox {owner} has a TAP of the name {name} already",
+                code="slot_name_taken",
+                hint="create the sandbox anew: it gets another id",
+            )
 
     def _take(self, lease: Lease, kept: KeptPolicy) -> None:
         before = self._leases.get(lease.sandbox_id)
@@ -246,6 +246,7 @@ class NetworkSlots:
         self._leases[lease.sandbox_id] = lease
         self._policies[lease.sandbox_id] = kept
         self._owners[self._open_plan.address_of(lease.number)] = lease.sandbox_id
+        self._taps[self._names.tap(lease.sandbox_id)] = lease.sandbox_id
 
     def _enforce(self, sandbox_id: str) -> None:
         """Keep the policy, then have its rules: a holder that ends in between is followed by one that goes on."""
