@@ -230,14 +230,14 @@ def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4A
 
 
 def host_rules(names: NetworkNames, plan: AddressPlan) -> str:
-    """Before the host's own translations: a port that it publishes by one (as Docker does) is a port of the host's."""
+    """Nothing that guests send is for the host, not even at an address that it has only just got. Said before the host's
+    own translations: a port that it publishes by one (as Docker does) is a port of the host's."""
     link, source = names.uplink_host, plan.uplink_home
     return f"""{_replaced("inet", names)}
 table inet {names.table} {{
     chain from_guests {{
         type filter hook prerouting priority mangle; policy accept;
-        iifname "{link}" ip saddr {source} fib daddr type unicast accept
-        iifname "{link}" drop
+        iifname "{link}" fib daddr type != unicast drop
     }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;
