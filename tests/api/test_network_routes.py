@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from atelier.db.outbox import Outbox
+from atelier.manager.network_process import NetworkHolderProcess
+from atelier.manager.wiring import Drivers, choose_drivers
 from atelier.model.errors import HostError
 from atelier.model.machine import GuestAddress, NetworkAttachment
-from atelier.model.network_policy import MAX_ENTRIES, NetworkPolicy, NetworkUsage
+from atelier.model.network_policy import CLOSED_POLICY, MAX_ENTRIES, OPEN_POLICY, NetworkPolicy, NetworkUsage
 from atelier.services import networks
 
+from . import manager_inside
 from .manager_inside import ManagerInside, open_manager_inside
 from .test_sandbox_routes import SANDBOXES, assert_error
 
@@ -349,6 +353,36 @@ async def test_where_there_is_no_way_out(inside: ManagerInside, box: str, monkey
         assert "atelier doctor" in answer.json()["hint"]
     for wish in (egress("none"), egress("all")):
         assert (await inside.client.put(NETWORK, json=wish)).status_code == 200
+
+
+async def test_a_network_holder_that_was_started_anew_gets_all_policies_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Holder:
+        """As the manager keeps it."""
+
+        on_started_anew: Callable[[], None]
+
+        async def open(self) -> None: ...
+
+        async def release(self) -> None: ...
+
+        async def close(self) -> None: ...
+
+    holder = Holder()
+
+    def choose(*arguments: Any) -> Drivers:
+        return replace(choose_drivers(*arguments), network_holder=cast(NetworkHolderProcess, holder))
+
+    monkeypatch.setattr(manager_inside, "choose_drivers", choose)
+    async with open_manager_inside(tmp_path, monkeypatch) as inside:
+        box = (await create(inside, network=egress("none"))).json()["id"]
+        inside.network.policies[box] = OPEN_POLICY
+        holder.on_started_anew()
+        async with asyncio.timeout(20):
+            while not (await inside.client.get(NETWORK)).json()["in_force"]:
+                await asyncio.sleep(0.05)
+        assert inside.network.policies[box] == CLOSED_POLICY
 
 
 # -- monitoring ----------------------------------------------------------------------------------------------------
