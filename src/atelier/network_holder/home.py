@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 from atelier.host import namespaces, tap
 from atelier.host.netlink import Link
 from atelier.model.address_plan import AddressPlan, is_plan_subnet, overlapping
-from atelier.model.errors import AtelierError, ConflictError, NotFoundError
+from atelier.model.errors import AtelierError, ConflictError, HostError, NotFoundError
 from atelier.model.machine import GuestAddress
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.plans import settle_plan
@@ -29,8 +29,8 @@ from atelier.network_holder.uplink import VethUplink
 _logger = logging.getLogger(__name__)
 
 _GATEWAY_MAC_PREFIX = "02:a7:e1"
-_TAP_GROUP = 1
-"""In a namespace of our own, where no other groups are."""
+_TAP_GROUP, _FREED_GROUP = 1, 2
+"""In a namespace of our own, where no other groups are. What is to be deleted moves from the first to the second."""
 _CHAIN = re.compile(r"^\tchain (\S+) \{\n.*?^\t\}", re.MULTILINE | re.DOTALL)
 
 
@@ -123,7 +123,8 @@ class NetworkHome:
     async def remove(self) -> None:
         """Leave nothing behind. Machines that hold a TAP still are cut off."""
         if self._side is not None:
-            self._side.links.delete_group(_TAP_GROUP)
+            for group in (_TAP_GROUP, _FREED_GROUP):
+                self._side.links.delete_group(group)
             self._side.links.delete_link(self._names.bridge)
         await self._uplink.remove()
         await namespaces.ensure_named_absent(self._names.namespace)
@@ -154,6 +155,7 @@ class NetworkHome:
             and link.up
             and link.master == self._bridge
             and link.alias == lease.alias
+            and link.group == _TAP_GROUP
             and name in self._chains
         ):
             return address
@@ -175,14 +177,36 @@ class NetworkHome:
         return address
 
     def ensure_slot_absent(self, sandbox_id: str) -> None:
-        name = self._names.tap(sandbox_id)
-        lease = self._leases.get(sandbox_id)
-        if lease is None:
+        if sandbox_id in self._leases:
+            self.side.links.delete_link(self._names.tap(sandbox_id))
+            self._forget([sandbox_id])
+
+    def ensure_slots_absent(self, sandbox_ids: Sequence[str]) -> None:
+        """All of them in little more time than one. When it raises, any of them may be there still."""
+        freed = [each for each in sandbox_ids if each in self._leases]
+        taps = [self._names.tap(each) for each in freed]
+        links = self.side.links
+        if not freed:
             return
-        self.side.links.delete_link(name)
-        self.side.rules.run(slot_rules_absent(self._names, name))
-        self._chains.pop(name, None)
-        del self._leases[sandbox_id]
+        try:
+            for tap_name in taps:
+                links.set_group_of(tap_name, _FREED_GROUP)
+            links.delete_group(_FREED_GROUP)
+        except HostError:
+            # None may stay where the next ones to be freed would take it along, or fail for it.
+            for tap_name in taps:
+                with contextlib.suppress(HostError):
+                    links.set_group_of(tap_name, _TAP_GROUP)
+            raise
+        self._forget(freed)
+
+    def _forget(self, sandbox_ids: Sequence[str]) -> None:
+        """Their rules, once their links are gone: until then no packet may find them missing."""
+        taps = [self._names.tap(each) for each in sandbox_ids]
+        self.side.rules.run(slot_rules_absent(self._names, *taps))
+        for sandbox_id, tap_name in zip(sandbox_ids, taps, strict=True):
+            self._chains.pop(tap_name, None)
+            del self._leases[sandbox_id]
 
     def open_slot(self, sandbox_id: str) -> int:
         """Raises NotFoundError (``no_network_slot``), ConflictError (``slot_in_use``)."""
@@ -248,6 +272,9 @@ class NetworkHome:
                 self.side.links.delete_link(link.name)
             else:
                 self._leases[lease.sandbox_id] = lease
+                if link.group != _TAP_GROUP:
+                    # Its freeing was broken off, and is asked for again.
+                    self.side.links.set_group(link.index, _TAP_GROUP)
 
     def _taps(self) -> Iterator[Link]:
         return (link for link in self.side.links.links().values() if self._names.is_tap(link.name))

@@ -88,9 +88,12 @@ def slot_rules(names: NetworkNames, slot: Slot) -> str:
     return f"{slot_rules_absent(names, slot.tap)}table netdev {names.table} {{\n{_slot_chain(slot)}}}\n"
 
 
-def slot_rules_absent(names: NetworkNames, tap: str) -> str:
-    """Also where there are none: some kernels take a chain away with its link, some leave it."""
-    return f"table netdev {names.table} {{ chain {tap} {{ }}; }}\ndelete chain netdev {names.table} {tap}\n"
+def slot_rules_absent(names: NetworkNames, *taps: str) -> str:
+    """Also where there are none: some kernels take a chain away with its link, some leave it. All are named first, then
+    deleted: in turns it takes nft five times as long."""
+    named = " ".join(f"chain {tap} {{ }};" for tap in taps)
+    deleted = "".join(f"delete chain netdev {names.table} {tap}\n" for tap in taps)
+    return f"table netdev {names.table} {{ {named} }}\n{deleted}"
 
 
 def host_rules(names: NetworkNames, plan: AddressPlan) -> str:
