@@ -19,12 +19,12 @@ class Home:
     stubborn: set[str] = field(default_factory=set)
     told: list[list[str]] = field(default_factory=list)
 
-    def ensure_slot_absent(self, sandbox_id: str) -> None:
+    def ensure_absent(self, sandbox_id: str) -> None:
         self.told.append([sandbox_id])
         if sandbox_id in self.stubborn:
             raise HostError(f"{sandbox_id} is stubborn")
 
-    def ensure_slots_absent(self, sandbox_ids: Sequence[str]) -> None:
+    def ensure_all_absent(self, sandbox_ids: Sequence[str]) -> None:
         self.told.append(list(sandbox_ids))
         if self.stubborn & set(sandbox_ids):
             raise HostError("not together")
@@ -36,7 +36,7 @@ class Desk:
     turns: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.freeing = SlotFreeing(self.home, self.turns)
+        self.freeing = SlotFreeing(lambda: self.home, self.turns)
 
     async def perform(self, name: str, sandbox_id: str) -> None:
         """Another request than freeing."""

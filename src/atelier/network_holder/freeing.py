@@ -22,18 +22,19 @@ _logger = logging.getLogger(__name__)
 
 
 class FreesSlots(Protocol):
-    """The part of the home that is needed here. Both calls are idempotent."""
+    """The part of a home's slots that is needed here. Both calls are idempotent."""
 
-    def ensure_slot_absent(self, sandbox_id: str) -> None: ...
+    def ensure_absent(self, sandbox_id: str) -> None: ...
 
-    def ensure_slots_absent(self, sandbox_ids: Sequence[str]) -> None: ...
+    def ensure_all_absent(self, sandbox_ids: Sequence[str]) -> None: ...
 
 
 class SlotFreeing:
-    """``turns``: who holds it may work on the home; it is given in the order in which it was asked for."""
+    """``slots``: those of the home, which is open when somebody asks. ``turns``: who holds it may work on them; it is given
+    in the order in which it was asked for."""
 
-    def __init__(self, home: FreesSlots, turns: asyncio.Lock) -> None:
-        self._home = home
+    def __init__(self, slots: Callable[[], FreesSlots], turns: asyncio.Lock) -> None:
+        self._slots = slots
         self._turns = turns
         self._asked: dict[str, asyncio.Future[Exception | None]] = {}
         self._others: Counter[str] = Counter()
@@ -54,7 +55,7 @@ class SlotFreeing:
         """Returns when the slot is gone. Raises what freeing this very slot raised, whoever else was freed with it."""
         if sandbox_id in self._others:
             async with self._turns:
-                self._home.ensure_slot_absent(sandbox_id)
+                self._slots().ensure_absent(sandbox_id)
             return
         answer = self._asked.setdefault(sandbox_id, asyncio.get_running_loop().create_future())
         async with self._turns:
@@ -73,14 +74,14 @@ class SlotFreeing:
 
     def _free_all(self) -> None:
         asked, self._asked = self._asked, {}
-        failure = _error_of(lambda: self._home.ensure_slots_absent(list(asked)))
+        failure = _error_of(lambda: self._slots().ensure_all_absent(list(asked)))
         if failure is None:
             for answer in asked.values():
                 answer.set_result(None)
             return
         _logger.warning("%d network slots could not be freed together, so one by one: %s", len(asked), failure)
         for sandbox_id, answer in asked.items():
-            answer.set_result(_error_of(lambda sandbox_id=sandbox_id: self._home.ensure_slot_absent(sandbox_id)))
+            answer.set_result(_error_of(lambda sandbox_id=sandbox_id: self._slots().ensure_absent(sandbox_id)))
 
 
 def _error_of(work: Callable[[], None]) -> Exception | None:
