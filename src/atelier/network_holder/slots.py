@@ -63,6 +63,7 @@ class NetworkSlots:
         self._leases: dict[str, Lease] = {}
         self._policies: dict[str, KeptPolicy] = {}
         self._owners: dict[IPv4Address, str] = {}
+        self._by_tap: dict[str, str] = {}
 
     # --- those that are there -----------------------------------------------------------------------------------------
 
@@ -76,6 +77,7 @@ class NetworkSlots:
                 self._links.delete_link(link.name)
             else:
                 self._leases[lease.sandbox_id] = lease
+                self._by_tap[link.name] = lease.sandbox_id
                 if link.group != _TAP_GROUP:
                     # Its freeing was broken off, and is asked for again.
                     self._links.set_group(link.index, _TAP_GROUP)
@@ -169,6 +171,7 @@ class NetworkSlots:
             self._files.remove(sandbox_id)
             lease = self._leases.pop(sandbox_id)
             self._owners.pop(self._open_plan.address_of(lease.number), None)
+            self._by_tap.pop(self._names.tap(sandbox_id), None)
             self._policies.pop(sandbox_id, None)
 
     def open_tap(self, sandbox_id: str) -> int:
@@ -251,19 +254,16 @@ class NetworkSlots:
 
     def _refuse_another(self, lease: Lease) -> None:
         name = self._names.tap(lease.sandbox_id)
-        for other in self._leases.values():
-            if other.sandbox_id == lease.sandbox_id:
-                continue
-            if other.number == lease.number:
-                raise ConflictError(
-                    f"the network slot {lease.number} is held by sandbox {other.sandbox_id}", code="lease_taken"
-                )
-            if self._names.tap(other.sandbox_id) == name:
-                raise ConflictError(
-                    f"sandbox {other.sandbox_id} has a TAP of the name {name} already",
-                    code="slot_name_taken",
-                    hint="create the sandbox anew: it gets another id",
-                )
+        owner = self._owners.get(self._open_plan.address_of(lease.number), lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(f"the network slot {lease.number} is held by sandbox {owner}", code="lease_taken")
+        owner = self._by_tap.get(name, lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(
+                f"sandbox {owner} has a TAP of the name {name} already",
+                code="slot_name_taken",
+                hint="create the sandbox anew: it gets another id",
+            )
 
     def _take(self, lease: Lease, kept: KeptPolicy) -> None:
         before = self._leases.get(lease.sandbox_id)
@@ -272,6 +272,7 @@ class NetworkSlots:
         self._leases[lease.sandbox_id] = lease
         self._policies[lease.sandbox_id] = kept
         self._owners[self._open_plan.address_of(lease.number)] = lease.sandbox_id
+        self._by_tap[self._names.tap(lease.sandbox_id)] = lease.sandbox_id
 
     def _enforce(self, sandbox_id: str) -> None:
         """Keep the policy, then have its rules: a holder that ends in between is followed by one that goes on."""
