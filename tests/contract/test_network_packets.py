@@ -5,6 +5,7 @@ In namespaces of the test's own, with guests that are this process at the end of
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -243,8 +244,7 @@ async def test_slots_leave_nothing_behind(lab: NetworkLab) -> None:
     for lease, sandbox in enumerate(ids):
         await driver.ensure_slot(sandbox, lease)
     assert await driver.list_slots() == sorted(ids)
-    for sandbox in ids:
-        await driver.ensure_slot_absent(sandbox)
+    await asyncio.gather(*(driver.ensure_slot_absent(sandbox) for sandbox in ids))
     assert lab.state() == before
 
 
