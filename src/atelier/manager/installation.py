@@ -186,15 +186,15 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
-    """A background loop. Its body failing is told, and does not end it."""
+    """A background loop; the work is done at once, and then every so often. Its failing is told, and does not end it."""
     while True:
-        await asyncio.sleep(seconds)
         try:
             await work()
         except AtelierError as error:
             logger.warning("a background task failed: %s", error)
         except Exception:
             logger.exception("a background task met a defect")
+        await asyncio.sleep(seconds)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
