@@ -65,13 +65,19 @@ class Nameserver:
         return [] if answer is None else answer if isinstance(answer, list) else [answer]
 
     @contextlib.asynccontextmanager
-    async def serving(self, address: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
-        """Yields the port. In the calling thread's namespace."""
+    async def serving(
+        self,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        inside: contextlib.AbstractContextManager[None] | None = None,
+    ) -> AsyncIterator[int]:
+        """Yields the port. ``inside``: where its sockets are made, a namespace for instance."""
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
-            udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+            with inside or contextlib.nullcontext():
+                udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+                tcp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
             udp.bind((address, port))
-            tcp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
             tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tcp.bind(udp.getsockname())
 
