@@ -135,7 +135,7 @@ class Stage:
     def open(self, stack: ExitStack) -> None:
         with self.lab.inside("home"):
             self.ears["bridge"] = PacketEar(BRIDGE)
-            self.ears["home"] = PortEar(_LISTENING_PORT)
+            self.ears["home"] = PortEar(_LISTENING_PORT, 53)
         with self.lab.inside("host"):
             self.ears["host"] = PortEar(_LISTENING_PORT, PUBLISHED_PORT)
         with self.lab.inside("internet"):
@@ -323,8 +323,8 @@ TABLE: tuple[Row, ...] = (
     Row("UDP to the internet, and its refusal", _routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"})),
     Row("TCP to the internet, and its answer", _routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
     Row("ping of the internet, and its answer", _routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
-    Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"internet"}), frozenset({"bridge", "self"})),
-    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"internet", "self"})),
+    Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"home"}), frozenset({"bridge", "self"})),
+    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
     Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"})),
     # From guest to guest.

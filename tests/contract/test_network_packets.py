@@ -314,7 +314,7 @@ def test_without_forwarding_nothing_is_changed(lab: NetworkLab) -> None:
         b'{"operation": "ensure_slot", "sandbox_id": "../../etc", "lease": 0, "mac_address": "02:00:00:00:00:01"}',
         b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": -1, "mac_address": "02:00:00:00:00:01"}',
         b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": true, "mac_address": "02:00:00:00:00:01"}',
-        b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": 5000, "mac_address": "02:00:00:00:00:01"}',
+        b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": 5000, "mac_address": "02:00:00:00:00:01", "policy": {"egress": {"mode": "all"}}}',
         b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": 0, "mac_address": "ff:ff:ff:ff:ff:ff"}',
         b'{"operation": "ensure_slot", "sandbox_id": "aaaaaaaaaaaa", "lease": 0, "mac_address": "02:00:00:00:00:01 drop"}',
         b'{"operation": "open_slot", "sandbox_id": "aaaaaaaaaaaa"}',

@@ -28,6 +28,7 @@ def test_the_run_folder() -> None:
     assert run.channel_socket("aaaaaaaaaaaa") == Path("/r/channels/aaaaaaaaaaaa.sock")
     assert run.gateway_socket == Path("/r/gateway.sock")
     assert run.network_socket == Path("/r/network.sock")
+    assert run.network_policies == Path("/r/network")
 
 
 def test_socket_paths_are_as_long_as_the_kernel_takes() -> None:

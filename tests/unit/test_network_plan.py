@@ -14,7 +14,6 @@ from atelier.model.address_plan import SLOT_COUNT, AddressPlan, choose_plan
 from atelier.model.errors import HostError, InvalidRequestError
 from atelier.network_holder.names import LINK_NAME_MAX_LENGTH, NetworkNames
 from atelier.network_holder.plans import settle_plan
-from atelier.network_holder.rules import home_rules
 
 PLAN = AddressPlan(IPv4Network("10.77.0.0/16"))
 NAMES = NetworkNames("k3fa", "br0")
@@ -93,11 +92,6 @@ def test_what_cannot_be_a_bridges_name(bridge: str) -> None:
 def test_what_cannot_be_an_installation(installation: str) -> None:
     with pytest.raises(InvalidRequestError):
         NetworkNames(installation, "br0")
-
-
-def test_without_a_nameserver_nothing_is_translated() -> None:
-    assert "dnat" in home_rules(NAMES, PLAN, "out", [], IPv4Address("9.9.9.9"), [])
-    assert "dnat" not in home_rules(NAMES, PLAN, "out", [], None, [])
 
 
 def test_the_nameserver_is_one_that_others_may_ask(tmp_path: Path) -> None:

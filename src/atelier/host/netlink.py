@@ -29,7 +29,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_PROTINFO, _IFLA_LINKINFO, _IFLA
     1, 3, 10, 12, 18, 20, 28,
 )  # fmt: skip
 _INFO_KIND, _INFO_DATA, _VETH_PEER = 1, 2, 1
-_IFLA_GROUP = 27
+_IFLA_QDISC, _IFLA_STATS64, _IFLA_GROUP = 6, 23, 27
 _BRIDGE_MCAST_SNOOPING = 23
 _PORT_LEARNING, _PORT_UNICAST_FLOOD, _PORT_ISOLATED = 8, 9, 33
 _UP = 1
@@ -55,6 +55,18 @@ class Link:
     mac_address: str
     master: int
     up: bool
+    queue: str
+    """The queueing discipline of what is sent to it: ``noqueue``, ``tbf``, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """As the host sees it: what a TAP has received was sent by the guest."""
+
+    received_packets: int
+    sent_packets: int
+    received_bytes: int
+    sent_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,15 @@ class RouteSocket:
         for _, payload in self._ask(_GETLINK, _DUMP, struct.pack("=BxHiII", 0, 0, 0, 0, 0), "listing links"):
             link = _parse_link(payload)
             found[link.name] = link
+        return found
+
+    def traffic(self) -> dict[str, LinkTraffic]:
+        """Of each link, since it was made."""
+        found: dict[str, LinkTraffic] = {}
+        for _, payload in self._ask(_GETLINK, _DUMP, _link_header(0), "reading the links' counters"):
+            attributes = dict(_attributes(payload[16:]))
+            counters = struct.unpack_from("=4Q", attributes.get(_IFLA_STATS64, bytes(32)))
+            found[_string(attributes.get(_IFLA_IFNAME))] = LinkTraffic(*counters)
         return found
 
     def find_link(self, name: str) -> Link | None:
@@ -330,17 +351,19 @@ def _parse_link(payload: bytes) -> Link:
     _, _, index, flags, _ = struct.unpack_from("=BxHiII", payload)
     attributes = dict(_attributes(payload[16:]))
 
-    def text(value: bytes | None) -> str:
-        return (value or b"").rstrip(b"\0").decode(errors="replace")
-
     kind = dict(_attributes(attributes.get(_IFLA_LINKINFO, b""))).get(_INFO_KIND)
     master = attributes.get(_IFLA_MASTER)
     return Link(
         index=index,
-        name=text(attributes.get(_IFLA_IFNAME)),
-        kind=text(kind),
-        alias=text(attributes.get(_IFLA_IFALIAS)),
+        name=_string(attributes.get(_IFLA_IFNAME)),
+        kind=_string(kind),
+        alias=_string(attributes.get(_IFLA_IFALIAS)),
         mac_address=attributes.get(_IFLA_ADDRESS, b"").hex(":"),
         master=struct.unpack("=i", master)[0] if master else 0,
         up=bool(flags & _UP),
+        queue=_string(attributes.get(_IFLA_QDISC)),
     )
+
+
+def _string(value: bytes | None) -> str:
+    return (value or b"").rstrip(b"\0").decode(errors="replace")

@@ -21,9 +21,12 @@ _NETLINK_NETFILTER = 12
 _SOL_NETLINK, _ADD_MEMBERSHIP, _NO_BUFFER_ERRORS = 270, 1, 5
 _GROUP_OF_NFTABLES = 7
 _NFTABLES_SUBSYSTEM = 10
-_NEW_GENERATION = 15
-"""The end of each transaction's messages, with the process that made it."""
-_PROCESS_ID = 2
+_NEW_GENERATION, _GET_GENERATION = 15, 16
+"""The first ends each transaction's messages, with the process that made it."""
+_GENERATION_ID, _PROCESS_ID = 1, 2
+_REQUEST = 1
+_WITHOUT_STATE = 1 << 2
+"""Source: nftables/libnftables.h, NFT_CTX_OUTPUT_STATELESS."""
 
 
 def _load() -> Any:
@@ -38,6 +41,7 @@ def _load() -> Any:
     for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
         getattr(library, name).restype = ctypes.c_char_p
+    library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
     library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.nft_ctx_free.argtypes = [ctypes.c_void_p]
     return library
@@ -59,8 +63,12 @@ class Nftables:
         self._context: int | None = self._library.nft_ctx_new(0)
         self._library.nft_ctx_buffer_output(self._context)
         self._library.nft_ctx_buffer_error(self._context)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
+        self._socket.bind((0, 0))
+        self._socket.settimeout(5)
 
     def close(self) -> None:
+        self._socket.close()
         if self._context is not None:
             self._library.nft_ctx_free(self._context)
             self._context = None
@@ -75,11 +83,23 @@ class Nftables:
         return output
 
     def find(self, what: str) -> str | None:
-        """The listing of ``table inet x`` or ``chain inet x y``; None if there is none."""
+        """The listing of ``table inet x`` or ``chain inet x y``, without what packets and time change (counters, the time
+        that elements have left); None if there is none."""
+        self._library.nft_ctx_output_set_flags(self._context, _WITHOUT_STATE)
         try:
             return self.run(f"list {what}")
         except CommandError:
             return None
+        finally:
+            self._library.nft_ctx_output_set_flags(self._context, 0)
+
+    def generation(self) -> int:
+        """The number of the namespace's last transaction, whoever made it: each adds one, up to 2^32, where 0 is left
+        out. Raises OSError."""
+        header = struct.pack("=IHHII", 20, _NFTABLES_SUBSYSTEM << 8 | _GET_GENERATION, _REQUEST, 0, 0)
+        self._socket.send(header + bytes(4))
+        data = self._socket.recv(1 << 16)
+        return _number(data[20:], _GENERATION_ID)
 
 
 class RulesWatch:
@@ -115,14 +135,15 @@ class RulesWatch:
             while len(data) >= 16:
                 length, kind = struct.unpack_from("=IH", data)
                 if kind == _NFTABLES_SUBSYSTEM << 8 | _NEW_GENERATION:
-                    foreign |= _process_id(data[20:length]) != os.getpid()
+                    foreign |= _number(data[20:length], _PROCESS_ID) != os.getpid()
                 data = data[max(16, (length + 3) & ~3) :]
 
 
-def _process_id(attributes: bytes) -> int:
+def _number(attributes: bytes, wanted: int) -> int:
+    """The attribute of that kind; 0 if there is none."""
     while len(attributes) >= 8:
         length, kind = struct.unpack_from("=HH", attributes)
-        if kind == _PROCESS_ID:
+        if kind == wanted:
             return struct.unpack_from("!I", attributes, 4)[0]
         attributes = attributes[max(4, (length + 3) & ~3) :]
     return 0

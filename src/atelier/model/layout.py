@@ -92,6 +92,11 @@ class RunLayout:
         return self.root / "network.sock"
 
     @property
+    def network_policies(self) -> Path:
+        """The network holder's: what each sandbox may reach, as JSON."""
+        return self.root / "network"
+
+    @property
     def manager_socket(self) -> Path:
         return self.root / "manager.sock"
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from atelier.host.files import lock_folder
-from atelier.host.nameservers import find_nameserver
 from atelier.host.namespaces import open_current
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
@@ -85,7 +84,7 @@ def _parse(arguments: list[str] | None) -> _Options:
 async def _hold(layout: RunLayout, options: _Options, names: NetworkNames) -> None:
     loop = asyncio.get_running_loop()
     host = NetworkSide.open(open_current())
-    home = NetworkHome(names, VethUplink(names, host), options.plan_file, options.nameserver or find_nameserver())
+    home = NetworkHome(names, VethUplink(names, host), options.plan_file, layout.network_policies)
     control = NetworkControl(home, layout.network_socket)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)

@@ -2,7 +2,7 @@
 
 The manager's network driver calls it. Whoever reaches the socket may be wrong: every argument is checked here. Requests
 are performed one at a time, in the order in which they come. Operations: ping, ensure_slot, ensure_slot_absent,
-open_slot, list_slots, check, close.
+open_slot, set_policy, read_usage, list_slots, check, close.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ import atelier
 from atelier.model.errors import AtelierError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
-from atelier.network_holder.home import Lease, NetworkHome
+from atelier.model.network_policy import NetworkPolicy
+from atelier.network_holder.home import NetworkHome
+from atelier.network_holder.slots import Lease
 
-PROTOCOL_VERSION = 1
-_REQUEST_MAX_BYTES = 4096
+PROTOCOL_VERSION = 2
+_REQUEST_MAX_BYTES = 512 * 1024
+"""A policy with as many of the longest domain names as it may have takes half of it."""
+_CHUNK_BYTES = 65536
 _IDLE_SECONDS = 10.0
 _MAX_CLIENTS = 32
 _LOCAL_UNICAST_MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
@@ -83,7 +87,7 @@ class NetworkControl:
             pending = b""
             while True:
                 async with asyncio.timeout(_IDLE_SECONDS):
-                    data = await asyncio.get_running_loop().sock_recv(connection, _REQUEST_MAX_BYTES)
+                    data = await asyncio.get_running_loop().sock_recv(connection, _CHUNK_BYTES)
                 if not data:
                     return
                 pending += data
@@ -133,13 +137,15 @@ class NetworkControl:
             "ping": self._on_ping,
             "ensure_slot": self._on_ensure_slot,
             "ensure_slot_absent": self._on_ensure_slot_absent,
+            "set_policy": self._on_set_policy,
+            "read_usage": self._on_read_usage,
             "list_slots": self._on_list_slots,
             "check": self._on_check,
             "close": self._on_close,
         }
         name = request.get("operation")
         if name == "open_slot":
-            return {"ok": True}, self.home.open_slot(_sandbox_id(request))
+            return {"ok": True}, self.home.slots.open_tap(_sandbox_id(request))
         operation = operations.get(name) if isinstance(name, str) else None
         if operation is None:
             known = ", ".join([*(str(each) for each in operations), "open_slot"])
@@ -158,15 +164,23 @@ class NetworkControl:
 
     async def _on_ensure_slot(self, request: Request) -> Answer:
         lease = Lease(_sandbox_id(request), _lease(request), _mac_address(request))
-        return {"guest": asdict(self.home.ensure_slot(lease))}
+        return {"guest": asdict(await self.home.slots.ensure(lease, _policy(request)))}
 
     async def _on_ensure_slot_absent(self, request: Request) -> Answer:
-        self.home.ensure_slot_absent(_sandbox_id(request))
+        self.home.slots.ensure_absent(_sandbox_id(request))
         return {}
+
+    async def _on_set_policy(self, request: Request) -> Answer:
+        await self.home.slots.set_policy(_sandbox_id(request), _policy(request))
+        return {}
+
+    async def _on_read_usage(self, request: Request) -> Answer:
+        del request
+        return {"usage": {sandbox_id: asdict(usage) for sandbox_id, usage in self.home.slots.read_usage().items()}}
 
     async def _on_list_slots(self, request: Request) -> Answer:
         del request
-        return {"slots": self.home.list_slots()}
+        return {"slots": self.home.slots.ids()}
 
     async def _on_check(self, request: Request) -> Answer:
         del request
@@ -198,6 +212,12 @@ def _mac_address(request: Request) -> str:
     if not isinstance(value, str) or _LOCAL_UNICAST_MAC.fullmatch(value) is None:
         raise InvalidRequestError("mac_address is missing, or is no locally administered unicast address")
     return value
+
+
+def _policy(request: Request) -> NetworkPolicy:
+    if "policy" not in request:
+        raise InvalidRequestError("policy is missing")
+    return NetworkPolicy.from_json(request["policy"])
 
 
 def _failure(code: str, message: str, hint: str = "") -> Answer:

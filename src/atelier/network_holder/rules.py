@@ -2,95 +2,231 @@
 sees a packet pass that must not, or one kept back that must pass.
 
 Two namespaces: the **home**, where the bridge is, and the **host**, which the home's traffic crosses on its way out. All
-of a namespace's tables are replaced in one transaction.
+of a namespace's tables are replaced in one transaction; a slot comes, changes and goes in one of its own.
+
+How the home judges a guest's packets: a flow that its policy has let pass carries the **generation** of that policy in
+its conntrack mark, and passes for as long as that is the guest's current generation. What carries another, or none, is
+judged: by the guest's verdict in the map ``egress`` (none there: nothing passes), on the address to which the flow was
+opened. So a new policy is in force for open flows in the same moment, and what the host sends on a flow that stays
+allowed goes on without waiting for the guest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
 from atelier.model.address_plan import AddressPlan
+from atelier.model.network_policy import EgressMode, NetworkPolicy
 from atelier.network_holder.names import NetworkNames
 
-NEVER_REACHED = tuple(
+_NEVER = tuple(
     IPv4Network(text)
     for text in (
         "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",
         "127.0.0.0/8",
         "169.254.0.0/16",  # link-local, the metadata services of clouds among them
-        "172.16.0.0/12",
-        "192.168.0.0/16",
         "224.0.0.0/3",  # multicast, reserved, broadcast
     )
 )
-"""Private and special networks. To them come those that the host itself is connected to."""
+_PRIVATE = tuple(IPv4Network(text) for text in ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16"))
+_INLINE_NETWORKS = 16
+"""Above that a slot's networks become a set. Not below: libnftables reads all sets of intervals before each change, so a
+thousand of them would cost each change 0.1 s."""
+_BYTES_PER_KBIT = 125
+_UPLOAD_BURST_BYTES = 65536
+"""Beside what passes in a second: the largest packet that a guest may hand over, to be cut later, has to fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the home stands in. ``own``: addresses of the host. ``connected``: networks that it reaches without another
+    router."""
+
+    plan: AddressPlan
+    uplink: str
+    own: frozenset[IPv4Address]
+    connected: frozenset[IPv4Network]
+
+    @property
+    def never(self) -> set[IPv4Network]:
+        """What no policy opens."""
+        return {*_NEVER, self.plan.subnet, *(IPv4Network(address) for address in self.own)}
+
+    @property
+    def private(self) -> set[IPv4Network]:
+        """What only a listed network opens, no domain and not the mode ``all``."""
+        return {*_PRIVATE, *self.connected}
+
+    def is_never(self, address: IPv4Address) -> bool:
+        return any(address in network for network in self.never)
+
+    def is_private(self, address: IPv4Address) -> bool:
+        return any(address in network for network in self.private)
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a TAP may send from."""
+    """What a TAP may send from, and what to. ``generation``: a number of 32 bits, never 0, never used for the same address
+    before (see ``policies``)."""
 
     tap: str
     mac_address: str
     address: IPv4Address
+    policy: NetworkPolicy
+    generation: int
+
+    @property
+    def mark(self) -> str:
+        return f"{self.generation:#010x}"
+
+    @property
+    def chain(self) -> str | None:
+        """Of its own, where the policy has more to say than a mode; each generation's has another name."""
+        egress = self.policy.egress
+        return f"{self.tap}_{self.generation:08x}" if egress.networks or egress.domains else None
+
+    @property
+    def verdict(self) -> str | None:
+        """None: whatever it sends is refused."""
+        if self.chain is not None:
+            return f"jump {self.chain}"
+        return "jump public" if self.policy.egress.mode is EgressMode.ALL else None
+
+    @property
+    def chain_rules(self) -> list[str]:
+        """In nft's own writing, so that they can be found again in a listing."""
+        to, egress = "ct original ip daddr", self.policy.egress
+        if len(egress.networks) <= _INLINE_NETWORKS:
+            found = [f"{to} {network_text(network)} goto open" for network in egress.networks]
+        else:
+            found = [f"{to} {{ {', '.join(map(network_text, egress.networks))} }} goto open"]
+        if egress.mode is EgressMode.ALL:
+            found.append(f"{to} != @private goto open")
+        elif egress.domains:
+            found.append(f"{to} != @private ct original ip saddr . {to} @names goto open")
+        return found
 
 
-def home_rules(
-    names: NetworkNames,
-    plan: AddressPlan,
-    uplink: str,
-    blocked: Iterable[IPv4Network],
-    nameserver: IPv4Address | None,
-    slots: Iterable[Slot],
-) -> str:
-    elements = ", ".join(sorted(str(network) for network in {*NEVER_REACHED, *blocked}))
-    resolve = accept_resolved = ""
-    if nameserver is not None:
-        resolve = f"""
-    chain resolve {{
-        type nat hook prerouting priority dstnat; policy accept;
-        iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {nameserver}
-    }}"""
-        accept_resolved = f'iifname "{names.bridge}" oifname "{uplink}" ct status dnat accept'
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a reload carries over. ``opened``: seconds for which (guest, address) is open still, because a name led there;
+    ``refused``: (packets, bytes) of each guest."""
+
+    opened: Mapping[tuple[IPv4Address, IPv4Address], int]
+    refused: Mapping[IPv4Address, tuple[int, int]]
+
+
+def home_rules(names: NetworkNames, around: Surroundings, slots: Iterable[Slot], carried: Carried) -> str:
+    plan, uplink = around.plan, around.uplink
     inet = f"""
 table inet {names.table} {{
-    set blocked {{
+    set never {{
         type ipv4_addr
         flags interval
         auto-merge
-        elements = {{ {elements} }}
+        elements = {{ {_listed(around.never)} }}
+    }}
+    set private {{
+        type ipv4_addr
+        flags interval
+        auto-merge
+        elements = {{ {_listed(around.private)} }}
+    }}
+    map generation {{
+        type ipv4_addr : mark
+    }}
+    set current {{
+        type ipv4_addr . mark
+    }}
+    map egress {{
+        type ipv4_addr : verdict
+    }}
+    set names {{
+        type ipv4_addr . ipv4_addr
+        flags timeout
+    }}
+    set refused {{
+        type ipv4_addr
+        counter
+    }}
+    chain open {{
+        ct mark set ct original ip saddr map @generation accept
+    }}
+    chain public {{
+        ct original ip daddr != @private goto open
+    }}
+    chain refuse {{
+        ip saddr @refused
+    }}
+    chain leaving {{
+        ip daddr @never goto refuse
+        ip saddr . ct mark @current accept
+        ip saddr vmap @egress
+        goto refuse
+    }}
+    chain entering {{
+        ip daddr . ct mark @current accept
+        ct original ip saddr vmap @egress
     }}
     chain forward {{
         type filter hook forward priority filter; policy drop;
-        iifname "{uplink}" oifname "{names.bridge}" ct state established,related accept
-        {accept_resolved}
-        iifname "{names.bridge}" oifname "{uplink}" ip daddr != @blocked accept
+        iifname "{names.bridge}" oifname "{uplink}" goto leaving
+        iifname "{uplink}" oifname "{names.bridge}" ct state established,related goto entering
     }}
     chain input {{
         type filter hook input priority filter; policy drop;
-    }}{resolve}
+        iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
+    }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;
         oifname "{uplink}" masquerade
     }}
 }}
+table netdev {names.table} {{ }}
 """
-    chains = "".join(_slot_chain(slot) for slot in slots)
-    return f"{_replaced('inet', names)}{_replaced('netdev', names)}{inet}table netdev {names.table} {{\n{chains}}}\n"
+    return (
+        f"{_replaced('inet', names)}{_replaced('netdev', names)}{inet}"
+        + "".join(slot_rules(names, slot, carried.refused.get(slot.address)) for slot in slots)
+        + "".join(f"{_name_added(names, *pair, seconds)}\n" for pair, seconds in carried.opened.items())
+    )
 
 
-def slot_rules(names: NetworkNames, slot: Slot) -> str:
-    """One slot's, replaced in one transaction."""
-    return f"{slot_rules_absent(names, slot.tap)}table netdev {names.table} {{\n{_slot_chain(slot)}}}\n"
+def slot_rules(names: NetworkNames, slot: Slot, refused: tuple[int, int] | None = None) -> str:
+    """Of a slot that has none."""
+    packets, octets = refused or (0, 0)
+    return (
+        f"add element inet {names.table} refused {{ {slot.address} counter packets {packets} bytes {octets} }}\n"
+        f"{_egress_added(names, slot)}{_sending_added(names, slot)}"
+    )
 
 
-def slot_rules_absent(names: NetworkNames, tap: str) -> str:
-    """Also where there are none: some kernels take a chain away with its link, some leave it."""
-    return f"table netdev {names.table} {{ chain {tap} {{ }}; }}\ndelete chain netdev {names.table} {tap}\n"
+def slot_rules_absent(names: NetworkNames, slot: Slot, opened: Iterable[IPv4Address]) -> str:
+    """``opened``: addresses that may be open to it through names."""
+    return (
+        f"delete element inet {names.table} refused {{ {slot.address} }}\n"
+        f"{_egress_removed(names, slot)}{_names_closed(names, slot, opened)}{_sending_removed(names, slot)}"
+    )
+
+
+def slot_rules_changed(names: NetworkNames, before: Slot, after: Slot, closed: Iterable[IPv4Address]) -> str:
+    """The policy of a slot on the same TAP and address. ``closed``: addresses that names have opened, and that the new
+    policy does not leave open."""
+    text = ""
+    if before.generation != after.generation:
+        text += f"{_egress_removed(names, before)}{_egress_added(names, after)}{_names_closed(names, after, closed)}"
+    if before.policy.upload_kbit_per_second != after.policy.upload_kbit_per_second:
+        text += f"{_sending_removed(names, before)}{_sending_added(names, after)}"
+    return text
+
+
+def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4Address, int]) -> str:
+    """Also where they are open already, for a shorter time."""
+    return "".join(
+        f"{_name_removed(names, guest, address)}{_name_added(names, guest, address, seconds[address])}\n"
+        for address in seconds
+    )
 
 
 def host_rules(names: NetworkNames, plan: AddressPlan) -> str:
@@ -115,18 +251,75 @@ def absent_rules(names: NetworkNames, *families: str) -> str:
     return "".join(_replaced(family, names) for family in families)
 
 
+def network_text(network: IPv4Network) -> str:
+    """As nft writes it."""
+    return str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
+
+
 def _replaced(family: str, names: NetworkNames) -> str:
     # Made first, so that deleting it never fails. Source: nft(8), "atomic rule replacement".
     return f"table {family} {names.table}\ndelete table {family} {names.table}\n"
 
 
-def _slot_chain(slot: Slot) -> str:
+def _listed(networks: Iterable[IPv4Network]) -> str:
+    return ", ".join(map(str, sorted(networks)))
+
+
+def _egress_added(names: NetworkNames, slot: Slot) -> str:
+    table, address = names.table, slot.address
+    text = f"add element inet {table} generation {{ {address} : {slot.mark} }}\n"
+    text += f"add element inet {table} current {{ {address} . {slot.mark} }}\n"
+    if slot.chain is not None:
+        text += f"table inet {table} {{ chain {slot.chain} {{ {'; '.join(slot.chain_rules)}; }}; }}\n"
+    if slot.verdict is not None:
+        text += f"add element inet {table} egress {{ {address} : {slot.verdict} }}\n"
+    return text
+
+
+def _egress_removed(names: NetworkNames, slot: Slot) -> str:
+    table, address = names.table, slot.address
+    text = f"delete element inet {table} generation {{ {address} }}\n"
+    text += f"delete element inet {table} current {{ {address} . {slot.mark} }}\n"
+    if slot.verdict is not None:
+        text += f"delete element inet {table} egress {{ {address} }}\n"
+    if slot.chain is not None:
+        text += f"delete chain inet {table} {slot.chain}\n"
+    return text
+
+
+def _names_closed(names: NetworkNames, slot: Slot, addresses: Iterable[IPv4Address]) -> str:
+    return "".join(_name_removed(names, slot.address, address) for address in addresses)
+
+
+def _name_added(names: NetworkNames, guest: IPv4Address, address: IPv4Address, seconds: int) -> str:
+    return f"add element inet {names.table} names {{ {guest} . {address} timeout {seconds}s }}"
+
+
+def _name_removed(names: NetworkNames, guest: IPv4Address, address: IPv4Address) -> str:
+    # Made first: it may have run out.
+    return (
+        f"{_name_added(names, guest, address, 60)}\ndelete element inet {names.table} names {{ {guest} . {address} }}\n"
+    )
+
+
+def _sending_added(names: NetworkNames, slot: Slot) -> str:
     """What comes out of the TAP: IPv4 and ARP from its own addresses. No other type of frame passes, VLAN tags and IPv6
     included, nor DHCP (whose client has no address yet)."""
-    mac, address = slot.mac_address, slot.address
-    return f"""    chain {slot.tap} {{
-        type filter hook ingress device "{slot.tap}" priority -500; policy drop;
+    mac, address, rate = slot.mac_address, slot.address, slot.policy.upload_kbit_per_second
+    limit = ""
+    if rate is not None:
+        per_second = rate * _BYTES_PER_KBIT
+        limit = f"\n        limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
+    return f"""table netdev {names.table} {{
+    chain {slot.tap} {{
+        type filter hook ingress device "{slot.tap}" priority -500; policy drop;{limit}
         ether saddr {mac} ether type ip ip saddr {address} accept
         ether saddr {mac} ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac} arp saddr ip {address} accept
     }}
+}}
 """
+
+
+def _sending_removed(names: NetworkNames, slot: Slot) -> str:
+    # Made first: some kernels take a chain away with its link, some leave it.
+    return f"table netdev {names.table} {{ chain {slot.tap} {{ }}; }}\ndelete chain netdev {names.table} {slot.tap}\n"

@@ -8,7 +8,7 @@ between all its networks, and another program's chain that drops what is forward
 from __future__ import annotations
 
 import re
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from atelier.host.namespaces import entered, prefix_for, write_setting
 from atelier.model.address_plan import AddressPlan
@@ -41,8 +41,12 @@ class VethUplink:
         addresses = [address.network for number, address in self._host.links.addresses() if number != index]
         return addresses + [route.network for route in self._host.links.routes() if route.interface != index]
 
+    def own_addresses(self) -> list[IPv4Address]:
+        """The host's, loopback's among them."""
+        return [address.ip for _, address in self._host.links.addresses()]
+
     def connected_networks(self) -> list[IPv4Network]:
-        """The host's own networks, which guests do not reach."""
+        """The host's own networks, which guests reach only where their policies list them."""
         return sorted(
             {route.network for route in self._host.links.routes() if route.connected and route.network.prefixlen}
         )
