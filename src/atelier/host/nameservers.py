@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 RESOLV_CONF = Path("/etc/resolv.conf")
@@ -47,27 +47,3 @@ def _read(text: str) -> tuple[IPv4Address | IPv6Address, ...]:
         if not (isinstance(address, IPv6Address) and address.scope_id):
             found.append(_DEFAULT[0] if address.is_unspecified else address)
     return tuple(found[:_MAX_COUNT])
-
-
-_FILES = (RESOLV_CONF, Path("/run/systemd/resolve/resolv.conf"))
-"""The second is systemd-resolved's, with those behind its own on loopback."""
-
-
-def find_nameserver(files: tuple[Path, ...] = _FILES) -> IPv4Address | None:
-    """The first with an IPv4 address that is not loopback; None if there is none."""
-    for file in files:
-        try:
-            lines = file.read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        for line in lines:
-            words = line.split()
-            if len(words) < 2 or words[0] != "nameserver":
-                continue
-            try:
-                address = IPv4Address(words[1])
-            except AddressValueError:
-                continue
-            if not address.is_loopback and not address.is_unspecified:
-                return address
-    return None

@@ -22,6 +22,8 @@ from atelier.network_holder.fair_share import GuestRates, GuestTasks
 _DATAGRAM_MAX_BYTES = 4096
 """No question is longer; what is cut off here is malformed."""
 _DATAGRAMS_AT_ONCE = 64
+_QUEUE_BYTES = 4 * 1024 * 1024
+_SO_RCVBUFFORCE = 33
 _LISTEN_BACKLOG = 128
 _LOG_PAUSE_SECONDS = 60.0
 
@@ -42,6 +44,7 @@ class ListeningSockets:
             self.datagrams = stack.enter_context(
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             )
+            _enlarge_queue(self.datagrams)
             self.datagrams.bind((str(address), port))
             self.streams = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
             self.streams.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -66,6 +69,15 @@ class ServerLimits:
     streams: int = 8
     total_streams: int = 256
     idle_seconds: float = 10.0
+
+
+def _enlarge_queue(datagrams: socket.socket) -> None:
+    """So that questions of all guests at once find a place."""
+    try:
+        datagrams.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _QUEUE_BYTES)
+    except PermissionError:
+        # As far as everybody may.
+        datagrams.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
 
 
 class DnsServer:
