@@ -46,7 +46,7 @@ class NoAnswerError(Exception):
 
 
 class Upstream:
-    """``nameservers`` tells them in the order in which they are to be asked; it is called for each question."""
+    """``nameservers`` tells those that are to be asked, in this order, as they are by now."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Upstream:
         try_seconds: float = _TRY_SECONDS,
         total_seconds: float = _TOTAL_SECONDS,
     ) -> None:
-        self._nameservers = nameservers
+        self.nameservers = nameservers
         self._make_socket = make_socket
         self._port = port
         self._try_seconds = try_seconds
@@ -109,7 +109,7 @@ class Upstream:
     def _in_order(self) -> list[Address]:
         """Those that said nothing of late stand last. The order is all that one guest's questions can change for
         another's."""
-        known = list(dict.fromkeys(self._nameservers()))
+        known = list(dict.fromkeys(self.nameservers()))
         for table in (self._silent_tries, self._avoided_until):
             for gone in table.keys() - set(known):
                 del table[gone]

@@ -37,7 +37,7 @@ from atelier.network_holder.dns_messages import (
     is_truncated,
     read_question,
 )
-from atelier.network_holder.dns_upstream import NoAnswerError, Upstream
+from atelier.network_holder.dns_upstream import Address, NoAnswerError, Upstream
 
 MIN_TTL_SECONDS = 5
 MAX_TTL_SECONDS = 3600
@@ -83,7 +83,7 @@ class Resolver:
     def __init__(self, gate: NameGate, upstream: Upstream) -> None:
         self._gate = gate
         self._upstream = upstream
-        self._cache: OrderedDict[str, _Found] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, tuple[Address, ...]], _Found] = OrderedDict()
 
     async def answer(self, guest: IPv4Address, wire: bytes, *, stream: bool) -> bytes | None:
         """What to send back for the message that a guest sent, None: nothing. ``stream``: it came over TCP.
@@ -134,9 +134,11 @@ class Resolver:
     async def _find(self, name: str) -> _Found:
         """Raises NoAnswerError."""
         now = asyncio.get_running_loop().time()
-        found = self._cache.get(name)
+        # Other nameservers (a VPN's, for instance) may know other addresses.
+        key = name, tuple(self._upstream.nameservers())
+        found = self._cache.get(key)
         if found is not None and found.expires_at > now:
-            self._cache.move_to_end(name)
+            self._cache.move_to_end(key)
             return found
         question = address_question(name)
         wire = await self._upstream.ask(question, stream=False)
@@ -144,8 +146,8 @@ class Resolver:
             wire = await self._upstream.ask(question, stream=True)
         found = _read(wire, asyncio.get_running_loop().time())
         if found.rcode in (Rcode.NOERROR, Rcode.NXDOMAIN):
-            self._cache[name] = found
-            self._cache.move_to_end(name)
+            self._cache[key] = found
+            self._cache.move_to_end(key)
             if len(self._cache) > _CACHE_SIZE:
                 self._cache.popitem(last=False)
         return found
