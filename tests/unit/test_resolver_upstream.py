@@ -75,6 +75,7 @@ async def test_who_fails_is_followed_by_the_next(rcode: dns.rcode.Rcode, stream:
         pair.second.answer = with_rcode(rcode)
         answer = dns.message.from_wire(await upstream.ask(address_question(NAME), stream=stream))
         assert answer.rcode() == rcode
+        assert [len(each.heard) for each in (pair.first, pair.second)] == [2, 2], "nobody is asked twice"
 
 
 async def test_who_is_silent_is_followed_by_the_next_and_stands_last_after_a_while() -> None:

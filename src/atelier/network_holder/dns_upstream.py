@@ -72,20 +72,26 @@ class Upstream:
         unique = with_identifier(question, secrets.randbelow(0x10000))
         pending: dict[asyncio.Task[bytes], Address] = {}
         failure: bytes | None = None
+        answered: set[Address] = set()
         loop = asyncio.get_running_loop()
         end = loop.time() + self._total_seconds
         tries = list(itertools.islice(itertools.cycle(self._in_order()), _TRIES))
         try:
             for number, nameserver in enumerate(tries, start=1):
-                pending[asyncio.create_task(self._exchange(nameserver, unique, stream=stream))] = nameserver
+                if nameserver not in answered:
+                    pending[asyncio.create_task(self._exchange(nameserver, unique, stream=stream))] = nameserver
                 until = end if number == len(tries) else min(end, loop.time() + self._try_seconds)
                 while pending and (seconds := until - loop.time()) > 0:
                     done, _ = await asyncio.wait(pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
-                        answer = self._result(task, pending.pop(task))
-                        if answer is not None and rcode_of(answer) not in (Rcode.SERVFAIL, Rcode.REFUSED):
+                        by = pending.pop(task)
+                        answer = self._result(task, by)
+                        if answer is None:
+                            continue
+                        if rcode_of(answer) not in (Rcode.SERVFAIL, Rcode.REFUSED):
                             return with_identifier(answer, int.from_bytes(question[:2]))
-                        failure = answer or failure
+                        failure = answer
+                        answered.add(by)
                 for silent in pending.values():
                     self._note_silence(silent)
         finally:
