@@ -1,4 +1,8 @@
-"""What every test run shares: the order of the folders, and the refusal of skips where all must run.
+"""What every test run shares: the order of the folders, what runs beside what, and the refusal of skips where all must
+run.
+
+With several workers (scripts/test), the tests of one file stay together, and all that boot real guests stay on one
+worker: they share a manager and a sandbox, and the processors are few. That worker has the longest way and begins first.
 
 Tests skip when a probe says that the machine cannot do what they need. With ``ATELIER_REQUIRE_ALL=1`` (scripts/test
 sets it in CI) such a skip counts as a failure, since there it means that a test silently stopped running. A skip that
@@ -16,6 +20,8 @@ import pytest
 FOLDER_ORDER = ("architecture", "unit", "contract", "lifecycle", "api", "e2e", "host", "vm")
 """Fast ones first, real guests last, so that a slip is told in seconds."""
 
+_GUESTS = FOLDER_ORDER[-1]
+
 ALWAYS_RIGHT = "not applicable:"
 
 
@@ -23,16 +29,22 @@ def _requires_all() -> bool:
     return os.environ.get("ATELIER_REQUIRE_ALL", "") == "1"
 
 
-def _place(item: pytest.Item) -> tuple[bool, int]:
-    folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-    place = FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
-    # A contract test that boots a guest belongs with the slow ones.
-    return item.get_closest_marker("vm") is not None, place
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(item.config.rootpath / "tests").parts[0]
 
 
-@pytest.hookimpl(trylast=True)
+def _place(item: pytest.Item) -> int:
+    folder = _folder(item)
+    if folder == _GUESTS and "PYTEST_XDIST_WORKER" in os.environ:
+        return -1
+    return FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_GUESTS if _folder(item) == _GUESTS else item.path.name))
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

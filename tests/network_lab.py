@@ -84,6 +84,16 @@ class NetworkLab:
     def plan(self) -> AddressPlan:
         return AddressPlan(IPv4Network(json.loads(self.plan_file.read_text())["subnet"]))
 
+    @property
+    def resolv_conf(self) -> Path:
+        return self.folder / "resolv.conf"
+
+    def set_nameservers(self, *addresses: str) -> None:
+        """Of the host."""
+        fresh = self.resolv_conf.with_suffix(".new")
+        fresh.write_text("".join(f"nameserver {address}\n" for address in addresses))
+        fresh.rename(self.resolv_conf)
+
     def driver(self) -> BridgeNetwork:
         return BridgeNetwork(self.run.network_socket)
 
@@ -126,7 +136,7 @@ class NetworkLab:
                 [
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
                     *(sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
-                    *("--bridge-name", BRIDGE, "--nameserver", NAMESERVER, *options),
+                    *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -175,9 +185,10 @@ def network_lab(folder: Path) -> Iterator[NetworkLab]:
     internet = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
     lab = NetworkLab(folder, host, internet)
     try:
-        _wait_for_sleep(host)
-        _wait_for_sleep(internet)
+        wait_for_sleep(host)
+        wait_for_sleep(internet)
         _connect(lab)
+        lab.set_nameservers(NAMESERVER)
         yield lab
     finally:
         lab.stop_holder()
@@ -212,7 +223,7 @@ def _connect(lab: NetworkLab) -> None:
     )
 
 
-def _wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
+def wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 10
     while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
         assert process.poll() is None and time.monotonic() < deadline, "a namespace could not be made"

@@ -5,6 +5,7 @@ In namespaces of the test's own, with guests that are this process at the end of
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -145,7 +146,7 @@ async def test_every_rule_is_needed(stage: Stage) -> None:
         for what in found():
             with holder_asleep(stage.lab):
                 run("nft", found()[what])
-                if not (try_table(stage, stop_at_first=True) or try_judging(stage)):
+                if not (try_table(stage, stop_at_first=True, holder_asleep=True) or try_judging(stage)):
                     needless.append(f"{place}: {what}")
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == [], "all is as before"
@@ -163,7 +164,7 @@ async def test_every_condition_on_what_a_guest_sends_is_needed(stage: Stage) -> 
                 weaker = {**rule, "expr": [each for each in rule["expr"] if each is not match]}
                 change = {"nftables": [{"replace": {"rule": weaker}}]}
                 run("nft", "-j", json.dumps(change))
-                if not try_table(stage, stop_at_first=True):
+                if not try_table(stage, stop_at_first=True, holder_asleep=True):
                     needless.append(f"{chain}: {match}")
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert not needless
@@ -184,7 +185,7 @@ async def test_every_flag_of_a_port_is_needed_and_put_back(stage: Stage, flag: s
         for sandbox in (GUEST, NEIGHBOUR):
             tap = f"at{INSTALLATION}{sandbox[:8]}"
             stage.lab.in_home("bridge", "link", "set", "dev", tap, *flag.split())
-        assert try_table(stage, stop_at_first=True)
+        assert try_table(stage, stop_at_first=True, holder_asleep=True)
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
 
@@ -193,7 +194,7 @@ async def test_the_entry_of_a_port_is_needed_and_put_back(stage: Stage) -> None:
     tap = f"at{INSTALLATION}{GUEST[:8]}"
     with holder_asleep(stage.lab):
         stage.lab.in_home("bridge", "fdb", "del", stage.guest.mac, "dev", tap, "master")
-        assert try_table(stage, stop_at_first=True)
+        assert try_table(stage, stop_at_first=True, holder_asleep=True)
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
 
@@ -203,6 +204,8 @@ def weakenings(ruleset: str) -> Iterator[tuple[str, str]]:
     for entry in json.loads(ruleset)["nftables"]:
         if "rule" in entry and entry["rule"]["table"] == f"atelier_{INSTALLATION}":
             rule = entry["rule"]
+            if "@asking" in str(rule["expr"]):
+                continue  # A flood is not in the table: test_network_names has it.
             place = f"{rule['family']} {rule['table']} {rule['chain']}"
             yield f"rule {place}: {rule['expr']}", f"delete rule {place} handle {rule['handle']}"
         if "chain" in entry and entry["chain"]["table"] == f"atelier_{INSTALLATION}":
@@ -243,8 +246,7 @@ async def test_slots_leave_nothing_behind(lab: NetworkLab) -> None:
     for lease, sandbox in enumerate(ids):
         await driver.ensure_slot(sandbox, lease)
     assert await driver.list_slots() == sorted(ids)
-    for sandbox in ids:
-        await driver.ensure_slot_absent(sandbox)
+    await asyncio.gather(*(driver.ensure_slot_absent(sandbox) for sandbox in ids))
     assert lab.state() == before
 
 
