@@ -84,7 +84,7 @@ def own_slots(lab: NetworkLab) -> Iterator[tuple[NetworkSlots, KeptRules]]:
         slots = NetworkSlots(NAMES, links, rules, PolicyFiles(lab.run.network_policies))
         slots.adopt()
         slots.open(lab.plan)
-        own, connected = frozenset({IPv4Address(HOST_ADDRESS)}), frozenset({IPv4Network("198.51.100.0/24")})
+        own, connected = frozenset({IPv4Network(HOST_ADDRESS)}), frozenset({IPv4Network("198.51.100.0/24")})
         rules.load(Surroundings(lab.plan, NAMES.uplink_home, own, connected), slots.described())
         yield slots, rules
 
