@@ -115,6 +115,21 @@ class NetworkLab:
     def plan(self) -> AddressPlan:
         return AddressPlan(IPv4Network(json.loads(self.plan_file.read_text())["subnet"]))
 
+    @property
+    def log(self) -> Path:
+        """The holder's."""
+        return self.folder / "holder.log"
+
+    @property
+    def resolv_conf(self) -> Path:
+        return self.folder / "resolv.conf"
+
+    def set_nameservers(self, *addresses: str) -> None:
+        """Of the host."""
+        fresh = self.resolv_conf.with_suffix(".new")
+        fresh.write_text("".join(f"nameserver {address}\n" for address in addresses))
+        fresh.rename(self.resolv_conf)
+
     def driver(self) -> BridgeNetwork:
         return BridgeNetwork(self.run.network_socket)
 
@@ -201,13 +216,12 @@ class NetworkLab:
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
-        log = self.folder / "holder.log"
-        with log.open("ab") as output:
+        with self.log.open("ab") as output:
             self.holder = subprocess.Popen(
                 [
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
                     *(*self.as_owner(), sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
-                    *("--bridge-name", BRIDGE, "--nameserver", NAMESERVER, *options),
+                    *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -218,7 +232,7 @@ class NetworkLab:
         deadline = time.monotonic() + 30
         while not self.run.network_socket.exists():
             if self.holder.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text())
+                raise RuntimeError(self.log.read_text())
             time.sleep(0.02)
 
     def ask(self, operation: str, **arguments: object) -> dict[str, Any]:
@@ -260,9 +274,10 @@ def network_lab(folder: Path, home: Home = Home.ROOT, *, shown: tuple[Path, ...]
     internet = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
     lab = NetworkLab(folder, host, internet, home)
     try:
-        _wait_for_sleep(host)
-        _wait_for_sleep(internet)
+        wait_for_sleep(host)
+        wait_for_sleep(internet)
         _connect(lab)
+        lab.set_nameservers(NAMESERVER)
         yield lab
     finally:
         lab.stop_holder()
@@ -322,7 +337,7 @@ def _connect(lab: NetworkLab) -> None:
     )
 
 
-def _wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
+def wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 10
     while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
         assert process.poll() is None and time.monotonic() < deadline, "a namespace could not be made"

@@ -5,6 +5,7 @@ In namespaces of the test's own, with guests that are this process at the end of
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -274,6 +275,16 @@ async def test_settings_of_the_host_stay_as_they_are(lab: NetworkLab) -> None:
         assert lab.in_host("sysctl", "-n", f"net.ipv6.conf.{link}.disable_ipv6") == "1\n"
 
 
+async def test_a_tap_that_a_stranger_deleted_is_made_anew_with_its_rules(lab: NetworkLab) -> None:
+    lab.start_holder()
+    async with AsyncExitStack() as stack:
+        await open_stage(lab, stack)
+    for sandbox in (GUEST, NEIGHBOUR):
+        lab.in_home("ip", "link", "delete", f"at{INSTALLATION}{sandbox[:8]}")
+    async with AsyncExitStack() as stack:
+        assert try_table(await open_stage(lab, stack)) == []
+
+
 # --- each rule is needed ----------------------------------------------------------------------------------------------
 
 
@@ -298,7 +309,7 @@ async def test_every_rule_is_needed(stage: Stage) -> None:
         for what in found():
             with holder_asleep(stage.lab):
                 run("nft", found()[what])
-                if not (try_table(stage, stop_at_first=True) or try_judging(stage)):
+                if not (try_table(stage, stop_at_first=True, holder_asleep=True) or try_judging(stage)):
                     needless.append(f"{place}: {what}")
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == [], "all is as before"
@@ -316,7 +327,7 @@ async def test_every_condition_on_what_a_guest_sends_is_needed(stage: Stage) -> 
                 weaker = {**rule, "expr": [each for each in rule["expr"] if each is not match]}
                 change = {"nftables": [{"replace": {"rule": weaker}}]}
                 run("nft", "-j", json.dumps(change))
-                if not try_table(stage, stop_at_first=True):
+                if not try_table(stage, stop_at_first=True, holder_asleep=True):
                     needless.append(f"{chain}: {match}")
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert not needless
@@ -337,7 +348,7 @@ async def test_every_flag_of_a_port_is_needed_and_put_back(stage: Stage, flag: s
         for sandbox in (GUEST, NEIGHBOUR):
             tap = f"at{INSTALLATION}{sandbox[:8]}"
             stage.lab.in_home("bridge", "link", "set", "dev", tap, *flag.split())
-        assert try_table(stage, stop_at_first=True)
+        assert try_table(stage, stop_at_first=True, holder_asleep=True)
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
 
@@ -346,7 +357,7 @@ async def test_the_entry_of_a_port_is_needed_and_put_back(stage: Stage) -> None:
     tap = f"at{INSTALLATION}{GUEST[:8]}"
     with holder_asleep(stage.lab):
         stage.lab.in_home("bridge", "fdb", "del", stage.guest.mac, "dev", tap, "master")
-        assert try_table(stage, stop_at_first=True)
+        assert try_table(stage, stop_at_first=True, holder_asleep=True)
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
 
@@ -356,6 +367,8 @@ def weakenings(ruleset: str) -> Iterator[tuple[str, str]]:
     for entry in json.loads(ruleset)["nftables"]:
         if "rule" in entry and entry["rule"]["table"] == f"atelier_{INSTALLATION}":
             rule = entry["rule"]
+            if "@asking" in str(rule["expr"]):
+                continue  # A flood is not in the table: test_network_names has it.
             place = f"{rule['family']} {rule['table']} {rule['chain']}"
             yield f"rule {place}: {rule['expr']}", f"delete rule {place} handle {rule['handle']}"
         if "chain" in entry and entry["chain"]["table"] == f"atelier_{INSTALLATION}":
@@ -396,8 +409,7 @@ async def test_slots_leave_nothing_behind(lab: NetworkLab) -> None:
     for lease, sandbox in enumerate(ids):
         await driver.ensure_slot(sandbox, lease)
     assert await driver.list_slots() == sorted(ids)
-    for sandbox in ids:
-        await driver.ensure_slot_absent(sandbox)
+    await asyncio.gather(*(driver.ensure_slot_absent(sandbox) for sandbox in ids))
     assert lab.state() == before
 
 

@@ -1,8 +1,8 @@
 """``python -m atelier.network_holder``: holds the network of an installation. Started by the manager, outlives it.
 
-Opens the home, serves ``control``'s socket, and sees to it that the rules stand: at once when somebody changes rules in
-one of the two namespaces, and every few seconds. SIGTERM ends the process and leaves the home as it is, for the next
-holder; the operation ``close`` ends both. One holder per run directory.
+Opens the home, serves ``control``'s socket and the DNS server that guests ask, and sees to it that the rules stand: at
+once when somebody changes rules in one of the two namespaces, and every few seconds. SIGTERM ends the process and leaves
+the home as it is, for the next holder; the operation ``close`` ends both. One holder per run directory.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal
 
 from atelier.host.files import lock_folder
+from atelier.host.nameservers import RESOLV_CONF, NameserverFile
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.control import NetworkControl
+from atelier.network_holder.dns_server import DnsServer, ListeningSockets
+from atelier.network_holder.dns_upstream import DNS_PORT, Upstream
 from atelier.network_holder.grounds import Ground, open_ground
 from atelier.network_holder.home import NetworkHome
 from atelier.network_holder.names import NetworkNames
+from atelier.network_holder.resolver import Resolver
 from atelier.telemetry.logs import configure
 
 _logger = logging.getLogger("atelier.network_holder")
@@ -38,7 +42,7 @@ class _Options(argparse.Namespace):
     plan_file: Path
     installation: str
     bridge_name: str
-    nameserver: IPv4Address | None
+    resolv_conf: Path
     home: Literal["private", "host"]
     keeper_log: Path | None
     log_level: str
@@ -50,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     configure(options.log_level, options.log_format)
     os.umask(0o077)
     layout = RunLayout(options.run_dir.absolute())
+    # Each of the guests' questions that is under way takes a socket or a few.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         names = NetworkNames(options.installation, options.bridge_name)
         with lock_folder(layout.network_lock):
@@ -78,7 +85,7 @@ def _parse(arguments: list[str] | None) -> _Options:
     parser.add_argument("--installation", required=True, help="the installation's id")
     parser.add_argument("--bridge-name", default="br0")
     parser.add_argument(
-        "--nameserver", type=IPv4Address, help="who answers sandboxes' questions for names (default: this machine's)"
+        "--resolv-conf", type=Path, default=RESOLV_CONF, help="names the nameservers that sandboxes' questions go to"
     )
     parser.add_argument(
         "--home", choices=["private", "host"], default="private", help="a namespace of its own, or the host's"
@@ -98,6 +105,9 @@ async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, groun
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)
     await home.open()
+    upstream = Upstream(NameserverFile(options.resolv_conf).current, ground.make_socket)
+    # In the home's namespace, where the process is by now.
+    names_server = DnsServer(Resolver(home.slots, upstream), ListeningSockets(home.plan.gateway, DNS_PORT))
     changed = asyncio.Event()
     watches = (*ground.uplink.watches, home.side.watch)
     for watch in watches:
@@ -107,6 +117,7 @@ async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, groun
     _logger.info("the network of %s stands: %s", names.installation_id, home.plan.subnet)
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(control.serve()),
+        asyncio.create_task(names_server.serve()),
         asyncio.create_task(_keep(control, changed)),
         asyncio.create_task(control.end.wait()),
         asyncio.create_task(ground.uplink.wait_lost()),

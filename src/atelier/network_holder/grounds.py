@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from atelier.host.namespaces import entered, open_current
 from atelier.host.netlink import AddressWatch, RouteSocket
 from atelier.model.errors import HostError
 from atelier.model.layout import RunLayout
+from atelier.network_holder.dns_upstream import SocketMaker
 from atelier.network_holder.host_uplink import HostUplink
 from atelier.network_holder.keeper_client import NetworkKeeper
 from atelier.network_holder.names import NetworkNames
@@ -25,12 +25,11 @@ from atelier.network_holder.uplink import Uplink, VethUplink
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """``uplink`` is the caller's to close. ``make_socket`` makes one of this family and kind that does not block, in the
-    host's namespace, for questions to its nameservers."""
+    """``uplink`` is the caller's to close. ``make_socket``'s are of the host's namespace."""
 
     place: Place
     uplink: Uplink
-    make_socket: Callable[[socket.AddressFamily, socket.SocketKind], socket.socket]
+    make_socket: SocketMaker
 
 
 def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path, *, in_host: bool) -> Ground:
@@ -52,7 +51,7 @@ def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path, *, in_
     return Ground(KeptPlace(keeper), uplink, keeper.make_socket)
 
 
-def _made_in(namespace: int) -> Callable[[socket.AddressFamily, socket.SocketKind], socket.socket]:
+def _made_in(namespace: int) -> SocketMaker:
     def make(family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
         with entered(namespace):
             return socket.socket(family, kind | socket.SOCK_NONBLOCK)

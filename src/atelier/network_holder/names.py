@@ -54,7 +54,12 @@ class NetworkNames:
     @property
     def tap_group(self) -> int:
         """The group of links in which the TAPs are, and nothing of anybody else's."""
-        return 1 << 30 | zlib.crc32(self.bridge_alias.encode()) >> 2
+        return 1 << 30 | zlib.crc32(self.bridge_alias.encode()) >> 3 << 1
+
+    @property
+    def freed_group(self) -> int:
+        """Where those move that are to be deleted."""
+        return self.tap_group + 1
 
     @property
     def uplink_host(self) -> str:

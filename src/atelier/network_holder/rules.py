@@ -13,11 +13,11 @@ allowed goes on without waiting for the guest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from atelier.model.address_plan import AddressPlan
+from atelier.model.address_plan import SLOT_COUNT, AddressPlan
 from atelier.model.network_policy import EgressMode, NetworkPolicy
 from atelier.network_holder.names import NetworkNames
 
@@ -35,6 +35,9 @@ _INLINE_NETWORKS = 16
 """Above that a slot's networks become a set. Not below: libnftables reads all sets of intervals before each change, so a
 thousand of them would cost each change 0.1 s."""
 _BYTES_PER_KBIT = 125
+_ASKING_PER_SECOND, _ASKING_BURST = 500, 1000
+"""Packets that one guest may send to the resolver, which bounds questions more closely by itself: a flood must not even
+reach its queue, where others' questions would be lost."""
 _UPLOAD_BURST_BYTES = 65536
 """Beside what passes in a second: the largest packet that a guest may hand over, to be cut later, has to fit."""
 
@@ -153,6 +156,12 @@ table inet {names.table} {{
         type ipv4_addr
         counter
     }}
+    set asking {{
+        type ipv4_addr
+        size {SLOT_COUNT + 1}
+        flags dynamic,timeout
+        timeout 10s
+    }}
     chain open {{
         ct mark set ct original ip saddr map @generation accept
     }}
@@ -171,6 +180,10 @@ table inet {names.table} {{
     chain entering {{
         ip daddr . ct mark @current accept
         ct original ip saddr vmap @egress
+    }}
+    chain ask {{
+        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop
+        accept
     }}
 {hooks}}}
 table netdev {names.table} {{ }}
@@ -191,11 +204,18 @@ def slot_rules(names: NetworkNames, slot: Slot, refused: tuple[int, int] | None 
     )
 
 
-def slot_rules_absent(names: NetworkNames, slot: Slot, opened: Iterable[IPv4Address]) -> str:
-    """``opened``: addresses that may be open to it through names."""
+def slot_rules_absent(
+    names: NetworkNames, slots: Sequence[Slot], opened: Mapping[IPv4Address, Iterable[IPv4Address]]
+) -> str:
+    """``opened``: addresses that may be open to each guest through names."""
+    if not slots:
+        return ""
+    addresses = ", ".join(str(slot.address) for slot in slots)
     return (
-        f"delete element inet {names.table} refused {{ {slot.address} }}\n"
-        f"{_egress_removed(names, slot)}{_names_closed(names, slot, opened)}{_sending_removed(names, slot)}"
+        f"delete element inet {names.table} refused {{ {addresses} }}\n"
+        f"{_egress_removed(names, *slots)}"
+        + "".join(_names_closed(names, slot, opened[slot.address]) for slot in slots)
+        + _sending_removed(names, *slots)
     )
 
 
@@ -227,7 +247,7 @@ def _hooks(names: NetworkNames, around: Surroundings) -> str:
     }}
     chain input {{
         type filter hook input priority filter; policy drop;
-        {_questions(names, around.plan)} accept
+        {_questions(names, around.plan)} goto ask
     }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;
@@ -249,6 +269,10 @@ def _hooks_beside_others(names: NetworkNames, plan: AddressPlan) -> str:
         iifname "{bridge}" oifname != "{bridge}" goto leaving
         iifname != "{bridge}" oifname "{bridge}" ct state established,related jump entering
         oifname "{bridge}" drop
+    }}
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        {_questions(names, plan)} goto ask
     }}
     chain to_guests {{
         type filter hook output priority filter; policy accept;
@@ -313,15 +337,16 @@ def _egress_added(names: NetworkNames, slot: Slot) -> str:
     return text
 
 
-def _egress_removed(names: NetworkNames, slot: Slot) -> str:
-    table, address = names.table, slot.address
-    text = f"delete element inet {table} generation {{ {address} }}\n"
-    text += f"delete element inet {table} current {{ {address} . {slot.mark} }}\n"
-    if slot.verdict is not None:
-        text += f"delete element inet {table} egress {{ {address} }}\n"
-    if slot.chain is not None:
-        text += f"delete chain inet {table} {slot.chain}\n"
-    return text
+def _egress_removed(names: NetworkNames, *slots: Slot) -> str:
+    table = names.table
+    addresses = ", ".join(str(slot.address) for slot in slots)
+    current = ", ".join(f"{slot.address} . {slot.mark}" for slot in slots)
+    judged = ", ".join(str(slot.address) for slot in slots if slot.verdict is not None)
+    text = f"delete element inet {table} generation {{ {addresses} }}\n"
+    text += f"delete element inet {table} current {{ {current} }}\n"
+    if judged:
+        text += f"delete element inet {table} egress {{ {judged} }}\n"
+    return text + "".join(f"delete chain inet {table} {slot.chain}\n" for slot in slots if slot.chain is not None)
 
 
 def _names_closed(names: NetworkNames, slot: Slot, addresses: Iterable[IPv4Address]) -> str:
@@ -346,7 +371,7 @@ def _sending_added(names: NetworkNames, slot: Slot) -> str:
     limit = ""
     if rate is not None:
         per_second = rate * _BYTES_PER_KBIT
-        limit = f"\n        limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
+        limit = f"\n        meta protocol ip limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
     return f"""table netdev {names.table} {{
     chain {slot.tap} {{
         type filter hook ingress device "{slot.tap}" priority -500; policy drop;{limit}
@@ -357,6 +382,9 @@ def _sending_added(names: NetworkNames, slot: Slot) -> str:
 """
 
 
-def _sending_removed(names: NetworkNames, slot: Slot) -> str:
-    # Made first: some kernels take a chain away with its link, some leave it.
-    return f"table netdev {names.table} {{ chain {slot.tap} {{ }}; }}\ndelete chain netdev {names.table} {slot.tap}\n"
+def _sending_removed(names: NetworkNames, *slots: Slot) -> str:
+    # Made first: some kernels take a chain away with its link, some leave it. All are made, then all deleted: in turns it
+    # takes nft five times as long.
+    made = " ".join(f"chain {slot.tap} {{ }};" for slot in slots)
+    deleted = "".join(f"delete chain netdev {names.table} {slot.tap}\n" for slot in slots)
+    return f"table netdev {names.table} {{ {made} }}\n{deleted}"

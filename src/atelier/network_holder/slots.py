@@ -6,6 +6,7 @@ its rules and a file that keeps its policy. So a holder that starts anew finds a
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from atelier.host import tap
 from atelier.host.namespaces import write_setting
 from atelier.host.netlink import RouteSocket
 from atelier.model.address_plan import AddressPlan
-from atelier.model.errors import ConflictError, NotFoundError
+from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.machine import GuestAddress
 from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy, NetworkUsage
 from atelier.network_holder.kept_rules import KeptRules
@@ -61,6 +62,7 @@ class NetworkSlots:
         self._leases: dict[str, Lease] = {}
         self._policies: dict[str, KeptPolicy] = {}
         self._owners: dict[IPv4Address, str] = {}
+        self._by_tap: dict[str, str] = {}
 
     # --- those that are there -----------------------------------------------------------------------------------------
 
@@ -74,6 +76,10 @@ class NetworkSlots:
                 self._links.delete_link(link.name)
             else:
                 self._leases[lease.sandbox_id] = lease
+                self._by_tap[link.name] = lease.sandbox_id
+                if link.group != self._names.tap_group:
+                    # Its freeing was broken off, and is asked for again.
+                    self._links.set_group(link.index, self._names.tap_group)
 
     def open(self, plan: AddressPlan) -> None:
         """Give them their addresses, and the policies that were kept for them. Raises HostError."""
@@ -95,7 +101,6 @@ class NetworkSlots:
 
     def remove_all(self) -> None:
         """Machines that hold a TAP still are cut off. Their rules go with the home's."""
-        self._links.delete_group(self._names.tap_group)
         self._files.remove_all()
 
     # --- one of them --------------------------------------------------------------------------------------------------
@@ -111,6 +116,7 @@ class NetworkSlots:
             and link.up
             and link.master == bridge
             and link.alias == lease.alias
+            and link.group == self._names.tap_group
             and self._rules.find(name) is not None
         ):
             await self.set_policy(lease.sandbox_id, policy)
@@ -125,6 +131,8 @@ class NetworkSlots:
             self._links.set_up(link.index, up=False)
         self._links.set_group(link.index, self._names.tap_group)
         self._links.set_alias(link.index, lease.alias)
+        # Those of a link that is gone would not hold for its successor.
+        self._rules.remove([name])
         self._take(lease, KeptPolicy(policy, new_generation()))
         self._links.set_master(link.index, bridge)
         self._links.close_port(link.index)
@@ -135,16 +143,37 @@ class NetworkSlots:
         return address
 
     def ensure_absent(self, sandbox_id: str) -> None:
-        lease = self._leases.get(sandbox_id)
-        if lease is None:
+        if sandbox_id in self._leases:
+            self._links.delete_link(self._names.tap(sandbox_id))
+            self._forget([sandbox_id])
+
+    def ensure_all_absent(self, sandbox_ids: Sequence[str]) -> None:
+        """In little more time than one takes. When it raises, any of them may be there still."""
+        there = [sandbox_id for sandbox_id in sandbox_ids if sandbox_id in self._leases]
+        if not there:
             return
-        name = self._names.tap(sandbox_id)
-        self._links.delete_link(name)
-        self._rules.remove(name)
-        self._files.remove(sandbox_id)
-        self._owners.pop(self._open_plan.address_of(lease.number), None)
-        self._policies.pop(sandbox_id, None)
-        del self._leases[sandbox_id]
+        names = [self._names.tap(sandbox_id) for sandbox_id in there]
+        try:
+            for name in names:
+                self._links.set_group_of(name, self._names.freed_group)
+            self._links.delete_group(self._names.freed_group)
+        except HostError:
+            # None may stay where the next ones to be freed would take it along, or fail for it.
+            for name in names:
+                with contextlib.suppress(HostError):
+                    self._links.set_group_of(name, self._names.tap_group)
+            raise
+        self._forget(there)
+
+    def _forget(self, sandbox_ids: Sequence[str]) -> None:
+        """Their rules once their links are gone: until then no packet may find them missing."""
+        self._rules.remove([self._names.tap(sandbox_id) for sandbox_id in sandbox_ids])
+        for sandbox_id in sandbox_ids:
+            self._files.remove(sandbox_id)
+            lease = self._leases.pop(sandbox_id)
+            self._owners.pop(self._open_plan.address_of(lease.number), None)
+            self._by_tap.pop(self._names.tap(sandbox_id), None)
+            self._policies.pop(sandbox_id, None)
 
     def open_tap(self, sandbox_id: str) -> int:
         """Raises NotFoundError (``no_network_slot``), ConflictError (``slot_in_use``)."""
@@ -226,19 +255,16 @@ class NetworkSlots:
 
     def _refuse_another(self, lease: Lease) -> None:
         name = self._names.tap(lease.sandbox_id)
-        for other in self._leases.values():
-            if other.sandbox_id == lease.sandbox_id:
-                continue
-            if other.number == lease.number:
-                raise ConflictError(
-                    f"the network slot {lease.number} is held by sandbox {other.sandbox_id}", code="lease_taken"
-                )
-            if self._names.tap(other.sandbox_id) == name:
-                raise ConflictError(
-                    f"sandbox {other.sandbox_id} has a TAP of the name {name} already",
-                    code="slot_name_taken",
-                    hint="create the sandbox anew: it gets another id",
-                )
+        owner = self._owners.get(self._open_plan.address_of(lease.number), lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(f"the network slot {lease.number} is held by sandbox {owner}", code="lease_taken")
+        owner = self._by_tap.get(name, lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(
+                f"sandbox {owner} has a TAP of the name {name} already",
+                code="slot_name_taken",
+                hint="create the sandbox anew: it gets another id",
+            )
 
     def _take(self, lease: Lease, kept: KeptPolicy) -> None:
         before = self._leases.get(lease.sandbox_id)
@@ -247,6 +273,7 @@ class NetworkSlots:
         self._leases[lease.sandbox_id] = lease
         self._policies[lease.sandbox_id] = kept
         self._owners[self._open_plan.address_of(lease.number)] = lease.sandbox_id
+        self._by_tap[self._names.tap(lease.sandbox_id)] = lease.sandbox_id
 
     def _enforce(self, sandbox_id: str) -> None:
         """Keep the policy, then have its rules: a holder that ends in between is followed by one that goes on."""
