@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
+from tests.contract.packet_table import Guest, Stage, try_table
 from tests.footprint import processes_naming
 from tests.network_lab import (
     HOST_ADDRESS,
@@ -32,6 +33,7 @@ from tests.network_lab import (
     why_no_lab,
 )
 from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.vm.guest_card import guest_card
 from tests.vm.ordinary_user import ORDINARY_USER
 
 from atelier.config.settings import load_settings
@@ -56,10 +58,11 @@ class BridgedManager:
     def __init__(self, lab: NetworkLab, folder: Path, choice: str = "bridge") -> None:
         self.lab = lab
         self.data = folder / "data"
+        self.run_dir = folder / "run"
         self.log = folder / "manager.log"
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
-            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", f"ATELIER_NETWORK={choice}"),
+            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
         ]
@@ -183,6 +186,8 @@ def try_guests(manager: BridgedManager) -> None:
     assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").returncode != 0
     assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").returncode != 0
 
+    try_packets(manager)
+
     # The manager dies; network and guests go on, and the next one finds them.
     manager.end(signal.SIGKILL)
     manager.start()
@@ -197,6 +202,21 @@ def try_guests(manager: BridgedManager) -> None:
     stolen = manager.in_guest("one", theft + f"curl --silent --max-time 4 http://{INTERNET}/")
     assert stolen.returncode != 0
     assert manager.fetch("two", INTERNET) == HOST_ADDRESS
+
+
+def try_packets(manager: BridgedManager) -> None:
+    """Each of the table's, sent by a guest's own kernel."""
+    lab, plan = manager.lab, manager.plan
+    lab.follow_manager(manager.data, manager.run_dir)
+    with ExitStack() as stack:
+        cards: list[Guest] = []
+        for lease, name in enumerate(("one", "two")):
+            mac = manager.in_guest(name, "cat /sys/class/net/eth0/address").stdout.strip()
+            words = [*manager.words, "-m", "atelier.cli", "exec", name, "--", "sudo"]
+            cards.append(stack.enter_context(guest_card(words, mac, str(plan.address_of(lease)), str(plan.gateway))))
+        stage = Stage(lab, *cards, fenced=True)
+        stage.open(stack)
+        assert try_table(stage) == []
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
