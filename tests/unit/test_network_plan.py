@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from atelier.config.settings import NetworkChoice, load_settings
-from atelier.host.nameservers import find_nameserver
 from atelier.model.address_plan import SLOT_COUNT, AddressPlan, choose_plan
 from atelier.model.errors import HostError, InvalidRequestError
 from atelier.network_holder.names import LINK_NAME_MAX_LENGTH, NetworkNames
@@ -92,14 +91,6 @@ def test_what_cannot_be_a_bridges_name(bridge: str) -> None:
 def test_what_cannot_be_an_installation(installation: str) -> None:
     with pytest.raises(InvalidRequestError):
         NetworkNames(installation, "br0")
-
-
-def test_the_nameserver_is_one_that_others_may_ask(tmp_path: Path) -> None:
-    stub, real = tmp_path / "stub", tmp_path / "real"
-    stub.write_text("# of systemd\nnameserver 127.0.0.53\nnameserver\nnameserver fe80::1%eth0\noptions edns0\n")
-    assert find_nameserver((stub, real)) is None
-    real.write_text("nameserver ::1\nnameserver 192.168.1.1\nnameserver 9.9.9.9\n")
-    assert find_nameserver((stub, real)) == IPv4Address("192.168.1.1")
 
 
 def test_the_network_is_closed_unless_asked_for() -> None:

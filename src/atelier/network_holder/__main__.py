@@ -1,8 +1,8 @@
 """``python -m atelier.network_holder``: holds the network of an installation. Started by the manager, outlives it.
 
-Opens the home, serves ``control``'s socket, and sees to it that the rules stand: at once when somebody changes rules in
-one of the two namespaces, and every few seconds. SIGTERM ends the process and leaves the home as it is, for the next
-holder; the operation ``close`` ends both. One holder per run directory.
+Opens the home, serves ``control``'s socket and the DNS server that guests ask, and sees to it that the rules stand: at
+once when somebody changes rules in one of the two namespaces, and every few seconds. SIGTERM ends the process and leaves
+the home as it is, for the next holder; the operation ``close`` ends both. One holder per run directory.
 """
 
 from __future__ import annotations
@@ -11,19 +11,23 @@ import argparse
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
-from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Literal
 
 from atelier.host.files import lock_folder
+from atelier.host.nameservers import RESOLV_CONF, NameserverFile
 from atelier.host.namespaces import open_current
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.control import NetworkControl
+from atelier.network_holder.dns_server import DnsServer, ListeningSockets
+from atelier.network_holder.dns_upstream import DNS_PORT, Upstream
 from atelier.network_holder.home import NetworkHome
 from atelier.network_holder.names import NetworkNames
+from atelier.network_holder.resolver import Resolver
 from atelier.network_holder.side import NetworkSide
 from atelier.network_holder.uplink import VethUplink
 from atelier.telemetry.logs import configure
@@ -41,7 +45,7 @@ class _Options(argparse.Namespace):
     plan_file: Path
     installation: str
     bridge_name: str
-    nameserver: IPv4Address | None
+    resolv_conf: Path
     log_level: str
     log_format: Literal["line", "json"]
 
@@ -51,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     configure(options.log_level, options.log_format)
     os.umask(0o077)
     layout = RunLayout(options.run_dir.absolute())
+    # Each of the guests' questions that is under way takes a socket or a few.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         names = NetworkNames(options.installation, options.bridge_name)
         with lock_folder(layout.root / _LOCK_NAME):
@@ -74,7 +81,7 @@ def _parse(arguments: list[str] | None) -> _Options:
     parser.add_argument("--installation", required=True, help="the installation's id")
     parser.add_argument("--bridge-name", default="br0")
     parser.add_argument(
-        "--nameserver", type=IPv4Address, help="who answers sandboxes' questions for names (default: this machine's)"
+        "--resolv-conf", type=Path, default=RESOLV_CONF, help="names the nameservers that sandboxes' questions go to"
     )
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="INFO")
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
@@ -84,11 +91,15 @@ def _parse(arguments: list[str] | None) -> _Options:
 async def _hold(layout: RunLayout, options: _Options, names: NetworkNames) -> None:
     loop = asyncio.get_running_loop()
     host = NetworkSide.open(open_current())
-    home = NetworkHome(names, VethUplink(names, host), options.plan_file, layout.network_policies)
+    uplink = VethUplink(names, host)
+    home = NetworkHome(names, uplink, options.plan_file, layout.network_policies)
     control = NetworkControl(home, layout.network_socket)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)
     await home.open()
+    upstream = Upstream(NameserverFile(options.resolv_conf).current, uplink.make_socket)
+    # In the home's namespace, where the process is by now.
+    names_server = DnsServer(Resolver(home.slots, upstream), ListeningSockets(home.plan.gateway, DNS_PORT))
     changed = asyncio.Event()
     for watch in (host.watch, home.side.watch):
         loop.add_reader(watch.fileno(), lambda watch=watch: changed.set() if watch.drain() else None)
@@ -97,6 +108,7 @@ async def _hold(layout: RunLayout, options: _Options, names: NetworkNames) -> No
     _logger.info("the network of %s stands: %s on %s", names.installation_id, home.plan.subnet, names.namespace)
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(control.serve()),
+        asyncio.create_task(names_server.serve()),
         asyncio.create_task(_keep(control, changed)),
         asyncio.create_task(control.end.wait()),
     ]

@@ -33,6 +33,8 @@ _CLOCK_SECONDS = 2.0
 """How far the kernel's expiry of an element and our reckoning of it may lie apart."""
 _OF_SLOTS = frozenset({"generation", "current", "egress", "refused", "names"})
 """Sets whose elements follow from the slots."""
+_OF_PACKETS = frozenset({"asking"})
+"""Sets whose elements come and go with what guests send."""
 
 
 class KeptRules:
@@ -209,7 +211,7 @@ class KeptRules:
         for name, each in found.items():
             if name in own:
                 expected = each.kind == "chain" and each.rules == own[name].chain_rules
-            elif name in _OF_SLOTS:
+            elif name in _OF_SLOTS | _OF_PACKETS:
                 expected = each.frame == self._frame[name].frame
             else:
                 expected = each == self._frame[name]

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
-from atelier.model.address_plan import AddressPlan
+from atelier.model.address_plan import SLOT_COUNT, AddressPlan
 from atelier.model.network_policy import EgressMode, NetworkPolicy
 from atelier.network_holder.names import NetworkNames
 
@@ -35,6 +35,9 @@ _INLINE_NETWORKS = 16
 """Above that a slot's networks become a set. Not below: libnftables reads all sets of intervals before each change, so a
 thousand of them would cost each change 0.1 s."""
 _BYTES_PER_KBIT = 125
+_ASKING_PER_SECOND, _ASKING_BURST = 500, 1000
+"""Packets that one guest may send to the resolver, which bounds questions more closely by itself: a flood must not even
+reach its queue, where others' questions would be lost."""
 _UPLOAD_BURST_BYTES = 65536
 """Beside what passes in a second: the largest packet that a guest may hand over, to be cut later, has to fit."""
 
@@ -151,6 +154,12 @@ table inet {names.table} {{
         type ipv4_addr
         counter
     }}
+    set asking {{
+        type ipv4_addr
+        size {SLOT_COUNT + 1}
+        flags dynamic,timeout
+        timeout 10s
+    }}
     chain open {{
         ct mark set ct original ip saddr map @generation accept
     }}
@@ -175,9 +184,13 @@ table inet {names.table} {{
         iifname "{names.bridge}" oifname "{uplink}" goto leaving
         iifname "{uplink}" oifname "{names.bridge}" ct state established,related goto entering
     }}
+    chain ask {{
+        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop
+        accept
+    }}
     chain input {{
         type filter hook input priority filter; policy drop;
-        iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53 accept
+        iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53 goto ask
     }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;
@@ -237,14 +250,14 @@ def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4A
 
 
 def host_rules(names: NetworkNames, plan: AddressPlan) -> str:
-    """Before the host's own translations: a port that it publishes by one (as Docker does) is a port of the host's."""
+    """Nothing that guests send is for the host, not even at an address that it has only just got. Said before the host's
+    own translations: a port that it publishes by one (as Docker does) is a port of the host's."""
     link, source = names.uplink_host, plan.uplink_home
     return f"""{_replaced("inet", names)}
 table inet {names.table} {{
     chain from_guests {{
         type filter hook prerouting priority mangle; policy accept;
-        iifname "{link}" ip saddr {source} fib daddr type unicast accept
-        iifname "{link}" drop
+        iifname "{link}" fib daddr type != unicast drop
     }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;

@@ -8,6 +8,7 @@ between all its networks, and another program's chain that drops what is forward
 from __future__ import annotations
 
 import re
+import socket
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 
 from atelier.host.namespaces import entered, prefix_for, write_setting
@@ -50,6 +51,11 @@ class VethUplink:
         return sorted(
             {route.network for route in self._host.links.routes() if route.connected and route.network.prefixlen}
         )
+
+    def make_socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
+        """From which the host's nameservers are reached, those on its loopback too. Raises OSError."""
+        with entered(self._host.namespace):
+            return socket.socket(family, kind | socket.SOCK_NONBLOCK)
 
     def require_forwarding(self) -> None:
         """Raises HostError (``forwarding_off``)."""
