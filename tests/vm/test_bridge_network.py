@@ -6,6 +6,7 @@ a real manager and its end go with it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,13 +20,26 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
-from tests.network_lab import HOST_ADDRESS, INTERNET, METADATA, OTHER_HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
-from tests.real_machines import NO_QEMU
+from tests.footprint import processes_naming
+from tests.network_lab import (
+    HOST_ADDRESS,
+    INTERNET,
+    METADATA,
+    OTHER_HOST_ADDRESS,
+    Home,
+    NetworkLab,
+    network_lab,
+    why_no_lab,
+)
+from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.vm.ordinary_user import ORDINARY_USER
 
+from atelier.config.settings import load_settings
 from atelier.model.address_plan import AddressPlan
+from atelier.model.image import Image
+from atelier.model.machine import BootFiles
 
-MISSING = NO_QEMU or why_no_lab()
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 
 _SERVE = (
     "import http.server, sys;"
@@ -37,17 +51,20 @@ _SERVE = (
 
 
 class BridgedManager:
-    """A manager with ``ATELIER_NETWORK=bridge`` in the lab's host, asked through its command line there."""
+    """A manager in the lab's host, run by who holds the lab's network, asked through its command line there."""
 
-    def __init__(self, lab: NetworkLab, folder: Path) -> None:
+    def __init__(self, lab: NetworkLab, folder: Path, choice: str = "bridge") -> None:
         self.lab = lab
         self.data = folder / "data"
         self.log = folder / "manager.log"
         self.words = [
-            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", "env"),
-            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", "ATELIER_NETWORK=bridge"),
+            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
+            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", f"ATELIER_NETWORK={choice}"),
+            *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
         ]
+        if lab.home is Home.USER:
+            os.chown(folder, ORDINARY_USER, ORDINARY_USER)
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -95,6 +112,24 @@ class BridgedManager:
         return done.stdout if done.returncode == 0 else ""
 
 
+def _copy_cache(folder: Path) -> Path:
+    """What boots, as an ordinary user's own. Building it takes root or a range of subordinate ids."""
+
+    async def find() -> tuple[BootFiles, Image]:
+        return await get_boot_files(), await get_base_image()
+
+    boot, image = asyncio.run(find())
+    cache = load_settings().cache_dir
+    copied = [*(cache / "kernel").iterdir(), *(cache / "tools").glob("*.json"), boot.tools]
+    copied += [image.path, image.path.with_suffix(".json")]
+    for source in copied:
+        target = folder / "cache" / source.relative_to(cache)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "--archive", "--sparse=always", str(source), str(target)], check=True)
+    subprocess.run(["chown", "--recursive", f"{ORDINARY_USER}:{ORDINARY_USER}", str(folder / "cache")], check=True)
+    return folder / "cache"
+
+
 @contextmanager
 def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None]:
     server = subprocess.Popen(
@@ -108,9 +143,12 @@ def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None
         server.wait()
 
 
-def test_two_guests_have_the_internet_and_nothing_else() -> None:
+@pytest.mark.parametrize("home", list(Home))
+def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
+    if missing := why_no_lab(home):
+        pytest.skip(missing)
     # Short: sockets lie below it.
-    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name)) as lab:
+    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name), home) as lab:
         before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
         manager = BridgedManager(lab, Path(name))
         try:
@@ -129,6 +167,7 @@ def test_two_guests_have_the_internet_and_nothing_else() -> None:
             lab.in_host("ip", "netns"),
         ) == before
         assert not list(Path(name, "run").glob("*/*"))
+        assert processes_naming(name) == []
 
 
 def try_guests(manager: BridgedManager) -> None:
@@ -161,6 +200,8 @@ def try_guests(manager: BridgedManager) -> None:
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    if missing := why_no_lab():
+        pytest.skip(missing)
     with network_lab(tmp_path) as lab:
         lab.set_forwarding(False)
         with pytest.raises(AssertionError, match=r"sysctl -w net\.ipv4\.ip_forward=1"):
