@@ -6,6 +6,7 @@ a real manager and its end go with it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -19,10 +20,21 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
-from tests.network_lab import HOST_ADDRESS, INTERNET, METADATA, OTHER_HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
+from tests.network_lab import (
+    HOST_ADDRESS,
+    INTERNET,
+    METADATA,
+    NAMESERVER,
+    OTHER_HOST_ADDRESS,
+    NetworkLab,
+    network_lab,
+    why_no_lab,
+)
 from tests.real_machines import NO_QEMU
 
+from atelier.drivers.network.bridge import BridgeNetwork
 from atelier.model.address_plan import AddressPlan
+from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
 
 MISSING = NO_QEMU or why_no_lab()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -79,6 +91,11 @@ class BridgedManager:
     def plan(self) -> AddressPlan:
         return AddressPlan(IPv4Network(json.loads((self.data / "network.json").read_text())["subnet"]))
 
+    def set_policy(self, name: str, policy: NetworkPolicy) -> None:
+        (sandbox_id,) = [each["id"] for each in json.loads(self.cli("ls", "--json")) if each["name"] == name]
+        (network_socket,) = (self.data.parent / "run").glob("*/network.sock")
+        asyncio.run(BridgeNetwork(network_socket).set_policy(sandbox_id, policy))
+
     def in_guest(self, name: str, script: str) -> subprocess.CompletedProcess[str]:
         return self.try_cli("exec", name, "--", "sudo", "sh", "-c", script)
 
@@ -108,14 +125,39 @@ def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None
         server.wait()
 
 
+@contextmanager
+def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
+    """The host's nameserver, and how the host knows of it; the names it was asked for come to stand in ``heard``."""
+    records = json.dumps({name: [f"60 A {INTERNET}"] for name in ("allowed.example.com.", "denied.example.com.")})
+    program = [sys.executable, "-m", "tests.nameserver", NAMESERVER, records]
+    with heard.open("wb") as output:
+        server = subprocess.Popen(
+            ["nsenter", "--target", str(lab.internet.pid), "--net", *program],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        lab.in_host("mount", "--bind", str(lab.resolv_conf), "/etc/resolv.conf")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_two_guests_have_the_internet_and_nothing_else() -> None:
     # Short: sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name)) as lab:
         before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
         manager = BridgedManager(lab, Path(name))
         try:
-            with serving(lab, lab.internet.pid, "0.0.0.0", 80), serving(lab, lab.host.pid, "0.0.0.0", 80):
+            heard = Path(name, "heard")
+            with (
+                naming(lab, heard),
+                serving(lab, lab.internet.pid, "0.0.0.0", 80),
+                serving(lab, lab.host.pid, "0.0.0.0", 80),
+            ):
                 try_guests(manager)
+                try_names(manager, heard)
             manager.cli("rm", "--yes", "one", "two")
             manager.end()
         finally:
@@ -158,6 +200,23 @@ def try_guests(manager: BridgedManager) -> None:
     stolen = manager.in_guest("one", theft + f"curl --silent --max-time 4 http://{INTERNET}/")
     assert stolen.returncode != 0
     assert manager.fetch("two", INTERNET) == HOST_ADDRESS
+
+
+def try_names(manager: BridgedManager, heard: Path) -> None:
+    """With the resolver library and the network stack of a real guest."""
+    assert manager.fetch("two", "denied.example.com") == HOST_ADDRESS, "the whole internet"
+    manager.set_policy("two", NetworkPolicy(EgressPolicy.make(EgressMode.LIST, [], ["allowed.example.com"])))
+    before = heard.read_text()
+    assert manager.fetch("two", INTERNET) == "", "the address alone opens nothing"
+    assert manager.fetch("two", "denied.example.com") == ""
+    assert manager.fetch("two", "stolen.allowed.example.com") == ""
+    assert heard.read_text() == before, "nobody heard of it"
+    assert manager.fetch("two", "ALLOWED.example.com") == HOST_ADDRESS
+    assert heard.read_text() == before + "allowed.example.com.\n"
+    assert manager.fetch("two", INTERNET) == HOST_ADDRESS, "opened by its name"
+    manager.set_policy("two", NetworkPolicy(EgressPolicy.make(EgressMode.NONE)))
+    assert manager.fetch("two", INTERNET) == ""
+    assert manager.fetch("two", "allowed.example.com") == ""
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
