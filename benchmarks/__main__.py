@@ -25,6 +25,9 @@ FIGURES = (
     "list_p99_1000_mock",
     "recovery_100",
     "leaks_after_kill",
+    "slot_setup",
+    "slot_delete_50",
+    "network_throughput",
     # While nothing else runs in the guest's place.
     "create_cold",
     "manager_rss_1",

@@ -59,9 +59,16 @@ class BareMachine:
 
 
 @contextlib.contextmanager
-def bare_machine(folder: Path, ingredients: Ingredients, *, with_raw_port: bool = False) -> Generator[BareMachine]:
+def bare_machine(
+    folder: Path,
+    ingredients: Ingredients,
+    *,
+    with_raw_port: bool = False,
+    network: NetworkAttachment | None = None,
+    network_descriptor: int | None = None,
+) -> Generator[BareMachine]:
     """Make an overlay, start QEMU, and end both with the block. ``with_raw_port`` adds the one thing that a sandbox's
-    machine has not got."""
+    machine has not got. Without a ``network`` it has a card that reaches nothing."""
     folder.mkdir(mode=0o700, parents=True)
     run_folder, raw_socket = RunFolder(folder), folder / "raw.sock"
     overlay = folder / "root.qcow2"
@@ -93,11 +100,14 @@ def bare_machine(folder: Path, ingredients: Ingredients, *, with_raw_port: bool 
             command_line=kernel_command_line(ingredients.accelerator, tsc_khz),
             descriptors=descriptors,
             disks=tuple(disks),
-            network=NetworkAttachment("user_restricted", mac_address_of("benchmarkaaa")),
+            network=network or NetworkAttachment("user_restricted", mac_address_of("benchmarkaaa")),
+            network_descriptor=network_descriptor,
         )
         if with_raw_port:
             _add_raw_port(arguments, raw_socket)
         inherited = [*asdict(descriptors).values(), *(number for disk in disks for number in disk.descriptors)]
+        if network_descriptor is not None:
+            inherited.append(network_descriptor)
         with run_folder.stderr.open("wb") as stderr:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=inherited

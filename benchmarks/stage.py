@@ -19,6 +19,7 @@ from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.model.image import BuildProgress
 from benchmarks.api_client import ApiClient
 from benchmarks.bare_machine import Ingredients
+from benchmarks.crowded_network import CrowdedNetwork, crowded_network
 from benchmarks.manager_process import RunningManager, running_manager
 from benchmarks.raw_port import RawPort, raw_guest
 
@@ -84,6 +85,11 @@ class Stage:
     def raw_port(self) -> RawPort:
         say("starting a bare guest")
         return self._stack.enter_context(raw_guest(self.folder / "b", self.ingredients))
+
+    @cached_property
+    def crowded_network(self) -> CrowdedNetwork:
+        say("making a network with 1,000 slots taken")
+        return self._stack.enter_context(crowded_network(self.folder / "n"))
 
     def mock_manager(self, name: str) -> contextlib.AbstractContextManager[RunningManager]:
         """A fresh one in ``mock`` mode."""

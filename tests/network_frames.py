@@ -43,14 +43,28 @@ def udp(source_port: int, port: int, payload: bytes) -> bytes:
     return struct.pack("!HHHH", source_port, port, 8 + len(payload), 0) + payload
 
 
+SYN, PUSH, ACK = 0x02, 0x08, 0x10
+
+
 def tcp_syn(source: str, destination: str, source_port: int, port: int, payload: bytes) -> bytes:
-    segment = struct.pack("!HHIIBBHHH", source_port, port, 1, 0, 0x50, 0x02, 64240, 0, 0) + payload
+    return tcp(source, destination, source_port, port, SYN, 1, 0, payload)
+
+
+def tcp(
+    source: str, destination: str, source_port: int, port: int, flags: int, number: int, acknowledged: int, data: bytes
+) -> bytes:
+    segment = struct.pack("!HHIIBBHHH", source_port, port, number, acknowledged, 0x50, flags, 64240, 0, 0) + data
     pseudo = IPv4Address(source).packed + IPv4Address(destination).packed + struct.pack("!BBH", 0, TCP, len(segment))
     return segment[:16] + struct.pack("!H", checksum(pseudo + segment)) + segment[18:]
 
 
 def icmp(kind: int, identifier: int, payload: bytes) -> bytes:
     message = struct.pack("!BBHHH", kind, 0, 0, identifier, 1) + payload
+    return message[:2] + struct.pack("!H", checksum(message)) + message[4:]
+
+
+def icmp_error(kind: int, code: int, quoted: bytes) -> bytes:
+    message = struct.pack("!BBHI", kind, code, 0, 0) + quoted
     return message[:2] + struct.pack("!H", checksum(message)) + message[4:]
 
 

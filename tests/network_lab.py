@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -34,7 +34,11 @@ BRIDGE = "br0"
 HOST_ADDRESS = "198.51.100.2"
 NEIGHBOUR_OF_HOST = "198.51.100.1"
 OTHER_HOST_ADDRESS = "203.0.113.77"
+FRESH_HOST_ADDRESS = "203.0.113.78"
+"""Not at first."""
 INTERNET = "203.0.113.9"
+ELSEWHERE = "192.0.2.9"
+"""In the internet too."""
 NAMESERVER = "10.1.53.53"
 """In a private network, as a home router is."""
 METADATA = "169.254.169.254"
@@ -120,21 +124,24 @@ class NetworkLab:
         finally:
             os.close(descriptor)
 
-    def start_holder(self, *options: str) -> None:
+    def start_holder(self, *options: str, environment: Mapping[str, str] | None = None) -> None:
         """Raises RuntimeError with the holder's last words when it ends instead of answering."""
         self.run.root.mkdir(exist_ok=True)
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
+        # A predecessor that was killed has left it.
+        self.run.network_socket.unlink(missing_ok=True)
         log = self.folder / "holder.log"
         with log.open("ab") as output:
             self.holder = subprocess.Popen(
                 [
-                    *("nsenter", "--target", str(self.host.pid), "--net", "--mount"),
+                    *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
                     *(sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                env={**os.environ, **environment} if environment else None,
             )
         deadline = time.monotonic() + 30
         while not self.run.network_socket.exists():
@@ -205,7 +212,7 @@ def _connect(lab: NetworkLab) -> None:
         "ip link set lo up",
         "ip link set eth0 up",
         f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
-        *(f"ip address add {address}/32 dev lo" for address in (INTERNET, NAMESERVER, METADATA, *PRIVATE)),
+        *(f"ip address add {address}/32 dev lo" for address in (INTERNET, ELSEWHERE, NAMESERVER, METADATA, *PRIVATE)),
     ):
         lab.in_internet(*command.split())
     # A port that the host publishes from behind it, as Docker does.

@@ -21,7 +21,7 @@ from tests.running_manager import RunningManager
 
 from atelier.cli.__main__ import cli
 
-_QUICK = ("create", "get", "ls", "rm", "cp", "logs", "image", "version")
+_QUICK = ("create", "get", "ls", "rm", "cp", "logs", "image", "network", "version")
 PROGRAM = [sys.executable, "-m", "atelier.cli"]
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from atelier.config.settings import load_settings
 from atelier.drivers.guest.fake import FakeGuests
+from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.manager import installation
 from atelier.manager.installation import Installation
@@ -37,6 +38,7 @@ class ManagerInside:
     installation: Installation
     guests: FakeGuests
     storage: FakeStorage
+    network: FakeNetwork
     clock: Clock
 
     async def enforce_limits(self) -> None:
@@ -67,13 +69,14 @@ async def open_manager_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         lifecycle = opened.lifecycle
         lifecycle._now = lifecycle.activity._now = lifecycle.time_limits._now = clock
         key = json.loads((folder / "data/token.json").read_text())["api_key"]
-        guests, storage = chosen[-1].guests, chosen[-1].storage
+        guests, storage, network = chosen[-1].guests, chosen[-1].storage, chosen[-1].network
         assert isinstance(guests, FakeGuests)
         assert isinstance(storage, FakeStorage)
+        assert isinstance(network, FakeNetwork)
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(opened.application),
             base_url="http://127.0.0.1",
             headers={"Authorization": f"Bearer {key}"},
             timeout=30,
         ) as client:
-            yield ManagerInside(client, opened, guests, storage, clock)
+            yield ManagerInside(client, opened, guests, storage, network, clock)

@@ -19,6 +19,7 @@ from tests import network_frames as frames
 from tests.network_frames import BROADCAST, arp, ethernet, icmp, icmpv6, ipv4, ipv6, tcp_syn, udp
 from tests.network_lab import (
     BRIDGE,
+    FRESH_HOST_ADDRESS,
     HOST_ADDRESS,
     INTERNET,
     METADATA,
@@ -33,7 +34,7 @@ from atelier.model.machine import NetworkAttachment
 
 _OFFLOAD_HEADER = bytes(10)
 _PACKET_OUTGOING = 4
-_LISTENING_PORT = 7777
+LISTENING_PORT = 7777
 _ARRIVES_SECONDS = 2.0
 _SETTLE_SECONDS = 0.02
 
@@ -135,9 +136,9 @@ class Stage:
     def open(self, stack: ExitStack) -> None:
         with self.lab.inside("home"):
             self.ears["bridge"] = PacketEar(BRIDGE)
-            self.ears["home"] = PortEar(_LISTENING_PORT)
+            self.ears["home"] = PortEar(LISTENING_PORT)
         with self.lab.inside("host"):
-            self.ears["host"] = PortEar(_LISTENING_PORT, PUBLISHED_PORT)
+            self.ears["host"] = PortEar(LISTENING_PORT, PUBLISHED_PORT)
         with self.lab.inside("internet"):
             self.ears["internet"] = PacketEar("eth0")
         for ear in list(self.ears.values()):
@@ -172,10 +173,10 @@ class Stage:
     def to_gateway(self, payload: bytes, *, source_mac: str = "") -> bytes:
         return ethernet(self.gateway_mac, source_mac or self.guest.mac, frames.IPV4, payload)
 
-    def udp_to(self, destination: str, port: int = _LISTENING_PORT, *, source: str = "") -> bytes:
+    def udp_to(self, destination: str, port: int = LISTENING_PORT, *, source: str = "") -> bytes:
         return ipv4(source or self.guest.address, destination, frames.UDP, udp(self.port, port, self.mark))
 
-    def syn_to(self, destination: str, port: int = _LISTENING_PORT) -> bytes:
+    def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
         source = self.guest.address
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
 
@@ -243,7 +244,7 @@ def _guest(make: Callable[[Stage], bytes]) -> Send:
     return lambda stage: stage.guest.send(make(stage))
 
 
-def _routed(make: Callable[[Stage], bytes]) -> Send:
+def routed(make: Callable[[Stage], bytes]) -> Send:
     """An IPv4 packet, to the gateway's MAC address."""
     return lambda stage: stage.guest.send(stage.to_gateway(make(stage)))
 
@@ -280,6 +281,16 @@ def _from_host(stage: Stage) -> None:
             sender.sendto(stage.mark, (stage.guest.address, 9))
     finally:
         stage.lab.in_host("ip", "route", "del", str(plan.subnet))
+
+
+def _to_fresh_address(stage: Stage) -> None:
+    """To the host, before the holder has noticed that it has this address."""
+    stage.lab.in_host("ip", "address", "add", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
+    try:
+        stage.guest.send(stage.to_gateway(stage.udp_to(FRESH_HOST_ADDRESS)))
+        time.sleep(_SETTLE_SECONDS)
+    finally:
+        stage.lab.in_host("ip", "address", "del", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
 
 
 def _from_bridge(destination: str) -> Send:
@@ -324,13 +335,13 @@ def _forged(name: str, send: Send) -> Row:
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.
-    Row("UDP to the internet, and its refusal", _routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"})),
-    Row("TCP to the internet, and its answer", _routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
-    Row("ping of the internet, and its answer", _routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
-    Row("a name over UDP", _routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"self"}), by_holder=True),
-    Row("a name over TCP", _routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
+    Row("UDP to the internet, and its refusal", routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"})),
+    Row("TCP to the internet, and its answer", routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
+    Row("ping of the internet, and its answer", routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
+    Row("a name over UDP", routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"self"}), by_holder=True),
+    Row("a name over TCP", routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
-    Row("too large a packet, and the host's word of it", _routed(_too_large), frozenset({"self"})),
+    Row("too large a packet, and the host's word of it", routed(_too_large), frozenset({"self"})),
     # From guest to guest.
     Row("ping of the neighbour", _neighbourly(lambda s: s.ping(s.neighbour.address))),
     Row("TCP to the neighbour", _neighbourly(lambda s: s.syn_to(s.neighbour.address))),
@@ -342,9 +353,9 @@ TABLE: tuple[Row, ...] = (
     Row("ARP question to the neighbour", _arp("guest", "guest", operation=1, to="neighbour")),
     Row("a DHCP offer to all", _neighbourly(lambda s: ipv4(s.guest.address, "255.255.255.255", frames.UDP, udp(67, 68, s.mark)), BROADCAST)),
     Row("a DHCP offer to the neighbour", _neighbourly(lambda s: ipv4(s.guest.address, s.neighbour.address, frames.UDP, udp(67, 68, s.mark)))),
-    Row("UDP to the neighbour by the gateway", _routed(lambda s: s.udp_to(s.neighbour.address))),
-    Row("TCP to the neighbour by the gateway", _routed(lambda s: s.syn_to(s.neighbour.address))),
-    Row("ping of the neighbour by the gateway", _routed(lambda s: s.ping(s.neighbour.address))),
+    Row("UDP to the neighbour by the gateway", routed(lambda s: s.udp_to(s.neighbour.address))),
+    Row("TCP to the neighbour by the gateway", routed(lambda s: s.syn_to(s.neighbour.address))),
+    Row("ping of the neighbour by the gateway", routed(lambda s: s.ping(s.neighbour.address))),
     Row("the gateway's answer to a guest that is gone", _from_bridge("gone")),
     # Under another's name.
     _forged("ARP: the neighbour's address is mine", _arp("guest", "neighbour")),
@@ -361,10 +372,10 @@ TABLE: tuple[Row, ...] = (
     _forged("ARP with longer addresses", _odd_arp(lengths=(6, 16))),
     _forged("a stolen MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.neighbour.mac))),
     _forged("the gateway's MAC", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET), source_mac=s.gateway_mac))),
-    _forged("a stolen address", _routed(lambda s: s.udp_to(INTERNET, source=s.neighbour.address))),
+    _forged("a stolen address", routed(lambda s: s.udp_to(INTERNET, source=s.neighbour.address))),
     _forged("a stolen MAC and address", _guest(lambda s: s.to_gateway(s.udp_to(INTERNET, source=s.neighbour.address), source_mac=s.neighbour.mac))),
-    _forged("the gateway's address", _routed(lambda s: s.udp_to(INTERNET, source=s.guest.gateway))),
-    _forged("a foreign address", _routed(lambda s: s.udp_to(INTERNET, source="203.0.113.200"))),
+    _forged("the gateway's address", routed(lambda s: s.udp_to(INTERNET, source=s.guest.gateway))),
+    _forged("a foreign address", routed(lambda s: s.udp_to(INTERNET, source="203.0.113.200"))),
     _forged("a DHCP question", _neighbourly(lambda s: ipv4("0.0.0.0", "255.255.255.255", frames.UDP, udp(68, 67, s.mark)), BROADCAST)),
     # Other kinds of frame.
     _forged("IPv6 to the neighbour", _guest(lambda s: ethernet(s.neighbour.mac, s.guest.mac, frames.IPV6, ipv6(_LINK_LOCAL, _NEIGHBOUR_V6, frames.UDP, udp(9, 9, s.mark))))),
@@ -388,17 +399,18 @@ TABLE: tuple[Row, ...] = (
             ("loopback", lambda s: "127.0.0.1"),
         )
         for row in (
-            Row(f"UDP to {what}", _routed(lambda s, address=address: s.udp_to(address(s)))),
-            Row(f"TCP to {what}", _routed(lambda s, address=address: s.syn_to(address(s)))),
-            Row(f"ping of {what}", _routed(lambda s, address=address: s.ping(address(s)))),
+            Row(f"UDP to {what}", routed(lambda s, address=address: s.udp_to(address(s)))),
+            Row(f"TCP to {what}", routed(lambda s, address=address: s.syn_to(address(s)))),
+            Row(f"ping of {what}", routed(lambda s, address=address: s.ping(address(s)))),
         )
     ),
-    Row("a port that the host publishes", _routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
+    Row("an address that the host has just got", _to_fresh_address),
+    Row("a port that the host publishes", routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
     # To what is private.
-    Row("the metadata service", _routed(lambda s: s.syn_to(METADATA, 80))),
-    *(Row(f"the private network of {address}", _routed(lambda s, address=address: s.udp_to(address))) for address in PRIVATE),
-    Row("the host's own network", _routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
-    Row("past the translation", _routed(lambda s: s.ping(INTERNET, kind=0))),
+    Row("the metadata service", routed(lambda s: s.syn_to(METADATA, 80))),
+    *(Row(f"the private network of {address}", routed(lambda s, address=address: s.udp_to(address))) for address in PRIVATE),
+    Row("the host's own network", routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
+    Row("past the translation", routed(lambda s: s.ping(INTERNET, kind=0))),
     # From outside.
     Row("from the host's network to a guest", _from_host),
 )  # fmt: skip

@@ -5,6 +5,7 @@ In namespaces of the test's own, with guests that are this process at the end of
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.contract.packet_flows import try_judging
 from tests.contract.packet_table import Guest, Stage, try_table
 from tests.network_lab import INSTALLATION, NetworkLab, network_lab, why_no_lab
 
 from atelier.model.errors import ConflictError
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
 
 NO_LAB = why_no_lab()
 pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
@@ -41,11 +44,12 @@ async def stage(lab: NetworkLab) -> AsyncIterator[Stage]:
         yield await open_stage(lab, stack)
 
 
-async def open_stage(lab: NetworkLab, stack: AsyncExitStack) -> Stage:
+async def open_stage(lab: NetworkLab, stack: AsyncExitStack, policy: NetworkPolicy = OPEN_POLICY) -> Stage:
+    """``policy``: the guest's; its neighbour has the one of a sandbox that nothing was said of."""
     driver = lab.driver()
     guests: list[Guest] = []
-    for lease, sandbox in enumerate((GUEST, NEIGHBOUR)):
-        attachment = await driver.ensure_slot(sandbox, lease)
+    for lease, (sandbox, each) in enumerate(((GUEST, policy), (NEIGHBOUR, OPEN_POLICY))):
+        attachment = await driver.ensure_slot(sandbox, lease, each)
         descriptor = await stack.enter_async_context(driver.opened(sandbox))
         assert descriptor is not None
         guests.append(Guest(descriptor, attachment))
@@ -125,7 +129,7 @@ async def test_another_programs_forward_drop_is_told(lab: NetworkLab) -> None:
 
 
 async def test_every_rule_is_needed(stage: Stage) -> None:
-    """Takes away one rule after the other, while the holder cannot put it back: each time a row has to fail. The
+    """Takes away one rule after the other, while the holder cannot put it back: each time a row has to fail, or a flow. The
     neighbour's own chain, word for word the guest's, is left: the rows are the guest's."""
     needless: list[str] = []
     for place, run in (("home", stage.lab.in_home), ("host", stage.lab.in_host)):
@@ -135,11 +139,14 @@ async def test_every_rule_is_needed(stage: Stage) -> None:
             commands = weakenings(run("nft", "-j", "list", "ruleset"))
             return {what: command for what, command in commands if NEIGHBOUR[:8] not in command}
 
+        with holder_asleep(stage.lab):
+            assert try_judging(stage) == [], "all rules stand"
+        wait_until(lambda: not stage.lab.ask("check")["put_back"])
         assert found()
         for what in found():
             with holder_asleep(stage.lab):
                 run("nft", found()[what])
-                if not try_table(stage, stop_at_first=True, holder_asleep=True):
+                if not (try_table(stage, stop_at_first=True, holder_asleep=True) or try_judging(stage)):
                     needless.append(f"{place}: {what}")
             wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == [], "all is as before"
@@ -239,8 +246,7 @@ async def test_slots_leave_nothing_behind(lab: NetworkLab) -> None:
     for lease, sandbox in enumerate(ids):
         await driver.ensure_slot(sandbox, lease)
     assert await driver.list_slots() == sorted(ids)
-    for sandbox in ids:
-        await driver.ensure_slot_absent(sandbox)
+    await asyncio.gather(*(driver.ensure_slot_absent(sandbox) for sandbox in ids))
     assert lab.state() == before
 
 

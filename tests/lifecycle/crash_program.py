@@ -26,7 +26,7 @@ from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle import sandbox_create
 from atelier.lifecycle.sandboxes import SandboxLifecycle
-from atelier.model.errors import HostError
+from atelier.model.errors import HostError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessSpec, ProcessStarted
 from atelier.model.image import Image
 from atelier.model.layout import DataLayout, RunLayout
@@ -41,6 +41,7 @@ from atelier.model.machine import (
     ProcessIdentity,
     VolumeRequest,
 )
+from atelier.model.network_policy import NetworkPolicy
 
 CRASHED = 77
 
@@ -74,9 +75,15 @@ class FileDrivers:
 
     slot_count: int | None = None
 
-    async def ensure_slot(self, sandbox_id: str, lease: int) -> NetworkAttachment:
+    enforces_policies = True
+
+    async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy) -> NetworkAttachment:
         self._set(f"slot-{sandbox_id}", present=True)
         return NetworkAttachment("none")
+
+    async def set_policy(self, sandbox_id: str, policy: NetworkPolicy) -> None:
+        if not (self.folder / f"slot-{sandbox_id}").exists():
+            raise NotFoundError(f"sandbox {sandbox_id} has no network slot", code="no_network_slot")
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         self._set(f"slot-{sandbox_id}", present=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import asdict
 
-from atelier.model import guest, image, sandbox
+from atelier.model import guest, image, network_policy, sandbox
 from atelier.schemas.errors import ErrorBody
 from atelier.schemas.files import FileEntry
 from atelier.schemas.images import Image
+from atelier.schemas.networks import NetworkPolicy, NetworkUsage, SandboxNetwork
 from atelier.schemas.processes import EndedEvent, OutputEvent, Process, StartedEvent
 from atelier.schemas.sandboxes import Sandbox
+from atelier.services.networks import NetworkState
 
 
 def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
@@ -36,6 +39,24 @@ def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
         last_active_at=row.last_active_at,
         failure=failure,
         console_tail=row.console_tail or None,
+    )
+
+
+def parse_network_policy(body: NetworkPolicy) -> network_policy.NetworkPolicy:
+    """Raises InvalidRequestError, naming the entry that is wrong."""
+    return network_policy.NetworkPolicy.from_json(body.model_dump(mode="json"))
+
+
+def render_network(state: NetworkState) -> SandboxNetwork:
+    usage = state.usage
+    return SandboxNetwork(
+        policy=NetworkPolicy.model_validate(state.policy.to_json()),
+        in_force=state.is_in_force,
+        connected=not state.not_connected_reason,
+        not_connected_reason=state.not_connected_reason or None,
+        address=state.address or None,
+        gateway=state.gateway or None,
+        usage=None if usage is None else NetworkUsage.model_validate(asdict(usage)),
     )
 
 

@@ -8,12 +8,14 @@ from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
 from atelier.services.images import ImageService
+from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     sandboxes: SandboxService
+    networks: NetworkService
     sessions: GuestSessions
     images: ImageService
     events: EventService

@@ -28,6 +28,7 @@ COMMANDS = {
     "restart": LazyCommand(f"{_COMMANDS}.restart:restart", "Stop sandboxes and start them again."),
     "resize": LazyCommand(f"{_COMMANDS}.resize:resize", "Grow a sandbox's disk."),
     "extend": LazyCommand(f"{_COMMANDS}.extend:extend", "Change how long a sandbox lives."),
+    "network": LazyCommand(f"{_COMMANDS}.network:network", "Show and limit what a sandbox reaches."),
     "retry": LazyCommand(f"{_COMMANDS}.retry:retry", "Try again what is stuck with sandboxes."),
     "cp": LazyCommand(f"{_COMMANDS}.cp:cp", "Copy files and folders into and out of a sandbox."),
     "logs": LazyCommand(f"{_COMMANDS}.logs:logs", "Show a sandbox's serial console."),

@@ -1,15 +1,17 @@
-"""A sandbox in words for people: its state with the reason, its time limits, what is the matter with it.
+"""A sandbox in words for people: its state with the reason, its time limits, its network, what is the matter with it.
 
-Called by ``ls``, ``get`` and the commands that change a sandbox. What it returns is not escaped yet.
+Called by ``ls``, ``get``, ``network`` and the commands that change a sandbox. What it returns is not escaped yet.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from atelier.cli.output import show_age, show_duration
+from atelier.cli.output import show_age, show_bytes, show_duration
 from atelier.client.sandbox_failures import is_stuck
+from atelier.model.network_policy import EgressMode
 from atelier.model.states import SandboxState, StopReason
+from atelier.schemas.networks import NetworkPolicy, SandboxNetwork
 from atelier.schemas.sandboxes import Sandbox
 
 _STOP_REASONS = {StopReason.FORCED: "cut off", StopReason.IDLE: "idle"}
@@ -58,3 +60,51 @@ def list_trouble(sandbox: Sandbox) -> list[tuple[str, str]]:
     label = "failed" if sandbox.state is SandboxState.FAILED else "trouble"
     found = [(label, f"{failure.message} [{failure.code}]")]
     return [*found, ("hint", failure.hint)] if failure.hint else found
+
+
+def show_rate(kbit_per_second: int) -> str:
+    """``10mbit``, ``1.5mbit``, ``512kbit``: as the commands take it."""
+    for factor, unit in ((1_000_000, "gbit"), (1000, "mbit")):
+        if kbit_per_second >= factor:
+            return f"{kbit_per_second / factor:.6f}".rstrip("0").rstrip(".") + unit
+    return f"{kbit_per_second}kbit"
+
+
+def show_egress(policy: NetworkPolicy) -> str:
+    """``all``, ``none``, ``list (github.com, 10.1.0.0/16)``; long lists as their length."""
+    egress = policy.egress
+    entries = [*egress.domains, *egress.networks]
+    if egress.mode is EgressMode.NONE or (egress.mode is EgressMode.ALL and not entries):
+        return egress.mode.value
+    shown = ", ".join(entries) if len(entries) <= 3 else f"{len(entries)} entries"
+    return f"{egress.mode.value} and {shown}" if egress.mode is EgressMode.ALL else f"list ({shown or 'empty'})"
+
+
+def show_rates(policy: NetworkPolicy) -> str:
+    """Both rates; empty: not limited."""
+    rates = (("download", policy.download_kbit_per_second), ("upload", policy.upload_kbit_per_second))
+    return ", ".join(f"{label} {show_rate(rate)}" for label, rate in rates if rate is not None)
+
+
+def describe_network(network: SandboxNetwork) -> list[tuple[str, str]]:
+    """All that there is to say, entry by entry: pairs of label and text."""
+    policy, usage = network.policy, network.usage
+    entries = [*policy.egress.domains, *policy.egress.networks]
+    fields = [
+        ("egress", policy.egress.mode.value),
+        *(("" if place else "allowed", entry) for place, entry in enumerate(entries)),
+        ("limits", show_rates(policy)),
+        ("address", network.address or ""),
+        ("gateway", network.gateway or ""),
+    ]
+    if not network.connected:
+        fields.append(("connected", f"no: {network.not_connected_reason}"))
+    if not network.in_force:
+        fields.append(("in force", "not yet: it is tried again until it is"))
+    if usage is not None:
+        fields += [
+            ("received", f"{show_bytes(usage.received_bytes)} in {usage.received_packets} packets"),
+            ("sent", f"{show_bytes(usage.sent_bytes)} in {usage.sent_packets} packets"),
+            ("refused", f"{usage.refused_packets} packets"),
+        ]
+    return fields

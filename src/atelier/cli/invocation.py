@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     PairParameter = click.ParamType[tuple[str, str]]
     SizeParameter = click.ParamType[int]
     DurationParameter = click.ParamType[int | str]
+    RateParameter = click.ParamType[int | str]
 else:
     # Older versions of click have no type argument here.
-    PairParameter = SizeParameter = DurationParameter = click.ParamType
+    PairParameter = SizeParameter = DurationParameter = RateParameter = click.ParamType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -182,8 +183,38 @@ class DurationType(DurationParameter):
         return seconds
 
 
+UNLIMITED = "none"
+
+
+class RateType(RateParameter):
+    """A network rate in 1,000 bits a second: ``512kbit``, ``10mbit``, ``1.5mbit``, ``1gbit``. Where it lifts a limit, also
+    ``none``, which stays a word."""
+
+    name = "rate"
+    _FORM = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)\s*(k|m|g)bit(?:/s|ps)?", re.IGNORECASE | re.ASCII)
+    _FACTORS: ClassVar[dict[str, int]] = {"k": 1, "m": 1000, "g": 1_000_000}
+
+    def __init__(self, *, knows_none: bool = False) -> None:
+        self._knows_none = knows_none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip()
+        if self._knows_none and text.lower() == UNLIMITED:
+            return UNLIMITED
+        found = self._FORM.fullmatch(text)
+        # A bare number might mean bits, kilobits or bytes.
+        if found is None:
+            forms = "512kbit, 10mbit or 1gbit" + (", or none" if self._knows_none else "")
+            self.fail(f"{value!r} is no rate; write {forms}", param, ctx)
+        return round(float(found[1]) * self._FACTORS[found[2].lower()])
+
+
 PAIR = PairType()
 MEBIBYTES = MebibytesType()
 BYTES = BytesType()
 DURATION = DurationType()
 DURATION_OR_NEVER = DurationType(knows_never=True)
+RATE = RateType()
+RATE_OR_NONE = RateType(knows_none=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +25,15 @@ WAIT_AT_MOST_SECONDS = 120.0
 """How long one request waits for a sandbox; longer waits are asked for again."""
 
 ANSWER_TIMEOUT_SECONDS = 60.0
+
+
+class Keep(Enum):
+    """Says that a limit stays as it is, where None would take it away."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
 _NO_CONTENT = 204
 
 

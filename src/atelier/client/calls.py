@@ -29,6 +29,7 @@ from atelier.client.call import (
     wait_query,
 )
 from atelier.client.errors import error_from_body, not_understood
+from atelier.client.network_calls import PolicyWish, to_policy
 from atelier.model.errors import InvalidRequestError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessStarted
 from atelier.schemas.errors import ErrorBody
@@ -104,6 +105,7 @@ def create_sandbox(
     wait_seconds: float,
     auto_stop_after_idle_seconds: int | None = None,
     expires_at: datetime | None = None,
+    network: PolicyWish | None = None,
 ) -> Call[Sandbox]:
     """Ask for a sandbox. With ``wait_seconds`` > 0 the answer comes when it runs or has failed, or after that time."""
     operation = f"create the sandbox {name}" if name else "create a sandbox"
@@ -117,6 +119,7 @@ def create_sandbox(
         "labels": dict(labels) if labels else None,
         "auto_stop_after_idle_seconds": auto_stop_after_idle_seconds,
         "expires_at": expires_at,
+        "network": None if network is None else to_policy(network, operation),
     }
     body = make_body(
         CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None}

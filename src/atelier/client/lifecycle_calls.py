@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from enum import Enum
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -16,8 +15,10 @@ from atelier.client.addresses import encode_segment
 from atelier.client.call import (
     ANSWER_TIMEOUT_SECONDS,
     API,
+    KEEP,
     WAIT_AT_MOST_SECONDS,
     Call,
+    Keep,
     make_body,
     make_patch,
     read_model,
@@ -30,14 +31,6 @@ from atelier.model.errors import InvalidRequestError, TimeoutExceededError
 from atelier.schemas.host import OrphanVolumeList, ShutdownAnswer, ShutdownRequest
 from atelier.schemas.sandboxes import ChangeSandboxRequest, ResizeRequest, Sandbox, StopRequest
 
-
-class Keep(Enum):
-    """Says that a limit stays as it is, where None would take it away."""
-
-    KEEP = "keep"
-
-
-KEEP = Keep.KEEP
 _ACCEPTED = 202
 _RESIZE_WAIT_AT_MOST_SECONDS = 3600.0
 

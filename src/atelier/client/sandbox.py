@@ -27,6 +27,7 @@ from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Con
 from atelier.client.environment import Endpoint, find_endpoint
 from atelier.client.files import AsyncFiles, Files
 from atelier.client.lifecycle_calls import moment_of_expiry
+from atelier.client.network_calls import PolicyWish
 from atelier.client.processes import AsyncExecution, AsyncProcesses, Execution, Processes
 from atelier.client.sandbox_failures import program_failed
 from atelier.client.sandbox_life import (
@@ -78,6 +79,7 @@ class Sandbox(SandboxLife):
         expires_at: datetime | None = None,
         expires_in_seconds: float | None = None,
         auto_stop_after_idle_seconds: int | None = None,
+        network: PolicyWish | None = None,
         wait: bool = True,
         timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
@@ -86,7 +88,8 @@ class Sandbox(SandboxLife):
     ) -> Sandbox:
         """Create a sandbox and, unless ``wait`` is false, return when it runs. What is left out, the manager chooses.
         It is destroyed at ``expires_at``, or after ``expires_in_seconds`` from now by this machine's clock, and stopped
-        when nobody has used it for ``auto_stop_after_idle_seconds``; None: never.
+        when nobody has used it for ``auto_stop_after_idle_seconds``; None: never. ``network``: what it may reach, as
+        ``{"egress": {"mode": "list", "domains": ["github.com"]}}``; None: the internet, and nothing else.
 
         Raises SandboxFailedError when it failed (its row stays until it is destroyed), TimeoutExceededError after
         ``timeout_seconds`` (the creation goes on), ConflictError when the name is taken.
@@ -97,7 +100,7 @@ class Sandbox(SandboxLife):
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
             environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
-            expires_at=moment_of_expiry(expires_at, expires_in_seconds),
+            expires_at=moment_of_expiry(expires_at, expires_in_seconds), network=network,
             wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
         try:
@@ -263,6 +266,7 @@ class AsyncSandbox(AsyncSandboxLife):
         expires_at: datetime | None = None,
         expires_in_seconds: float | None = None,
         auto_stop_after_idle_seconds: int | None = None,
+        network: PolicyWish | None = None,
         wait: bool = True,
         timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
@@ -275,7 +279,7 @@ class AsyncSandbox(AsyncSandboxLife):
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
             environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
-            expires_at=moment_of_expiry(expires_at, expires_in_seconds),
+            expires_at=moment_of_expiry(expires_at, expires_in_seconds), network=network,
             wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
         try:

@@ -1,4 +1,5 @@
-"""The part of ``Sandbox`` and ``AsyncSandbox`` that is about their lives: state, stop, start, resize, time limits, end.
+"""The part of ``Sandbox`` and ``AsyncSandbox`` that is about their lives: state, stop, start, resize, time limits, network,
+end.
 
 ``Orders`` says once what is asked and how long it is waited for, as generators of calls and pauses; the two classes
 below carry that out, blocking and on asyncio. ``sandbox.py`` builds the public classes on them.
@@ -9,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from datetime import datetime
 
-from atelier.client import calls, lifecycle_calls
-from atelier.client.call import Call
+from atelier.client import calls, lifecycle_calls, network_calls
+from atelier.client.call import KEEP, Call, Keep
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
-from atelier.client.lifecycle_calls import KEEP, Keep
+from atelier.client.network_calls import PolicyWish
 from atelier.client.sandbox_failures import SandboxFailedError, is_stuck, not_gone_in_time, not_in_time
 from atelier.model.errors import NotFoundError
+from atelier.model.network_policy import EgressMode
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.schemas.errors import ErrorBody
+from atelier.schemas.networks import SandboxNetwork
 from atelier.schemas.sandboxes import Sandbox as SandboxDetails
 
 DEFAULT_WAIT_SECONDS = 300.0
@@ -187,6 +190,45 @@ class SandboxLife(Orders):
         self.details = self._lease.connection.send(call)
         return self.details
 
+    def network(self) -> SandboxNetwork:
+        """What it may reach, its address, and what has passed."""
+        return self._lease.connection.send(network_calls.get_network(self.id))
+
+    def set_network(self, policy: PolicyWish) -> SandboxNetwork:
+        """Replace its network policy as a whole: ``{"egress": {"mode": "none"}}``. Returns when it is in force, for open
+        connections too.
+
+        Raises TransientError (``network_policy_pending``) when it is stored and the network has not taken it yet: that
+        is tried again until it has.
+        """
+        return self._lease.connection.send(network_calls.set_network(self.id, policy))
+
+    def change_network(
+        self,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        egress_mode: EgressMode | str | None = None,
+        download_kbit_per_second: int | Keep | None = KEEP,
+        upload_kbit_per_second: int | Keep | None = KEEP,
+    ) -> SandboxNetwork:
+        """Change the egress mode (``all``, ``list``, ``none``), then take entries from the list, then add some, and set
+        rates, in one piece. What is left out stays; None lifts a rate.
+        """
+        call = network_calls.change_network(
+            self.id, allow=allow, deny=deny, egress_mode=egress_mode,
+            download_kbit_per_second=download_kbit_per_second, upload_kbit_per_second=upload_kbit_per_second,
+        )  # fmt: skip
+        return self._lease.connection.send(call)
+
+    def allow(self, *entries: str) -> SandboxNetwork:
+        """Let it reach networks (``10.1.0.0/16``) and domains (``github.com``, ``*.github.com``)."""
+        return self.change_network(allow=entries)
+
+    def deny(self, *entries: str) -> SandboxNetwork:
+        """Take back what was allowed; open connections to it end. Raises NotFoundError for what is not listed."""
+        return self.change_network(deny=entries)
+
     def destroy(self, *, wait: bool = True) -> None:
         """Destroy the sandbox, whatever its state; fine if it is gone already."""
         with contextlib.suppress(NotFoundError):
@@ -253,6 +295,38 @@ class AsyncSandboxLife(Orders):
         call = self._set_time_limits(expires_at, expires_in_seconds, auto_stop_after_idle_seconds)
         self.details = await self._lease.connection.send(call)
         return self.details
+
+    async def network(self) -> SandboxNetwork:
+        """See ``Sandbox.network``."""
+        return await self._lease.connection.send(network_calls.get_network(self.id))
+
+    async def set_network(self, policy: PolicyWish) -> SandboxNetwork:
+        """See ``Sandbox.set_network``."""
+        return await self._lease.connection.send(network_calls.set_network(self.id, policy))
+
+    async def change_network(
+        self,
+        *,
+        allow: Sequence[str] = (),
+        deny: Sequence[str] = (),
+        egress_mode: EgressMode | str | None = None,
+        download_kbit_per_second: int | Keep | None = KEEP,
+        upload_kbit_per_second: int | Keep | None = KEEP,
+    ) -> SandboxNetwork:
+        """See ``Sandbox.change_network``."""
+        call = network_calls.change_network(
+            self.id, allow=allow, deny=deny, egress_mode=egress_mode,
+            download_kbit_per_second=download_kbit_per_second, upload_kbit_per_second=upload_kbit_per_second,
+        )  # fmt: skip
+        return await self._lease.connection.send(call)
+
+    async def allow(self, *entries: str) -> SandboxNetwork:
+        """See ``Sandbox.allow``."""
+        return await self.change_network(allow=entries)
+
+    async def deny(self, *entries: str) -> SandboxNetwork:
+        """See ``Sandbox.deny``."""
+        return await self.change_network(deny=entries)
 
     async def destroy(self, *, wait: bool = True) -> None:
         """Destroy the sandbox, whatever its state; fine if it is gone already."""

@@ -44,8 +44,10 @@ class Usage:
 
 # Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
 _INSERT = insert(sandboxes)
-_FIND_BY_ID = select(sandboxes).where(sandboxes.c.id == bindparam("reference"))
-_FIND_BY_NAME = select(sandboxes).where(sandboxes.c.name == bindparam("reference"))
+# Without the policy, which may be long: ``sandbox_networks`` reads it.
+_ROW = select(*(column for column in sandboxes.c if column.name != "network_policy"))
+_FIND_BY_ID = _ROW.where(sandboxes.c.id == bindparam("reference"))
+_FIND_BY_NAME = _ROW.where(sandboxes.c.name == bindparam("reference"))
 _UPDATE = update(sandboxes).where(sandboxes.c.id == bindparam("sandbox_id"))
 
 _WITHOUT_VMM = (SandboxState.STOPPED, SandboxState.PAUSED, SandboxState.FAILED)
@@ -127,7 +129,7 @@ class SandboxRepository:
 
         Raises InvalidRequestError (``invalid_cursor``).
         """
-        query = select(sandboxes).order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
+        query = _ROW.order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
         if cursor is not None:
             query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
         if state is not None:
@@ -141,7 +143,7 @@ class SandboxRepository:
 
     def list_in(self, connection: Connection, states: Collection[SandboxState] = ()) -> list[Sandbox]:
         """Oldest first; of the given states, or all. One query: loops of the manager ask this every few seconds."""
-        query = select(sandboxes).order_by(sandboxes.c.sequence)
+        query = _ROW.order_by(sandboxes.c.sequence)
         if states:
             query = query.where(sandboxes.c.state.in_([state.value for state in states]))
         return [_to_sandbox(row) for row in connection.execute(query)]
@@ -229,7 +231,7 @@ class SandboxRepository:
     def list_limited(self, connection: Connection) -> list[Sandbox]:
         """Those that have a time limit of either kind."""
         limited = sandboxes.c.expires_at.is_not(None) | sandboxes.c.auto_stop_after_idle_seconds.is_not(None)
-        return [_to_sandbox(row) for row in connection.execute(select(sandboxes).where(limited))]
+        return [_to_sandbox(row) for row in connection.execute(_ROW.where(limited))]
 
     def set_vmm_process(self, connection: Connection, sandbox_id: str, identity: ProcessIdentity | None) -> None:
         values: dict[str, object] = {"vmm_pid": None, "vmm_start_time_ticks": None, "vmm_boot_id": None}
@@ -279,7 +281,9 @@ class SandboxRepository:
         return int(lease)
 
     def release_lease(self, connection: Connection, sandbox_id: str) -> None:
-        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "network_lease": None})
+        """The addresses go with it."""
+        nothing = {"network_lease": None, "network_address": None, "network_gateway": None}
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, **nothing})
 
     def list_vmm_processes(self, connection: Connection, host_id: str) -> list[ProcessIdentity]:
         """The VMMs of a host, as far as the rows know."""

@@ -12,7 +12,7 @@ from sqlalchemy import JSON, Boolean, Column, Index, Integer, MetaData, Table, T
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 """The newest file in ``migrations/versions``. Revisions are numbers of four digits, so they can be compared."""
 
 
@@ -68,6 +68,13 @@ sandboxes = Table(
     Column("last_active_at", UtcDateTime),
     # Which of the host's network slots it has; its addresses follow from it.
     Column("network_lease", Integer),
+    # What the guest has in its slot; null where the slot has no addresses, and where there is no slot.
+    Column("network_address", Text),
+    Column("network_gateway", Text),
+    # Whether the policy is written down and perhaps not in force yet.
+    Column("network_pending", Boolean, nullable=False, server_default="0"),
+    # NetworkPolicy.to_json; null: the open policy, which all had before there were others. Last, as it may be long.
+    Column("network_policy", JSON(none_as_null=True)),
     Index("sandboxes_by_lease", "host_id", "network_lease", unique=True),
     sqlite_autoincrement=True,
 )

@@ -54,6 +54,7 @@ class Link:
     alias: str
     mac_address: str
     master: int
+    group: int
     up: bool
     queue: str
     """The queueing discipline of what is sent to it: ``noqueue``, ``tbf``, ..."""
@@ -220,6 +221,15 @@ class RouteSocket:
         body = _link_header(index) + _attribute(_IFLA_GROUP, struct.pack("=I", group))
         self._change(_SETLINK, 0, body, f"putting link {index} into a group")
 
+    def set_group_of(self, name: str, group: int) -> None:
+        """``set_group`` by name, which spares looking for the link. Without one of this name nothing happens."""
+        body = _link_header(0) + _text(_IFLA_IFNAME, name) + _attribute(_IFLA_GROUP, struct.pack("=I", group))
+        try:
+            self._change(_SETLINK, 0, body, f"putting the link {name} into a group")
+        except _RefusedError as error:
+            if error.number != errno.ENODEV:
+                raise
+
     def delete_group(self, group: int) -> None:
         """All links of the group, in a hundredth of the time that one after the other takes. Idempotent."""
         body = _link_header(0) + _attribute(_IFLA_GROUP, struct.pack("=I", group))
@@ -360,6 +370,7 @@ def _parse_link(payload: bytes) -> Link:
         alias=_string(attributes.get(_IFLA_IFALIAS)),
         mac_address=attributes.get(_IFLA_ADDRESS, b"").hex(":"),
         master=struct.unpack("=i", master)[0] if master else 0,
+        group=struct.unpack("=I", attributes.get(_IFLA_GROUP, bytes(4)))[0],
         up=bool(flags & _UP),
         queue=_string(attributes.get(_IFLA_QDISC)),
     )

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from atelier.db.engine import Connection, Database
 from atelier.db.outbox import Outbox
+from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import SandboxRepository
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.interface import ImageDriver
@@ -26,6 +27,7 @@ from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.consoles import KeptConsoles
+from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.progress import ProgressEvents
 from atelier.lifecycle.saga_values import (
     boot_files_from_json,
@@ -91,6 +93,7 @@ class SandboxSteps:
     vmm: VmmDriver
     storage: StorageDriver
     network: NetworkDriver
+    network_policies: NetworkPolicies
     images: ImageDriver
     guests: GuestDriver
     run: RunLayout
@@ -109,7 +112,7 @@ class SandboxSteps:
             free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
         return (
             find,
-            Step("network", self._take_slot, free_slot),
+            Step("network", self._take_slot, free_slot, self._commit_slot),
             Step("volume", self._make_volume, remove_volume, self._commit_volume),
             Step("run_directory", self._make_run_directory, self._remove_run_directory),
             Step("guest_channel", self._attach_channel, self._detach_channel),
@@ -185,9 +188,11 @@ class SandboxSteps:
     # --- resources ----------------------------------------------------------------------------------------------------
 
     async def _take_slot(self, context: StepContext) -> dict[str, Any]:
-        with self.database.read() as connection:
-            lease = self.sandboxes.get_lease(connection, context.subject_id)
-        return network_to_json(await self.network.ensure_slot(context.subject_id, lease))
+        return network_to_json(await self.network_policies.take_slot(context.subject_id))
+
+    def _commit_slot(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        guest = network_from_json(output).guest
+        SandboxNetworkRepository().set_address(connection, record.subject_id, guest)
 
     async def _free_slot(self, context: StepContext) -> None:
         await self.network.ensure_slot_absent(context.subject_id)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from atelier.db.engine import Connection, Database
 from atelier.db.outbox import Outbox
 from atelier.db.sagas import SagaStore, list_open_sagas_of
+from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.interface import ImageDriver
@@ -26,10 +27,12 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle import operations, sandbox_create
 from atelier.lifecycle.activity import Activity, utc_now
 from atelier.lifecycle.admission import HostRoom, RoomPolicy, Wish, check_admission
+from atelier.lifecycle.background import BackgroundTasks
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.consoles import KeptConsoles
 from atelier.lifecycle.errors import describe_error, is_transient
 from atelier.lifecycle.machines import Machines
+from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.operations import Operation
 from atelier.lifecycle.reclaim import Reclaim
 from atelier.lifecycle.saga_ends import failure_of
@@ -43,6 +46,7 @@ from atelier.lifecycle.transitions import Transitions, sandbox_topic
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
 from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.saga.definition import SagaDefinition
@@ -52,7 +56,6 @@ from atelier.saga.retry import RetryPolicies
 from atelier.telemetry.logs import log_context
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class SandboxLifecycle:
         outbox = Outbox(database)
         self._transitions = Transitions(self._sandboxes, outbox, now)
         self._consoles = KeptConsoles(data.consoles, run, vmm)
+        self._background = BackgroundTasks()
+        self.network_policies = NetworkPolicies(database, network, self._background)
         steps = SandboxSteps(
             database=database,
             sandboxes=self._sandboxes,
@@ -107,6 +112,7 @@ class SandboxLifecycle:
             vmm=vmm,
             storage=storage,
             network=network,
+            network_policies=self.network_policies,
             images=images,
             guests=guests,
             run=run,
@@ -126,7 +132,6 @@ class SandboxLifecycle:
         self._executor = Executor[Connection](
             SagaStore(database), self.sagas, is_transient=is_transient, describe=describe_error, policies=policies
         )
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._machines = Machines(
             database=database,
             transitions=self._transitions,
@@ -134,7 +139,7 @@ class SandboxLifecycle:
             guests=guests,
             run=run,
             consoles=self._consoles,
-            spawn=self._spawn,
+            spawn=self._background.spawn,
             boot_again=self._boot_again,
         )
         self.reclaim = Reclaim(
@@ -154,12 +159,14 @@ class SandboxLifecycle:
 
     # --- beginning things ---------------------------------------------------------------------------------------------
 
-    async def start_create(self, name: str, spec: SandboxSpec) -> Sandbox:
+    async def start_create(self, name: str, spec: SandboxSpec, policy: NetworkPolicy = OPEN_POLICY) -> Sandbox:
         """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
 
-        Raises ConflictError (``name_taken``), CapacityError, InvalidRequestError (``expiry_in_past``).
+        Raises ConflictError (``name_taken``), CapacityError, InvalidRequestError (``expiry_in_past``),
+        PreconditionError (``network_closed``).
         """
         self._check_expiry(spec)
+        self.network_policies.check(policy)
         now = self._now()
         sandbox = Sandbox(
             id=new_sandbox_id(),
@@ -178,6 +185,7 @@ class SandboxLifecycle:
             usage = self._sandboxes.sum_usage(connection, self._host_id)
             check_admission(capacity, usage, Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1))
             self._transitions.begin(connection, sandbox, own)
+            SandboxNetworkRepository().set_policy(connection, sandbox.id, policy, is_pending=False)
             self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
             self._executor.insert(connection, sandbox_create.KIND, saga_id, sandbox.id)
 
@@ -185,7 +193,7 @@ class SandboxLifecycle:
             await self._database.write(insert)
             self._go_on(sandbox.id, saga_id)
 
-        await self._unless_interrupted(begin())
+        await self._background.unless_interrupted(begin())
         return sandbox
 
     async def start(self, sandbox_id: str) -> Sandbox:
@@ -260,7 +268,7 @@ class SandboxLifecycle:
             for record in await self._database.write(clear):
                 self._go_on(sandbox_id, record.id)
 
-        await self._unless_interrupted(begin())
+        await self._background.unless_interrupted(begin())
         return self._get(sandbox_id)
 
     async def set_time_limits(self, sandbox_id: str, change: Callable[[SandboxSpec], SandboxSpec]) -> Sandbox:
@@ -299,7 +307,7 @@ class SandboxLifecycle:
                 await self._executor.request_unwind(saga_id, mark)
 
         try:
-            await self._unless_interrupted(request())
+            await self._background.unless_interrupted(request())
         except SagaGoneError:
             raise NotFoundError(
                 f"there is no sandbox {sandbox_id!r}",
@@ -357,11 +365,13 @@ class SandboxLifecycle:
 
     async def recover(self) -> None:
         """After a start: take up what the last process left half-way (it goes on in the background), find the machines
-        that still run, and free what has no owner."""
+        that still run, give all network policies again, and free what has no owner."""
+        self.network_policies.doubt_all()
         for record in await self._executor.recover():
             _logger.info("found %s of %s %s", record.kind, record.subject_id, record.status)
-            self._spawn(self._supervise(record.subject_id, record.id), f"supervise {record.id}")
+            self._background.spawn(self._supervise(record.subject_id, record.id), f"supervise {record.id}")
         await self.reconcile()
+        self._background.spawn(self.network_policies.enforce_pending(), "give the network policies again")
 
     async def reconcile(self) -> None:
         """Bring what is there and what is written down together. The body of a background loop, too."""
@@ -374,10 +384,7 @@ class SandboxLifecycle:
     async def close(self) -> None:
         """Stop watching and stop sagas where they are; machines go on. The next start takes up what is open."""
         await self._executor.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._background.close()
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -414,7 +421,7 @@ class SandboxLifecycle:
             if await self._database.write(write):
                 self._go_on(sandbox_id, saga_id)
 
-        await self._unless_interrupted(begin())
+        await self._background.unless_interrupted(begin())
         return self._get(sandbox_id)
 
     async def _begin_start(self, operation: Operation, sandbox_id: str) -> Sandbox:
@@ -448,7 +455,7 @@ class SandboxLifecycle:
     def _go_on(self, sandbox_id: str, saga_id: str) -> None:
         with log_context(sandbox_id=sandbox_id):
             self._executor.start(saga_id)
-            self._spawn(self._supervise(sandbox_id, saga_id), f"supervise {saga_id}")
+            self._background.spawn(self._supervise(sandbox_id, saga_id), f"supervise {saga_id}")
 
     async def _supervise(self, sandbox_id: str, saga_id: str) -> None:
         """Wait for a saga's end; run the one that it has left behind, and watch the machine if there is one now."""
@@ -475,23 +482,3 @@ class SandboxLifecycle:
     def _ids(self, *states: SandboxState) -> list[str]:
         with self._database.read() as connection:
             return self._sandboxes.list_ids(connection, states)
-
-    async def _unless_interrupted(self, work: Coroutine[Any, Any, _T]) -> _T:
-        """``work`` goes on to its end also when its caller is cancelled: what is written must be begun, too."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        async def guarded() -> None:
-            try:
-                await work
-            except Exception:
-                _logger.exception("%s ended unexpectedly", name)
-
-        task = asyncio.create_task(guarded(), name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # Cancelled before it began, it would never have been awaited.
-        task.add_done_callback(lambda _: work.close())

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _CONSOLE_TRIM_SECONDS = 10.0
 _RECONCILE_SECONDS = 30.0
 _TIME_LIMIT_SECONDS = 5.0
+_NETWORK_POLICY_SECONDS = 1.0
 _CLOCK_SECONDS = 60.0
 _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
@@ -85,6 +86,8 @@ class Installation:
             drivers = choose_drivers(settings, data, run, ids)
             stack.push_async_callback(drivers.close)
             lifecycle = build_lifecycle(drivers, database, data, run, ids)
+            if drivers.network_holder is not None:
+                drivers.network_holder.on_started_anew = lifecycle.network_policies.doubt_all
             fleet = SandboxFleet(lifecycle, database, drivers.vmm, drivers.guests, run)
             # The network first, and last to go: a machine's card has to lead somewhere for as long as it runs.
             companions = [each for each in (drivers.network_holder, drivers.gateway) if each is not None]
@@ -100,6 +103,7 @@ class Installation:
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
                 (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
+                (_NETWORK_POLICY_SECONDS, lifecycle.network_policies.enforce_pending),
                 (_CLOCK_SECONDS, fleet.keep_clocks),
                 (_FULL_DISK_SECONDS, fleet.resume_after_full_disk),
                 (_EVENT_TRIM_SECONDS, services.events.trim),

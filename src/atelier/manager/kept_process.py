@@ -12,7 +12,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class KeptProcess:
         self._arguments = arguments
         self._socket_path = socket_path
         self._log_path = log_path
+        self.on_started_anew: Callable[[], None] = lambda: None
+        """Called after it had ended, or hung, and was started again."""
         self._supervisor: asyncio.Task[None] | None = None
         self._told: frozenset[str] = frozenset()
 
@@ -109,6 +111,7 @@ class KeptProcess:
             logger.warning("the %s does not answer: starting it again", self._title)
             try:
                 await self._start()
+                self.on_started_anew()
             except AtelierError as error:
                 logger.error("%s", error)
                 await asyncio.sleep(backoff)

@@ -41,6 +41,7 @@ from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
 from atelier.services.images import ImageService
+from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
 
 _MEMORY_RESERVE_MIB = 512
@@ -88,6 +89,7 @@ def assemble(
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     return Services(
         sandboxes=sandboxes,
+        networks=NetworkService(database, drivers.network, lifecycle.network_policies),
         sessions=GuestSessions(sandboxes.get, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),

@@ -128,6 +128,7 @@ class NetworkPolicy:
 
 OPEN_POLICY = NetworkPolicy()
 """What a sandbox has that nobody has said anything of: the internet, and nothing else."""
+CLOSED_POLICY = NetworkPolicy(EgressPolicy(EgressMode.NONE))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The holder's socket: one JSON line there, one back; an open TAP comes beside its line (SCM_RIGHTS).
 
 The manager's network driver calls it. Whoever reaches the socket may be wrong: every argument is checked here. Requests
-are performed one at a time, in the order in which they come. Operations: ping, ensure_slot, ensure_slot_absent,
-open_slot, set_policy, read_usage, list_slots, check, close.
+are performed one at a time, in the order in which they come; slots that are freed at the same time are freed together
+(``freeing``). Operations: ping, ensure_slot, ensure_slot_absent, open_slot, set_policy, read_usage, list_slots, check,
+close.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from atelier.model.errors import AtelierError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.network_policy import NetworkPolicy
+from atelier.network_holder.freeing import SlotFreeing
 from atelier.network_holder.home import NetworkHome
 from atelier.network_holder.slots import Lease
 
@@ -32,7 +34,10 @@ _REQUEST_MAX_BYTES = 512 * 1024
 """A policy with as many of the longest domain names as it may have takes half of it."""
 _CHUNK_BYTES = 65536
 _IDLE_SECONDS = 10.0
-_MAX_CLIENTS = 32
+_MAX_CLIENTS = 256
+"""As many sandboxes may be destroyed at once; further ones wait to be accepted."""
+_BACKLOG = 1024
+"""Where that many wait, a connection is refused: one for each slot."""
 _LOCAL_UNICAST_MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +55,10 @@ class NetworkControl:
     end: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _clients: set[asyncio.Task[None]] = field(default_factory=lambda: set[asyncio.Task[None]]())
+    _freeing: SlotFreeing = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._freeing = SlotFreeing(lambda: self.home.slots, self._lock)
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises HostError for a path that is too long, OSError."""
@@ -61,7 +70,7 @@ class NetworkControl:
             listening.bind(str(fresh))
             # Under its own name only once it listens and is closed to others.
             fresh.chmod(0o600)
-            listening.listen(64)
+            listening.listen(_BACKLOG)
             fresh.rename(self.path)
             try:
                 while True:
@@ -122,8 +131,7 @@ class NetworkControl:
         if not isinstance(request, dict):
             return _failure("invalid_request", "the request is no JSON object"), None
         try:
-            async with self._lock:
-                return await self._perform(cast(Request, request))
+            return await self._perform_in_turn(cast(Request, request))
         except AtelierError as error:
             return _failure(error.code, error.message, error.hint), None
         except OSError as error:
@@ -132,11 +140,18 @@ class NetworkControl:
             _logger.exception("a request failed")
             return _failure("internal", "a mistake in the network holder; its log says more"), None
 
+    async def _perform_in_turn(self, request: Request) -> tuple[Answer, int | None]:
+        if request.get("operation") == "ensure_slot_absent":
+            await self._freeing.free(_sandbox_id(request))
+            return {"ok": True}, None
+        with self._freeing.other_request(str(request.get("sandbox_id"))):
+            async with self._lock:
+                return await self._perform(request)
+
     async def _perform(self, request: Request) -> tuple[Answer, int | None]:
         operations: dict[object, Callable[[Request], Awaitable[Answer]]] = {
             "ping": self._on_ping,
             "ensure_slot": self._on_ensure_slot,
-            "ensure_slot_absent": self._on_ensure_slot_absent,
             "set_policy": self._on_set_policy,
             "read_usage": self._on_read_usage,
             "list_slots": self._on_list_slots,
@@ -148,7 +163,7 @@ class NetworkControl:
             return {"ok": True}, self.home.slots.open_tap(_sandbox_id(request))
         operation = operations.get(name) if isinstance(name, str) else None
         if operation is None:
-            known = ", ".join([*(str(each) for each in operations), "open_slot"])
+            known = ", ".join([*(str(each) for each in operations), "ensure_slot_absent", "open_slot"])
             raise InvalidRequestError(f"unknown operation: the network holder knows {known}")
         return {"ok": True, **await operation(request)}, None
 
@@ -165,10 +180,6 @@ class NetworkControl:
     async def _on_ensure_slot(self, request: Request) -> Answer:
         lease = Lease(_sandbox_id(request), _lease(request), _mac_address(request))
         return {"guest": asdict(await self.home.slots.ensure(lease, _policy(request)))}
-
-    async def _on_ensure_slot_absent(self, request: Request) -> Answer:
-        self.home.slots.ensure_absent(_sandbox_id(request))
-        return {}
 
     async def _on_set_policy(self, request: Request) -> Answer:
         await self.home.slots.set_policy(_sandbox_id(request), _policy(request))

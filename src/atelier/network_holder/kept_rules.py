@@ -83,7 +83,7 @@ class KeptRules:
             closed = self._close_names(slot.address) if _closes_names(before, slot) else ()
             commands = slot_rules_changed(self._names, before, slot, closed)
         else:
-            gone = slot_rules_absent(self._names, before, self._close_names(before.address))
+            gone = slot_rules_absent(self._names, [before], {before.address: self._close_names(before.address)})
             commands = gone + slot_rules(self._names, slot)
         self._slots[slot.tap] = slot
         try:
@@ -96,12 +96,13 @@ class KeptRules:
                 self._slots[slot.tap] = before
             raise
 
-    def remove(self, tap: str) -> None:
-        """Idempotent. Raises CommandError."""
-        slot = self._slots.pop(tap, None)
-        if slot is not None:
-            self._change(slot_rules_absent(self._names, slot, self._close_names(slot.address)))
-            self._sending.pop(tap, None)
+    def remove(self, taps: Iterable[str]) -> None:
+        """In one transaction. Idempotent. Raises CommandError."""
+        gone = [slot for tap in taps if (slot := self._slots.pop(tap, None)) is not None]
+        opened = {slot.address: self._close_names(slot.address) for slot in gone}
+        self._change(slot_rules_absent(self._names, gone, opened))
+        for slot in gone:
+            self._sending.pop(slot.tap, None)
 
     def opened(self, guest: IPv4Address) -> dict[IPv4Address, float]:
         """Addresses that names have opened to this guest, each with the time (monotonic) until which it is; some may just

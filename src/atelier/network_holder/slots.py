@@ -6,6 +6,7 @@ its rules and a file that keeps its policy. So a holder that starts anew finds a
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ipaddress import IPv4Address
 from atelier.host import tap
 from atelier.host.netlink import RouteSocket
 from atelier.model.address_plan import AddressPlan
-from atelier.model.errors import ConflictError, NotFoundError
+from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.machine import GuestAddress
 from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy, NetworkUsage
 from atelier.network_holder.kept_rules import KeptRules
@@ -23,8 +24,8 @@ from atelier.network_holder.policies import KeptPolicy, PolicyFiles, new_generat
 from atelier.network_holder.rates import set_download
 from atelier.network_holder.rules import Slot
 
-_TAP_GROUP = 1
-"""In a namespace of our own, where no other groups are."""
+_TAP_GROUP, _FREED_GROUP = 1, 2
+"""In a namespace of our own, where no other groups are. What is to be deleted moves from the first to the second."""
 _MAX_OPENED = 1024
 """Addresses that names may have opened to one guest at a time."""
 _SLACK_SECONDS = 1.0
@@ -62,6 +63,7 @@ class NetworkSlots:
         self._leases: dict[str, Lease] = {}
         self._policies: dict[str, KeptPolicy] = {}
         self._owners: dict[IPv4Address, str] = {}
+        self._by_tap: dict[str, str] = {}
 
     # --- those that are there -----------------------------------------------------------------------------------------
 
@@ -75,6 +77,10 @@ class NetworkSlots:
                 self._links.delete_link(link.name)
             else:
                 self._leases[lease.sandbox_id] = lease
+                self._by_tap[link.name] = lease.sandbox_id
+                if link.group != _TAP_GROUP:
+                    # Its freeing was broken off, and is asked for again.
+                    self._links.set_group(link.index, _TAP_GROUP)
 
     def open(self, plan: AddressPlan) -> None:
         """Give them their addresses, and the policies that were kept for them. Raises HostError."""
@@ -96,7 +102,8 @@ class NetworkSlots:
 
     def remove_all(self) -> None:
         """Machines that hold a TAP still are cut off. Their rules go with the home's."""
-        self._links.delete_group(_TAP_GROUP)
+        for group in (_TAP_GROUP, _FREED_GROUP):
+            self._links.delete_group(group)
         self._files.remove_all()
 
     # --- one of them --------------------------------------------------------------------------------------------------
@@ -112,6 +119,7 @@ class NetworkSlots:
             and link.up
             and link.master == bridge
             and link.alias == lease.alias
+            and link.group == _TAP_GROUP
             and self._rules.find(name) is not None
         ):
             await self.set_policy(lease.sandbox_id, policy)
@@ -134,16 +142,37 @@ class NetworkSlots:
         return address
 
     def ensure_absent(self, sandbox_id: str) -> None:
-        lease = self._leases.get(sandbox_id)
-        if lease is None:
+        if sandbox_id in self._leases:
+            self._links.delete_link(self._names.tap(sandbox_id))
+            self._forget([sandbox_id])
+
+    def ensure_all_absent(self, sandbox_ids: Sequence[str]) -> None:
+        """In little more time than one takes. When it raises, any of them may be there still."""
+        there = [sandbox_id for sandbox_id in sandbox_ids if sandbox_id in self._leases]
+        if not there:
             return
-        name = self._names.tap(sandbox_id)
-        self._links.delete_link(name)
-        self._rules.remove(name)
-        self._files.remove(sandbox_id)
-        self._owners.pop(self._open_plan.address_of(lease.number), None)
-        self._policies.pop(sandbox_id, None)
-        del self._leases[sandbox_id]
+        names = [self._names.tap(sandbox_id) for sandbox_id in there]
+        try:
+            for name in names:
+                self._links.set_group_of(name, _FREED_GROUP)
+            self._links.delete_group(_FREED_GROUP)
+        except HostError:
+            # None may stay where the next ones to be freed would take it along, or fail for it.
+            for name in names:
+                with contextlib.suppress(HostError):
+                    self._links.set_group_of(name, _TAP_GROUP)
+            raise
+        self._forget(there)
+
+    def _forget(self, sandbox_ids: Sequence[str]) -> None:
+        """Their rules once their links are gone: until then no packet may find them missing."""
+        self._rules.remove([self._names.tap(sandbox_id) for sandbox_id in sandbox_ids])
+        for sandbox_id in sandbox_ids:
+            self._files.remove(sandbox_id)
+            lease = self._leases.pop(sandbox_id)
+            self._owners.pop(self._open_plan.address_of(lease.number), None)
+            self._by_tap.pop(self._names.tap(sandbox_id), None)
+            self._policies.pop(sandbox_id, None)
 
     def open_tap(self, sandbox_id: str) -> int:
         """Raises NotFoundError (``no_network_slot``), ConflictError (``slot_in_use``)."""
@@ -225,19 +254,16 @@ class NetworkSlots:
 
     def _refuse_another(self, lease: Lease) -> None:
         name = self._names.tap(lease.sandbox_id)
-        for other in self._leases.values():
-            if other.sandbox_id == lease.sandbox_id:
-                continue
-            if other.number == lease.number:
-                raise ConflictError(
-                    f"the network slot {lease.number} is held by sandbox {other.sandbox_id}", code="lease_taken"
-                )
-            if self._names.tap(other.sandbox_id) == name:
-                raise ConflictError(
-                    f"sandbox {other.sandbox_id} has a TAP of the name {name} already",
-                    code="slot_name_taken",
-                    hint="create the sandbox anew: it gets another id",
-                )
+        owner = self._owners.get(self._open_plan.address_of(lease.number), lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(f"the network slot {lease.number} is held by sandbox {owner}", code="lease_taken")
+        owner = self._by_tap.get(name, lease.sandbox_id)
+        if owner != lease.sandbox_id:
+            raise ConflictError(
+                f"sandbox {owner} has a TAP of the name {name} already",
+                code="slot_name_taken",
+                hint="create the sandbox anew: it gets another id",
+            )
 
     def _take(self, lease: Lease, kept: KeptPolicy) -> None:
         before = self._leases.get(lease.sandbox_id)
@@ -246,6 +272,7 @@ class NetworkSlots:
         self._leases[lease.sandbox_id] = lease
         self._policies[lease.sandbox_id] = kept
         self._owners[self._open_plan.address_of(lease.number)] = lease.sandbox_id
+        self._by_tap[self._names.tap(lease.sandbox_id)] = lease.sandbox_id
 
     def _enforce(self, sandbox_id: str) -> None:
         """Keep the policy, then have its rules: a holder that ends in between is followed by one that goes on."""

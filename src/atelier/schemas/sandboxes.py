@@ -21,6 +21,7 @@ from atelier.model.sandbox import (
 )
 from atelier.model.states import SandboxState, StopReason
 from atelier.schemas.errors import ErrorBody
+from atelier.schemas.networks import NetworkPolicy
 
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
@@ -29,7 +30,8 @@ LabelValue = Annotated[str, StringConstraints(max_length=255)]
 
 
 class CreateSandboxRequest(BaseModel):
-    """``name``: a DNS label of at most 40 characters, unique; generated if absent."""
+    """``name``: a DNS label of at most 40 characters, unique; generated if absent. ``network``: if absent, the internet,
+    and nothing else."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,6 +44,7 @@ class CreateSandboxRequest(BaseModel):
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
     auto_stop_after_idle_seconds: IdleSeconds | None = None
     expires_at: AwareDatetime | None = None
+    network: NetworkPolicy | None = None
 
 
 class ChangeSandboxRequest(BaseModel):

@@ -11,6 +11,7 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.errors import ConflictError, NotFoundError
 from atelier.model.ids import new_sandbox_name, validate_name
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
 from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import SandboxState
 
@@ -24,11 +25,11 @@ class SandboxService:
         self._images = images
         self._lifecycle = lifecycle
 
-    async def create(self, name: str | None, spec: SandboxSpec) -> Sandbox:
+    async def create(self, name: str | None, spec: SandboxSpec, policy: NetworkPolicy = OPEN_POLICY) -> Sandbox:
         """Begin to create a sandbox; returns its row in state ``creating``.
 
         Raises InvalidRequestError (name), NotFoundError (``image_not_found``), ConflictError (``name_taken``),
-        CapacityError.
+        CapacityError, PreconditionError (``network_closed``).
         """
         recipes = await self._images.list_recipes()
         if spec.image not in recipes:
@@ -38,13 +39,13 @@ class SandboxService:
                 hint=f"known images: {', '.join(sorted(recipes))}",
             )
         if name is not None:
-            return await self._lifecycle.start_create(validate_name(name), spec)
+            return await self._lifecycle.start_create(validate_name(name), spec, policy)
         for _ in range(_NAME_TRIES - 1):
             try:
-                return await self._lifecycle.start_create(new_sandbox_name(), spec)
+                return await self._lifecycle.start_create(new_sandbox_name(), spec, policy)
             except ConflictError:
                 continue
-        return await self._lifecycle.start_create(new_sandbox_name(), spec)
+        return await self._lifecycle.start_create(new_sandbox_name(), spec, policy)
 
     async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> tuple[Sandbox, bool]:
         """The row once nothing is under way with it but what is stuck, and True; or as it is after

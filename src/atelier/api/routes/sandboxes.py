@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from atelier.api.parameters import SandboxReference, looking_session_of, services_of
-from atelier.api.rendering import render_sandbox
+from atelier.api.rendering import parse_network_policy, render_sandbox
 from atelier.model import sandbox as sandbox_model
 from atelier.model.errors import InvalidRequestError
+from atelier.model.network_policy import OPEN_POLICY
 from atelier.model.sandbox import SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState
 from atelier.schemas.sandboxes import (
@@ -56,7 +57,8 @@ async def create_sandbox(
         auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds,
         expires_at=body.expires_at,
     )
-    row = await service.create(body.name, spec)
+    policy = parse_network_policy(body.network) if body.network is not None else OPEN_POLICY
+    row = await service.create(body.name, spec, policy)
     if wait:
         row, _ = await service.wait_settled(row.id, timeout_seconds)
         if row.state is not SandboxState.CREATING:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from atelier.cli.invocation import DURATION, MEBIBYTES, PAIR, Invocation, json_option, pass_invocation, waiting_options
+from atelier.cli.invocation import (
+    DURATION,
+    MEBIBYTES,
+    PAIR,
+    RATE,
+    Invocation,
+    json_option,
+    pass_invocation,
+    waiting_options,
+)
 
 
 @click.command(short_help="Create a sandbox.")
@@ -17,6 +28,13 @@ from atelier.cli.invocation import DURATION, MEBIBYTES, PAIR, Invocation, json_o
 @click.option("-l", "--label", "labels", type=PAIR, multiple=True, help="A label, for finding it again; repeatable.")
 @click.option("--expires-in", "expires_in_seconds", type=DURATION, help="Destroy it after 30m, 2h, 1d.")
 @click.option("--stop-when-idle", "idle_seconds", type=DURATION, help="Stop it when nobody has used it for so long.")
+@click.option("--egress", type=click.Choice(["all", "none"]), help="What it may reach: the internet, or nothing.")
+@click.option(
+    "--allow", metavar="ENTRY", multiple=True,
+    help="What it may reach: github.com, *.github.com, 203.0.113.0/24; nothing else, unless --egress all; repeatable.",
+)  # fmt: skip
+@click.option("--download", type=RATE, help="How fast it may receive: 512kbit, 10mbit, 1gbit.")
+@click.option("--upload", type=RATE, help="How fast it may send.")
 @waiting_options
 @json_option("Print the sandbox as JSON.")
 @pass_invocation
@@ -31,6 +49,10 @@ def create(
     labels: tuple[tuple[str, str], ...],
     expires_in_seconds: int | None,
     idle_seconds: int | None,
+    egress: str | None,
+    allow: tuple[str, ...],
+    download: int | None,
+    upload: int | None,
     no_wait: bool,
     timeout_seconds: float,
     as_json: bool,
@@ -45,6 +67,8 @@ def create(
       atelier create
       atelier create --name box --cpus 2 --memory 1G --disk 8G
       atelier create --expires-in 2h --stop-when-idle 30m
+      atelier create --allow github.com --allow '*.github.com' --download 10mbit
+      atelier create --egress none
       box=$(atelier create --label team=web)
     """
     from atelier.cli.output import print_line, print_model, print_note, printable_block
@@ -52,6 +76,7 @@ def create(
     from atelier.client.sandbox import Sandbox
     from atelier.client.sandbox_failures import SandboxFailedError
 
+    policy = _network_policy(egress, allow, download, upload)
     with invocation.connect() as connection:
         try:
             with waiting(f"creating {name or 'a sandbox'}", shown=not as_json and not no_wait):
@@ -65,6 +90,7 @@ def create(
                     labels=dict(labels),
                     expires_in_seconds=expires_in_seconds,
                     auto_stop_after_idle_seconds=idle_seconds,
+                    network=policy,
                     wait=not no_wait,
                     timeout_seconds=timeout_seconds,
                     connection=connection,
@@ -81,3 +107,21 @@ def create(
         print_model(sandbox.details)
     else:
         print_line(sandbox.name)
+
+
+def _network_policy(
+    egress: str | None, allow: tuple[str, ...], download: int | None, upload: int | None
+) -> dict[str, Any] | None:
+    """As the API has it; None: nothing is said of it."""
+    if egress is None and not allow and download is None and upload is None:
+        return None
+    from atelier.model.network_policy_edit import split_entries
+
+    if egress == "none" and allow:
+        raise click.UsageError("--egress none allows nothing; --allow alone allows its entries and nothing else.")
+    networks, domains = split_entries(allow)
+    return {
+        "egress": {"mode": egress or ("list" if allow else "all"), "networks": networks, "domains": domains},
+        "download_kbit_per_second": download,
+        "upload_kbit_per_second": upload,
+    }

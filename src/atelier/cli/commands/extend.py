@@ -37,7 +37,7 @@ def extend(
     """
     from atelier.cli.describing import show_limits
     from atelier.cli.output import print_line, print_model, printable
-    from atelier.client.lifecycle_calls import KEEP
+    from atelier.client.call import KEEP
     from atelier.client.sandbox import Sandbox
 
     if duration is None and idle is None:

@@ -24,9 +24,11 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
     from atelier.cli.describing import (
         CUT_OFF,
         list_trouble,
+        show_egress,
         show_expiry,
         show_idle_limit,
         show_last_use,
+        show_rates,
         show_state,
     )
     from atelier.cli.output import (
@@ -39,16 +41,17 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
         show_bytes,
         show_mebibytes,
     )
-    from atelier.client import calls
+    from atelier.client import calls, network_calls
     from atelier.model.states import StopReason
 
     with invocation.connect() as connection:
         found = connection.send(calls.get_sandbox(sandbox))
         figures = connection.send(calls.get_metrics(found.id)) if metrics else None
+        network = None if as_json else connection.send(network_calls.get_network(found.id))
     if as_json and figures is not None:
         print_json({"sandbox": found.model_dump(mode="json"), "metrics": figures.model_dump(mode="json")})
         return
-    if as_json:
+    if network is None:
         print_model(found)
         return
     expiry = show_expiry(found.expires_at)
@@ -64,6 +67,9 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
             ("vcpus", str(found.vcpu_count)),
             ("memory", show_mebibytes(found.memory_mib)),
             ("disk", show_mebibytes(found.disk_mib)),
+            ("address", network.address or ""),
+            ("egress", show_egress(network.policy) if network.connected else "no network on this host"),
+            ("rates", show_rates(network.policy)),
             ("labels", ", ".join(f"{key}={value}" for key, value in sorted(found.labels.items()))),
             ("created", f"{found.created_at:%Y-%m-%d %H:%M:%S %Z} ({show_age(found.created_at)} ago)"),
             ("limits", expiry),

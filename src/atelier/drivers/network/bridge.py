@@ -102,50 +102,63 @@ class BridgeNetwork:
 
     async def _ask(self, what: str, **request: object) -> tuple[dict[str, Any], list[int]]:
         """(answer, descriptors that came with it, which are the caller's to close)."""
-        # In a thread: asyncio's streams take no descriptors.
-        asking = asyncio.ensure_future(asyncio.to_thread(self._exchange, what, json.dumps(request).encode() + b"\n"))
-        try:
-            line, descriptors = await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            asking.add_done_callback(_close_unwanted)
-            raise
+        line, descriptors = await self._exchange(what, json.dumps(request).encode() + b"\n")
         try:
             return _checked(line, what), descriptors
         except BaseException:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close_all(descriptors)
             raise
 
-    def _exchange(self, what: str, request: bytes) -> tuple[bytes, list[int]]:
+    async def _exchange(self, what: str, request: bytes) -> tuple[bytes, list[int]]:
+        """As ``_ask``. Fifty at once are fifty connections, so that the holder can do together what goes together."""
         line = b""
         descriptors: list[int] = []
         try:
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(_TIMEOUT_SECONDS)
-                connection.connect(str(self._socket_path))
-                connection.sendall(request)
-                while not line.endswith(b"\n") and len(line) < _ANSWER_MAX_BYTES:
-                    data, received, _, _ = socket.recv_fds(connection, 65536, 1, socket.MSG_CMSG_CLOEXEC)
-                    descriptors += received
-                    if not data:
-                        raise ConnectionResetError("the network holder closed the connection")
-                    line += data
+                connection.setblocking(False)
+                async with asyncio.timeout(_TIMEOUT_SECONDS):
+                    # Never in progress: a unix socket is connected at once, or refused.
+                    connection.connect(str(self._socket_path))
+                    await asyncio.get_running_loop().sock_sendall(connection, request)
+                    while not line.endswith(b"\n") and len(line) < _ANSWER_MAX_BYTES:
+                        data, received = await _receive(connection)
+                        descriptors += received
+                        if not data:
+                            raise ConnectionResetError("the network holder closed the connection")
+                        line += data
         except OSError as error:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close_all(descriptors)
             raise TransientError(
-                f"{what}: {error}",
+                f"{what}: {str(error) or 'no answer'}",
                 code="network_holder_unreachable",
                 hint=f"the network holder listens on {self._socket_path}; is it running?",
             ) from error
+        except BaseException:
+            _close_all(descriptors)
+            raise
         return line, descriptors
 
 
-def _close_unwanted(asking: asyncio.Future[tuple[bytes, list[int]]]) -> None:
-    if not asking.cancelled() and asking.exception() is None:
-        for descriptor in asking.result()[1]:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+async def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    """What there is, once there is something; (bytes, descriptors). asyncio's own calls take no descriptors."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(connection, 65536, 1, socket.MSG_CMSG_CLOEXEC)
+            return data, descriptors
+        except BlockingIOError:
+            readable = asyncio.Event()
+            loop.add_reader(connection, readable.set)
+            try:
+                await readable.wait()
+            finally:
+                loop.remove_reader(connection)
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def _checked(line: bytes, what: str) -> dict[str, Any]:
