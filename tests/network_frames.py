@@ -86,3 +86,12 @@ def answers_port(frame: bytes, port: int) -> bool:
     if len(frame) < 38 or struct.unpack_from("!H", frame, 12)[0] != IPV4 or frame[23] not in (TCP, UDP):
         return False
     return struct.unpack_from("!H", frame, 14 + (frame[14] & 15) * 4 + 2)[0] == port
+
+
+def asks_for(frame: bytes, address: str, port: int) -> bool:
+    """Whether the frame is the beginning of a TCP connection to there."""
+    if len(frame) < 54 or struct.unpack_from("!H", frame, 12)[0] != IPV4 or frame[23] != TCP:
+        return False
+    start = 14 + (frame[14] & 15) * 4
+    to_there = frame[30:34] == IPv4Address(address).packed and struct.unpack_from("!H", frame, start + 2)[0] == port
+    return to_there and frame[start + 13] & 0x12 == 0x02

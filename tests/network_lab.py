@@ -2,10 +2,10 @@
 
 ::
 
-    guests (this process, on their TAPs) -- bridge [home] -- pair -- [host] wan -- eth0 [internet]
+    guests (this process, on their TAPs) -- bridge [home] -- pair or pasta -- [host] wan -- eth0 [internet]
 
-Host and internet are namespaces of two sleeping processes; the home lies below a /run/netns that only the host's mount
-namespace has. All of it vanishes with the processes, however the test ends.
+Host and internet are namespaces of two sleeping processes; root's home lies below a /run/netns that only the host's mount
+namespace has, an ordinary user's is held by a keeper. All of it vanishes with the processes, however the test ends.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
+
+from tests.vm.ordinary_user import ORDINARY_USER
 
 from atelier.drivers.network.bridge import BridgeNetwork
 from atelier.host.namespaces import entered
@@ -32,8 +37,11 @@ from atelier.model.layout import DataLayout, RunLayout
 INSTALLATION = "test"
 BRIDGE = "br0"
 HOST_ADDRESS = "198.51.100.2"
+HOST_ADDRESS_V6 = "2001:db8:5::2"
 NEIGHBOUR_OF_HOST = "198.51.100.1"
 OTHER_HOST_ADDRESS = "203.0.113.77"
+LATER_ADDRESS = "203.0.113.79"
+"""The internet's at first."""
 FRESH_HOST_ADDRESS = "203.0.113.78"
 """Not at first."""
 INTERNET = "203.0.113.9"
@@ -45,12 +53,26 @@ METADATA = "169.254.169.254"
 PRIVATE = ("192.168.77.7", "172.16.77.7", "10.1.77.7", "100.127.77.7")
 PUBLISHED_PORT = 8080
 
-_PREPARE_MOUNTS = "mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns && exec sleep infinity"
+_UNSHARE = ("unshare", "--net", "--mount", "--propagation", "private")
+_REPOSITORY = Path(__file__).parents[1]
+_PREPARE_MOUNTS = "mkdir -p /run/netns && mount -t tmpfs tmpfs /run/netns"
+_AS_ORDINARY_USER = (
+    *("setpriv", f"--reuid={ORDINARY_USER}", f"--regid={ORDINARY_USER}", "--clear-groups", "--no-new-privs"),
+    *("env", "HOME=/nonexistent"),
+)
 
 
-def why_no_lab() -> str:
+class Home(StrEnum):
+    """Who holds the network."""
+
+    ROOT = "root"
+    USER = "user"
+
+
+def why_no_lab(home: Home = Home.ROOT) -> str:
     """Words for a skip; empty where a lab can be made."""
-    missing = [each for each in ("ip", "nft", "unshare", "nsenter") if shutil.which(each) is None]
+    programs = ("ip", "nft", "unshare", "nsenter", *(["pasta"] if home is Home.USER else []))
+    missing = [each for each in programs if shutil.which(each) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
     script = (
@@ -62,7 +84,14 @@ def why_no_lab() -> str:
     probe = subprocess.run(
         ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", script], capture_output=True, text=True
     )
-    return "" if probe.returncode == 0 else f"no namespaces with bridge, TAP and nftables: {probe.stderr.strip()}"
+    if probe.returncode != 0:
+        return f"no namespaces with bridge, TAP and nftables: {probe.stderr.strip()}"
+    if home is Home.USER:
+        words = [*_AS_ORDINARY_USER, "unshare", "--user", "--map-root-user", "--net", "true"]
+        probe = subprocess.run(words, capture_output=True, text=True)
+        if probe.returncode != 0:
+            return f"no namespaces for ordinary users: {probe.stderr.strip()}"
+    return ""
 
 
 @dataclass
@@ -70,6 +99,7 @@ class NetworkLab:
     folder: Path
     host: subprocess.Popen[bytes]
     internet: subprocess.Popen[bytes]
+    home: Home = Home.ROOT
     holder: subprocess.Popen[bytes] | None = None
 
     @property
@@ -103,8 +133,33 @@ class NetworkLab:
     def set_forwarding(self, on: bool) -> None:
         self.in_host("sh", "-c", f"echo {int(on)} >/proc/sys/net/ipv4/ip_forward")
 
+    @property
+    def home_namespace(self) -> str:
+        if self.home is Home.ROOT:
+            return f"/proc/{self.host.pid}/root/run/netns/at-{INSTALLATION}"
+        folder = f"/proc/{self.keeper}/fd"
+        own = os.readlink(f"/proc/{self.host.pid}/ns/net")
+        return next(
+            f"{folder}/{number}"
+            for number in os.listdir(folder)
+            if (shown := os.readlink(f"{folder}/{number}")).startswith("net:[") and shown != own
+        )
+
+    @property
+    def keeper(self) -> int:
+        """The process that keeps an ordinary user's home."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(str(self.run.network_keeper_socket))
+            return struct.unpack("iii", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+    def as_owner(self) -> tuple[str, ...]:
+        """The words before a command by which it runs as whoever holds the network."""
+        return _AS_ORDINARY_USER if self.home is Home.USER else ()
+
     def in_home(self, *command: str, check: bool = True) -> str:
-        return self.in_host("ip", "netns", "exec", f"at-{INSTALLATION}", *command, check=check)
+        return _run(
+            ["nsenter", "--target", str(self.host.pid), "--mount", f"--net={self.home_namespace}", *command], check
+        )
 
     def in_internet(self, *command: str) -> str:
         return _run(["nsenter", "--target", str(self.internet.pid), "--net", *command], check=True)
@@ -112,21 +167,35 @@ class NetworkLab:
     @contextmanager
     def inside(self, place: str) -> Iterator[None]:
         """This thread in the namespace ``host``, ``home`` or ``internet``."""
-        paths = {
-            "host": f"/proc/{self.host.pid}/ns/net",
-            "internet": f"/proc/{self.internet.pid}/ns/net",
-            "home": f"/proc/{self.host.pid}/root/run/netns/at-{INSTALLATION}",
-        }
-        descriptor = os.open(paths[place], os.O_RDONLY)
+        processes = {"host": self.host, "internet": self.internet}
+        path = self.home_namespace if place == "home" else f"/proc/{processes[place].pid}/ns/net"
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             with entered(descriptor):
                 yield
         finally:
             os.close(descriptor)
 
+    def start_keeper(self, *options: str) -> None:
+        """Before the holder does."""
+        self._make_run_directory()
+        arguments = ["--run-dir", str(self.run.root), "--installation", INSTALLATION, *options]
+        words = ["nsenter", "--target", str(self.host.pid), "--net", "--mount", *self.as_owner(), sys.executable]
+        subprocess.Popen([*words, "-m", "atelier.network_holder.keeper", *arguments], stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not self.run.network_keeper_socket.exists():
+            assert time.monotonic() < deadline, "the keeper does not start"
+            time.sleep(0.02)
+
+    def _make_run_directory(self) -> None:
+        self.run.root.mkdir(exist_ok=True)
+        if self.home is Home.USER:
+            for folder in (self.folder, self.run.root):
+                os.chown(folder, ORDINARY_USER, ORDINARY_USER)
+
     def start_holder(self, *options: str, environment: Mapping[str, str] | None = None) -> None:
         """Raises RuntimeError with the holder's last words when it ends instead of answering."""
-        self.run.root.mkdir(exist_ok=True)
+        self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
@@ -135,7 +204,7 @@ class NetworkLab:
             self.holder = subprocess.Popen(
                 [
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
-                    *(sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
+                    *(*self.as_owner(), sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -176,14 +245,17 @@ class NetworkLab:
 
 
 @contextmanager
-def network_lab(folder: Path) -> Iterator[NetworkLab]:
-    """Host and internet, connected; no holder yet."""
+def network_lab(folder: Path, home: Home = Home.ROOT, *, shown: tuple[Path, ...] = ()) -> Iterator[NetworkLab]:
+    """Host and internet, connected; no holder yet. ``shown``: folders that an ordinary user needs to see there."""
+    prepare = [_PREPARE_MOUNTS]
+    if home is Home.USER:
+        prepare += [*_open_to_everybody(Path(sys.base_prefix), Path(sys.prefix), _REPOSITORY, folder, *shown)]
     host = subprocess.Popen(
-        ["unshare", "--net", "--mount", "--propagation", "private", "sh", "-c", _PREPARE_MOUNTS],
+        [*_UNSHARE, "sh", "-c", " && ".join([*prepare, "exec sleep infinity"])],
         stdin=subprocess.DEVNULL,
     )
     internet = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
-    lab = NetworkLab(folder, host, internet)
+    lab = NetworkLab(folder, host, internet, home)
     try:
         wait_for_sleep(host)
         wait_for_sleep(internet)
@@ -192,9 +264,28 @@ def network_lab(folder: Path) -> Iterator[NetworkLab]:
         yield lab
     finally:
         lab.stop_holder()
+        with suppress(FileNotFoundError, ConnectionRefusedError):
+            os.kill(lab.keeper, signal.SIGTERM)
         for process in (host, internet):
             process.kill()
             process.wait()
+
+
+def _open_to_everybody(*folders: Path) -> Iterator[str]:
+    """Commands by which an ordinary user reaches these folders, which may lie below folders that are closed to him, and
+    finds /dev/net/tun as Debian makes it."""
+    yield "umask 022; mount -t tmpfs tmpfs /mnt && mknod -m 666 /mnt/tun c 10 200 && mount --bind /mnt/tun /dev/net/tun"
+    closed = {
+        folder: ancestor
+        for folder in dict.fromkeys(folders)
+        if (ancestor := next((each for each in reversed(folder.parents) if not each.stat().st_mode & 1), None))
+    }
+    for number, folder in enumerate(closed):
+        yield f"mkdir /mnt/{number} && mount --bind {folder} /mnt/{number}"
+    for ancestor in sorted(set(closed.values())):
+        yield f"mount -t tmpfs -o mode=755 tmpfs {ancestor}"
+    for number, folder in enumerate(closed):
+        yield f"mkdir -p {folder} && mount --bind /mnt/{number} {folder}"
 
 
 def _connect(lab: NetworkLab) -> None:
@@ -203,16 +294,22 @@ def _connect(lab: NetworkLab) -> None:
         "ip link set lo up",
         "ip link set wan up mtu 1400",
         f"ip address add {HOST_ADDRESS}/24 dev wan",
+        f"ip address add {HOST_ADDRESS_V6}/64 dev wan nodad",
         f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
         f"ip route add default via {NEIGHBOUR_OF_HOST}",
     ):
         lab.in_host(*command.split())
-    lab.set_forwarding(True)
+    lab.set_forwarding(lab.home is Home.ROOT)
+    # As systemd sets it: pasta pings in the user's name.
+    lab.in_host("sh", "-c", "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range")
     for command in (
         "ip link set lo up",
         "ip link set eth0 up",
         f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
-        *(f"ip address add {address}/32 dev lo" for address in (INTERNET, ELSEWHERE, NAMESERVER, METADATA, *PRIVATE)),
+        *(
+            f"ip address add {address}/32 dev lo"
+            for address in (INTERNET, ELSEWHERE, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
+        ),
     ):
         lab.in_internet(*command.split())
     # A port that the host publishes from behind it, as Docker does.

@@ -94,6 +94,8 @@ def launch_manager(
         "ATELIER_DATA_DIR": str(folder / "data"),
         "ATELIER_RUN_DIR": str(folder / "run"),
         "ATELIER_SERVER_MODE": mode,
+        # Which network there is should not hang on the machine.
+        "ATELIER_NETWORK": "closed",
         # Disks of tests stay nearly empty, and how many there may be should not hang on the machine's.
         "ATELIER_DISK_OVERCOMMIT": "20",
         **(variables or {}),

@@ -12,7 +12,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from tests import network_frames as frames
@@ -21,12 +21,14 @@ from tests.network_lab import (
     BRIDGE,
     FRESH_HOST_ADDRESS,
     HOST_ADDRESS,
+    HOST_ADDRESS_V6,
     INTERNET,
     METADATA,
     NEIGHBOUR_OF_HOST,
     OTHER_HOST_ADDRESS,
     PRIVATE,
     PUBLISHED_PORT,
+    Home,
     NetworkLab,
 )
 
@@ -131,6 +133,8 @@ class Stage:
     neighbour: Guest
     gateway_mac: str = ""
     number: int = 0
+    asked: tuple[str, int] = ("0.0.0.0", 0)
+    """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
     ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
 
     def open(self, stack: ExitStack) -> None:
@@ -178,6 +182,7 @@ class Stage:
 
     def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
         source = self.guest.address
+        self.asked = destination, port
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
 
     def ping(self, destination: str, kind: int = 8) -> bytes:
@@ -189,7 +194,8 @@ class Stage:
         for name, ear in self.ears.items():
             for frame in ear.receive():
                 answered = name == "self" and frames.answers_port(frame, self.port)
-                heard[name] = heard.get(name, 0) + (self.mark in frame or answered)
+                asked = name == "internet" and frames.asks_for(frame, *self.asked)
+                heard[name] = heard.get(name, 0) + (self.mark in frame or answered or asked)
 
 
 Send = Callable[[Stage], None]
@@ -205,23 +211,34 @@ class Row:
     by_holder: bool = False
     """Whether it is the holder that lets it arrive: the holder answers, that the question was no message of DNS's."""
 
+    with_pasta: frozenset[str] | None = None
+    """Where it arrives when pasta is the way out, if that differs: it tells guests of no refused datagram, and sends what is
+    too large in pieces."""
+    homes: frozenset[Home] = frozenset(Home)
+    """Where it is tried."""
+
+    def arrives_in(self, home: Home) -> frozenset[str]:
+        return self.arrives if self.with_pasta is None or home is not Home.USER else self.with_pasta
+
 
 def try_row(stage: Stage, row: Row) -> str:
     """Send it, and say what is wrong; empty if nothing is."""
     stage.number += 1
     heard: dict[str, int] = {}
+    stage.asked = ("0.0.0.0", 0)
     stage.listen({})
+    arrives = row.arrives_in(stage.lab.home)
     row.send(stage)
     deadline = time.monotonic() + _ARRIVES_SECONDS
     settled = time.monotonic() + _SETTLE_SECONDS
     while True:
         stage.listen(heard)
-        missing = sorted(name for name in row.arrives if not heard.get(name))
+        missing = sorted(name for name in arrives if not heard.get(name))
         if time.monotonic() > (deadline if missing else settled):
             break
         time.sleep(0.002)
     wrong = sorted(
-        f"{count} at {name}" for name, count in heard.items() if count and name not in row.arrives | row.may_arrive
+        f"{count} at {name}" for name, count in heard.items() if count and name not in arrives | row.may_arrive
     )
     said = [f"heard {', '.join(wrong)}"] if wrong else []
     said += [f"not heard at {', '.join(missing)}"] if missing else []
@@ -231,7 +248,7 @@ def try_row(stage: Stage, row: Row) -> str:
 def try_table(stage: Stage, *, stop_at_first: bool = False, holder_asleep: bool = False) -> list[str]:
     found: list[str] = []
     for row in TABLE:
-        if row.by_holder and holder_asleep:
+        if stage.lab.home not in row.homes or (row.by_holder and holder_asleep):
             continue
         if said := try_row(stage, row):
             found.append(said)
@@ -273,9 +290,10 @@ def _arp(sender_mac: str, sender: str, *, source: str = "guest", operation: int 
 
 
 def _from_host(stage: Stage) -> None:
-    """Somebody on the host's network who has a route to the guests."""
+    """Somebody on the host's network who has a route to the guests. (To an ordinary user's home there is none.)"""
     plan = stage.lab.plan
-    stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", str(plan.uplink_home))
+    router = str(plan.uplink_home) if stage.lab.home is Home.ROOT else NEIGHBOUR_OF_HOST
+    stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", router)
     try:
         with stage.lab.inside("host"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(stage.mark, (stage.guest.address, 9))
@@ -304,6 +322,22 @@ def _from_bridge(destination: str) -> Send:
         bridge.send(ethernet(to, stage.gateway_mac, frames.IPV4, packet))
 
     return send
+
+
+def _answered_late(stage: Stage) -> None:
+    """By a program there, which hears of the neighbour too before it answers the guest."""
+    guests = ((stage.guest, stage.mark), (stage.neighbour, b"the neighbour's"))
+    with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
+        program.bind((INTERNET, LISTENING_PORT))
+        program.settimeout(5)
+        heard: list[tuple[str, int]] = []
+        for guest, content in guests:
+            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, LISTENING_PORT, content))
+            guest.send(ethernet(stage.gateway_mac, guest.mac, frames.IPV4, packet))
+            with suppress(TimeoutError):
+                heard.append(program.recvfrom(2000)[1])
+        for address in heard[:1]:
+            program.sendto(stage.mark, address)
 
 
 def _too_large(stage: Stage) -> bytes:
@@ -335,13 +369,14 @@ def _forged(name: str, send: Send) -> Row:
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.
-    Row("UDP to the internet, and its refusal", routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"})),
+    Row("UDP to the internet, and its refusal", routed(lambda s: s.udp_to(INTERNET)), frozenset({"internet", "self"}), with_pasta=frozenset({"internet"})),
     Row("TCP to the internet, and its answer", routed(lambda s: s.syn_to(INTERNET)), frozenset({"internet", "self"})),
     Row("ping of the internet, and its answer", routed(lambda s: s.ping(INTERNET)), frozenset({"internet", "self"})),
+    Row("the answer to one guest after another has spoken", _answered_late, frozenset({"internet", "self"})),
     Row("a name over UDP", routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"self"}), by_holder=True),
     Row("a name over TCP", routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
-    Row("too large a packet, and the host's word of it", routed(_too_large), frozenset({"self"})),
+    Row("too large a packet, and the host's word of it", routed(_too_large), frozenset({"self"}), with_pasta=frozenset({"internet"})),
     # From guest to guest.
     Row("ping of the neighbour", _neighbourly(lambda s: s.ping(s.neighbour.address))),
     Row("TCP to the neighbour", _neighbourly(lambda s: s.syn_to(s.neighbour.address))),
@@ -404,7 +439,9 @@ TABLE: tuple[Row, ...] = (
             Row(f"ping of {what}", routed(lambda s, address=address: s.ping(address(s)))),
         )
     ),
-    Row("an address that the host has just got", _to_fresh_address),
+    _forged("IPv6 to the host's address", _guest(lambda s: ethernet(s.gateway_mac, s.guest.mac, frames.IPV6, ipv6("2001:db8:9::9", HOST_ADDRESS_V6, frames.UDP, udp(s.port, LISTENING_PORT, s.mark))))),
+    # An ordinary user's host has no rules of ours: there it takes as long as the kernel's word of it, which has a test.
+    Row("an address that the host has just got", _to_fresh_address, homes=frozenset({Home.ROOT})),
     Row("a port that the host publishes", routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
     # To what is private.
     Row("the metadata service", routed(lambda s: s.syn_to(METADATA, 80))),
@@ -412,5 +449,5 @@ TABLE: tuple[Row, ...] = (
     Row("the host's own network", routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
     Row("past the translation", routed(lambda s: s.ping(INTERNET, kind=0))),
     # From outside.
-    Row("from the host's network to a guest", _from_host),
+    Row("from the host's network to a guest", _from_host, may_arrive=frozenset({"bridge", "internet"})),
 )  # fmt: skip

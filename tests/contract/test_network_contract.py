@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.network_lab import network_lab, why_no_lab
+from tests.network_lab import Home, network_lab, why_no_lab
 
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.network.succession import SucceededNetwork
 from atelier.drivers.network.user import UserNetwork
 from atelier.model.errors import HostError
 
@@ -18,17 +19,19 @@ NO_LAB = why_no_lab()
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
-@pytest.fixture(params=["user", "fake", "bridge"])
+@pytest.fixture(params=["closed", "fake", "succeeded", *Home])
 def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NetworkDriver]:
     match request.param:
-        case "user":
+        case "closed":
             yield UserNetwork()
         case "fake":
             yield FakeNetwork()
-        case _:
-            if NO_LAB:
-                pytest.skip(NO_LAB)
-            with network_lab(tmp_path) as lab:
+        case "succeeded":
+            yield SucceededNetwork(UserNetwork(), FakeNetwork())
+        case home:
+            if missing := why_no_lab(home):
+                pytest.skip(missing)
+            with network_lab(tmp_path, home) as lab:
                 lab.start_holder()
                 yield lab.driver()
 

@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import dns.edns
 import dns.rcode
 import pytest
 from tests.contract.test_network_packets import GUEST, NEIGHBOUR, NO_LAB, holder_asleep
+from tests.contract.test_network_packets import lab as lab
 from tests.guest_stack import GuestStack, guest_stack
 from tests.nameserver import Nameserver
 from tests.network_lab import (
@@ -27,7 +27,6 @@ from tests.network_lab import (
     NEIGHBOUR_OF_HOST,
     PRIVATE,
     NetworkLab,
-    network_lab,
 )
 
 from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
@@ -105,13 +104,12 @@ class NamesStage:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[NamesStage]:
-    with network_lab(tmp_path) as lab:
-        async with AsyncExitStack() as stack:
-            made = NamesStage(lab)
-            await made.open(stack)
-            lab.start_holder()
-            yield made
+async def stage(lab: NetworkLab) -> AsyncIterator[NamesStage]:
+    async with AsyncExitStack() as stack:
+        made = NamesStage(lab)
+        await made.open(stack)
+        lab.start_holder()
+        yield made
 
 
 async def echoes(connection: socket.socket, content: bytes, seconds: float = 10.0) -> bool:

@@ -13,14 +13,14 @@ import shutil
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.contract.packet_flows import try_judging
-from tests.contract.packet_table import Guest, Stage, try_table
-from tests.network_lab import INSTALLATION, NetworkLab, network_lab, why_no_lab
+from tests.contract.packet_table import Guest, Row, Stage, try_row, try_table
+from tests.network_lab import INSTALLATION, LATER_ADDRESS, NEIGHBOUR_OF_HOST, Home, NetworkLab, network_lab, why_no_lab
 
 from atelier.model.errors import ConflictError
 from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
@@ -31,10 +31,18 @@ pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
 GUEST, NEIGHBOUR = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[NetworkLab]:
-    with network_lab(tmp_path) as made:
+@pytest.fixture(params=list(Home))
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NetworkLab]:
+    """Of each home."""
+    home: Home = request.param
+    if missing := why_no_lab(home):
+        pytest.skip(missing)
+    with network_lab(tmp_path, home) as made:
         yield made
+
+
+of_root = pytest.mark.parametrize("lab", [Home.ROOT], indirect=True)
+of_user = pytest.mark.parametrize("lab", [Home.USER], indirect=True)
 
 
 @pytest.fixture
@@ -64,7 +72,8 @@ async def test_only_the_internet_is_reached(stage: Stage) -> None:
 
 
 async def test_rules_that_a_stranger_flushed_are_put_back(stage: Stage) -> None:
-    stage.lab.in_host("nft", "delete", "table", "inet", f"atelier_{INSTALLATION}")
+    if stage.lab.home is Home.ROOT:
+        stage.lab.in_host("nft", "delete", "table", "inet", f"atelier_{INSTALLATION}")
     stage.lab.in_home("nft", "flush", "ruleset")
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
@@ -97,7 +106,89 @@ async def test_a_holder_that_was_killed_leaves_everything_closed(stage: Stage) -
     assert try_table(stage) == []
 
 
+async def test_an_address_that_the_host_gets_later_is_closed_too(stage: Stage) -> None:
+    assert try_row(stage, Row("before", _udp_to_later, frozenset({"internet"}), frozenset({"bridge", "self"}))) == ""
+    stage.lab.in_internet("ip", "address", "del", f"{LATER_ADDRESS}/32", "dev", "lo")
+    stage.lab.in_host("ip", "address", "add", f"{LATER_ADDRESS}/32", "dev", "lo")
+    if stage.lab.home is Home.USER:
+        # There the host has no rule of ours: this takes as long as the kernel's word of it.
+        wait_until(lambda: LATER_ADDRESS in stage.lab.in_home("nft", "list", "ruleset"))
+    assert try_row(stage, Row("UDP to the later address", _udp_to_later)) == ""
+    assert try_row(stage, Row("TCP to the later address", _tcp_to_later)) == ""
+
+
+def _udp_to_later(stage: Stage) -> None:
+    stage.guest.send(stage.to_gateway(stage.udp_to(LATER_ADDRESS)))
+
+
+def _tcp_to_later(stage: Stage) -> None:
+    stage.guest.send(stage.to_gateway(stage.syn_to(LATER_ADDRESS)))
+
+
+# --- an ordinary user's processes -------------------------------------------------------------------------------------
+
+
+@of_user
+async def test_pasta_is_started_again(stage: Stage) -> None:
+    link = f"at{INSTALLATION}-home"
+    (before,) = _processes_with(link)
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: _processes_with(link) not in ([], [before]))
+    wait_until(lambda: str(stage.lab.plan.uplink_home) in stage.lab.in_home("ip", "address"))
+    assert try_table(stage) == []
+
+
+@of_user
+async def test_a_way_out_that_does_not_come_is_told(lab: NetworkLab) -> None:
+    lab.in_host("ip", "route", "del", "default")
+    lab.start_holder()
+    (problem,) = lab.ask("ping")["problems"]
+    assert "pasta" in problem
+    lab.in_host("ip", "route", "add", "default", "via", NEIGHBOUR_OF_HOST)
+    wait_until(lambda: lab.ask("ping")["problems"] == [], 30)
+
+
+@of_user
+async def test_with_the_keeper_all_that_it_started_ends(stage: Stage) -> None:
+    link, holder = f"at{INSTALLATION}-home", stage.lab.holder
+    assert holder is not None
+    assert _processes_with(link) != []
+    os.kill(stage.lab.keeper, signal.SIGKILL)
+    assert holder.wait(10) == 1, "the manager starts another"
+    wait_until(lambda: _processes_with(link) == [])
+
+
+@of_user
+async def test_a_keeper_that_nobody_needs_ends(lab: NetworkLab) -> None:
+    lab.start_keeper("--linger-seconds", "1")
+    keeper = lab.keeper
+    lab.start_holder()
+    driver = lab.driver()
+    await driver.ensure_slot(GUEST, 0)
+    async with driver.opened(GUEST):
+        lab.stop_holder()
+        time.sleep(3)
+        assert lab.keeper == keeper, "a machine holds its TAP"
+    wait_until(lambda: not lab.run.network_keeper_socket.exists())
+    wait_until(lambda: _processes_with(f"at{INSTALLATION}-home") == [])
+
+
+def _processes_with(word: str) -> list[int]:
+    """Of pasta: its file has the name of a variant for the processor."""
+    found: list[int] = []
+    for entry in os.listdir("/proc"):
+        with suppress(OSError):
+            words = Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+            if words[0] == b"pasta" and word.encode() in words:
+                found.append(int(entry))
+    return found
+
+
+# --- beside others ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.skipif(shutil.which("iptables") is None, reason="not installed: iptables")
+@of_root
 async def test_beside_docker(lab: NetworkLab) -> None:
     for command in ("-N DOCKER-USER", "-A DOCKER-USER -j RETURN", "-P FORWARD DROP", "-I FORWARD -j DOCKER-USER"):
         lab.in_host("iptables", "--wait", *command.split())
@@ -117,6 +208,7 @@ async def test_beside_docker(lab: NetworkLab) -> None:
     assert lab.in_host("iptables", "-S") == before
 
 
+@of_root
 async def test_another_programs_forward_drop_is_told(lab: NetworkLab) -> None:
     lab.start_holder()
     lab.in_host("nft", "table inet wall { chain f { type filter hook forward priority 5; policy drop; }; }")
@@ -132,7 +224,10 @@ async def test_every_rule_is_needed(stage: Stage) -> None:
     """Takes away one rule after the other, while the holder cannot put it back: each time a row has to fail, or a flow. The
     neighbour's own chain, word for word the guest's, is left: the rows are the guest's."""
     needless: list[str] = []
-    for place, run in (("home", stage.lab.in_home), ("host", stage.lab.in_host)):
+    places = [("home", stage.lab.in_home)]
+    if stage.lab.home is Home.ROOT:
+        places.append(("host", stage.lab.in_host))
+    for place, run in places:
 
         def found(run: Callable[..., str] = run) -> dict[str, str]:
             """Looked for each time: what was put back has other numbers."""
@@ -303,6 +398,7 @@ async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
     assert not lab.plan.subnet.overlaps(first.subnet)
 
 
+@of_root
 def test_without_forwarding_nothing_is_changed(lab: NetworkLab) -> None:
     lab.set_forwarding(False)
     before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset")

@@ -93,9 +93,9 @@ def test_what_cannot_be_an_installation(installation: str) -> None:
         NetworkNames(installation, "br0")
 
 
-def test_the_network_is_closed_unless_asked_for() -> None:
-    assert load_settings(environment={"HOME": "/x"}).network is NetworkChoice.CLOSED
+def test_the_network_is_what_the_machine_can_have_unless_asked_for() -> None:
+    assert load_settings(environment={"HOME": "/x"}).network is NetworkChoice.AUTO
     assert load_settings(environment={"HOME": "/x", "ATELIER_NETWORK": "bridge"}).network is NetworkChoice.BRIDGE
     with pytest.raises(InvalidRequestError, match="ATELIER_NETWORK") as refused:
         load_settings(environment={"HOME": "/x", "ATELIER_NETWORK": "open"})
-    assert "bridge, closed" in refused.value.hint
+    assert "auto, bridge, closed" in refused.value.hint

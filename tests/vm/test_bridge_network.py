@@ -20,24 +20,27 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
+from tests.footprint import processes_naming
 from tests.network_lab import (
     HOST_ADDRESS,
     INTERNET,
     METADATA,
     NAMESERVER,
     OTHER_HOST_ADDRESS,
+    Home,
     NetworkLab,
     network_lab,
     why_no_lab,
 )
-from tests.real_machines import NO_QEMU
+from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.vm.ordinary_user import ORDINARY_USER
 
-from atelier.drivers.network.bridge import BridgeNetwork
+from atelier.config.settings import load_settings
 from atelier.model.address_plan import AddressPlan
-from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
+from atelier.model.image import Image
+from atelier.model.machine import BootFiles
 
-MISSING = NO_QEMU or why_no_lab()
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+pytestmark = pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 
 _SERVE = (
     "import http.server, sys;"
@@ -49,17 +52,20 @@ _SERVE = (
 
 
 class BridgedManager:
-    """A manager with ``ATELIER_NETWORK=bridge`` in the lab's host, asked through its command line there."""
+    """A manager in the lab's host, run by who holds the lab's network, asked through its command line there."""
 
-    def __init__(self, lab: NetworkLab, folder: Path) -> None:
+    def __init__(self, lab: NetworkLab, folder: Path, choice: str = "bridge") -> None:
         self.lab = lab
         self.data = folder / "data"
         self.log = folder / "manager.log"
         self.words = [
-            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", "env"),
-            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", "ATELIER_NETWORK=bridge"),
+            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
+            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", f"ATELIER_NETWORK={choice}"),
+            *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
         ]
+        if lab.home is Home.USER:
+            os.chown(folder, ORDINARY_USER, ORDINARY_USER)
         self.process = self.start()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -91,11 +97,6 @@ class BridgedManager:
     def plan(self) -> AddressPlan:
         return AddressPlan(IPv4Network(json.loads((self.data / "network.json").read_text())["subnet"]))
 
-    def set_policy(self, name: str, policy: NetworkPolicy) -> None:
-        (sandbox_id,) = [each["id"] for each in json.loads(self.cli("ls", "--json")) if each["name"] == name]
-        (network_socket,) = (self.data.parent / "run").glob("*/network.sock")
-        asyncio.run(BridgeNetwork(network_socket).set_policy(sandbox_id, policy))
-
     def in_guest(self, name: str, script: str) -> subprocess.CompletedProcess[str]:
         return self.try_cli("exec", name, "--", "sudo", "sh", "-c", script)
 
@@ -110,6 +111,24 @@ class BridgedManager:
         """What a server there answers; empty if it is not reached."""
         done = self.in_guest(name, f"curl --silent --max-time 4 http://{address}:{port}/")
         return done.stdout if done.returncode == 0 else ""
+
+
+def _copy_cache(folder: Path) -> Path:
+    """What boots, as an ordinary user's own. Building it takes root or a range of subordinate ids."""
+
+    async def find() -> tuple[BootFiles, Image]:
+        return await get_boot_files(), await get_base_image()
+
+    boot, image = asyncio.run(find())
+    cache = load_settings().cache_dir
+    copied = [*(cache / "kernel").iterdir(), *(cache / "tools").glob("*.json"), boot.tools]
+    copied += [image.path, image.path.with_suffix(".json")]
+    for source in copied:
+        target = folder / "cache" / source.relative_to(cache)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "--archive", "--sparse=always", str(source), str(target)], check=True)
+    subprocess.run(["chown", "--recursive", f"{ORDINARY_USER}:{ORDINARY_USER}", str(folder / "cache")], check=True)
+    return folder / "cache"
 
 
 @contextmanager
@@ -133,6 +152,7 @@ def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
     with heard.open("wb") as output:
         server = subprocess.Popen(
             ["nsenter", "--target", str(lab.internet.pid), "--net", *program],
+            cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=output,
         )
@@ -144,9 +164,12 @@ def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
         server.wait()
 
 
-def test_two_guests_have_the_internet_and_nothing_else() -> None:
+@pytest.mark.parametrize("home", list(Home))
+def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
+    if missing := why_no_lab(home):
+        pytest.skip(missing)
     # Short: sockets lie below it.
-    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name)) as lab:
+    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name), home) as lab:
         before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
         manager = BridgedManager(lab, Path(name))
         try:
@@ -171,6 +194,7 @@ def test_two_guests_have_the_internet_and_nothing_else() -> None:
             lab.in_host("ip", "netns"),
         ) == before
         assert not list(Path(name, "run").glob("*/*"))
+        assert processes_naming(name) == []
 
 
 def try_guests(manager: BridgedManager) -> None:
@@ -205,7 +229,8 @@ def try_guests(manager: BridgedManager) -> None:
 def try_names(manager: BridgedManager, heard: Path) -> None:
     """With the resolver library and the network stack of a real guest."""
     assert manager.fetch("two", "denied.example.com") == HOST_ADDRESS, "the whole internet"
-    manager.set_policy("two", NetworkPolicy(EgressPolicy.make(EgressMode.LIST, [], ["allowed.example.com"])))
+    manager.cli("network", "deny", "two", "--unlisted")
+    manager.cli("network", "allow", "two", "allowed.example.com")
     before = heard.read_text()
     assert manager.fetch("two", INTERNET) == "", "the address alone opens nothing"
     assert manager.fetch("two", "denied.example.com") == ""
@@ -214,12 +239,14 @@ def try_names(manager: BridgedManager, heard: Path) -> None:
     assert manager.fetch("two", "ALLOWED.example.com") == HOST_ADDRESS
     assert heard.read_text() == before + "allowed.example.com.\n"
     assert manager.fetch("two", INTERNET) == HOST_ADDRESS, "opened by its name"
-    manager.set_policy("two", NetworkPolicy(EgressPolicy.make(EgressMode.NONE)))
+    manager.cli("network", "deny", "two", "--all")
     assert manager.fetch("two", INTERNET) == ""
     assert manager.fetch("two", "allowed.example.com") == ""
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    if missing := why_no_lab():
+        pytest.skip(missing)
     with network_lab(tmp_path) as lab:
         lab.set_forwarding(False)
         with pytest.raises(AssertionError, match=r"sysctl -w net\.ipv4\.ip_forward=1"):

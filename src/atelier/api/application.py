@@ -23,8 +23,9 @@ _DESCRIPTION = """Self-hosted microVM sandboxes. Every route but `/health` and t
 `Authorization: Bearer <key>`. Errors always have the form `{code, message, hint}`."""
 
 
-def describe_api(mode: str = "") -> FastAPI:
-    """The routes without anything behind them: enough for the OpenAPI document. ``mode``: what ``/health`` says."""
+def describe_api(health: Health | None = None) -> FastAPI:
+    """The routes without anything behind them: enough for the OpenAPI document. ``health``: what ``/health`` says."""
+    said = health or Health(status="ok", version=atelier.__version__, mode="")
     app = FastAPI(
         title="Atelier",
         version=atelier.__version__,
@@ -44,14 +45,14 @@ def describe_api(mode: str = "") -> FastAPI:
     @app.get("/health", operation_id="get_health", tags=["health"])
     async def get_health() -> Health:
         """Whether the manager answers, and which one it is."""
-        return Health(status="ok", version=atelier.__version__, mode=mode)
+        return said
 
     return app
 
 
 def create_application(services: Services, token: str, host_names: frozenset[str] = frozenset()) -> Application:
     """The ASGI application. ``token``: the bearer that every route but the open ones wants."""
-    app = describe_api(services.mode)
+    app = describe_api(services.health)
     app.state.services = services
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atelier.schemas.health import Health
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
@@ -20,4 +21,5 @@ class Services:
     images: ImageService
     events: EventService
     host: HostService
-    mode: str
+    health: Health
+    """What ``/health`` says: it stays the same for as long as the manager runs."""

@@ -39,8 +39,10 @@ class Accelerator(StrEnum):
 
 
 class NetworkChoice(StrEnum):
-    """``closed``: sandboxes have no way out; ``bridge``: they have the internet, and nothing else."""
+    """``bridge``: sandboxes have the internet, and nothing else; ``closed``: they have no way out; ``auto``: the bridge
+    where this machine has what it takes, else closed."""
 
+    AUTO = "auto"
     CLOSED = "closed"
     BRIDGE = "bridge"
 
@@ -93,7 +95,7 @@ def load_settings(
         run_dir=run_directory(data, variables),
         listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
-        network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.CLOSED), "ATELIER_NETWORK"),
+        network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.AUTO), "ATELIER_NETWORK"),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),

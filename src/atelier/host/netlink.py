@@ -40,8 +40,9 @@ _NTF_MASTER, _NUD_NOARP, _NDA_LLADDR = 4, 0x40, 2
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_TABLE = 1, 4, 5, 15
 _TABLE_LOCAL = 255
-_SCOPE_LINK, _UNICAST = 253, 1
+_UNICAST, _LOCAL = 1, 2
 _ALL_INTERFACES = -1
+_IPV4_ADDRESSES, _IPV4_ROUTES = 0x10, 0x40
 _NETCONF_IFINDEX, _NETCONF_FORWARDING = 1, 2
 
 
@@ -140,19 +141,25 @@ class RouteSocket:
 
     def routes(self) -> list[Route]:
         """IPv4 routes of all tables but the one of this machine's own addresses."""
-        found: list[Route] = []
+        return [route for table, kind, route in self._all_routes() if table != _TABLE_LOCAL and kind == _UNICAST]
+
+    def local_networks(self) -> list[IPv4Network]:
+        """What this machine takes for itself: each of its addresses, and whole networks that were made so."""
+        return sorted({route.network for _, kind, route in self._all_routes() if kind == _LOCAL})
+
+    def _all_routes(self) -> Iterator[tuple[int, int, Route]]:
+        """(table, kind, route)."""
         body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
         for _, payload in self._ask(_GETROUTE, _DUMP, body, "listing routes"):
             family, length, _, _, table, _, _, kind, _ = struct.unpack_from("=BBBBBBBBI", payload)
             attributes = dict(_attributes(payload[12:]))
             if _RTA_TABLE in attributes:
                 (table,) = struct.unpack("=I", attributes[_RTA_TABLE])
-            if family != socket.AF_INET or table == _TABLE_LOCAL or kind != _UNICAST:
+            if family != socket.AF_INET:
                 continue
             network = IPv4Network((attributes.get(_RTA_DST, bytes(4)), length))
             interface = struct.unpack("=i", attributes.get(_RTA_OIF, bytes(4)))[0]
-            found.append(Route(network, interface, _RTA_GATEWAY not in attributes))
-        return found
+            yield table, kind, Route(network, interface, _RTA_GATEWAY not in attributes)
 
     def is_forwarding(self) -> bool:
         """``net.ipv4.ip_forward`` of this socket's namespace."""
@@ -316,6 +323,33 @@ class RouteSocket:
                 if not until_done:
                     # Asked without an acknowledgement: one message is the whole answer.
                     return found
+
+
+class AddressWatch:
+    """Becomes readable when IPv4 addresses or routes of the namespace change; ``fileno`` is for an event loop."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+        self._socket.bind((0, _IPV4_ADDRESSES | _IPV4_ROUTES))
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def drain(self) -> bool:
+        """Read what there is; whether there was anything. What was lost counts too: somebody looks at all of it."""
+        changed = False
+        while True:
+            try:
+                self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return changed
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            changed = True
 
 
 class _RefusedError(HostError):

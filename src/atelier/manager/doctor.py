@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from atelier.config.settings import NetworkChoice, ServerMode, Settings
+from atelier.config.settings import ServerMode, Settings
 from atelier.db.closed_files import read_stuck_sandboxes
 from atelier.host.checks.local import CheckResult, CheckStatus, check_machine
-from atelier.host.checks.network import check_bridge_network
+from atelier.manager.network_choice import explain_network
 from atelier.model.errors import AtelierError
 from atelier.model.layout import DataLayout
 
@@ -36,8 +36,7 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
     if settings.mode is not ServerMode.MOCK:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
-        if settings.network is NetworkChoice.BRIDGE:
-            results += check_bridge_network()
+        results += explain_network(settings.network)
     results += check_sandboxes(DataLayout(settings.data_dir).database)
     if as_json:
         document = {"mode": settings.mode, "checks": [dataclasses.asdict(result) for result in results]}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from atelier.host.checks.local import CheckResult, CheckStatus
 from atelier.manager.kept_process import KeptProcess
-from atelier.model.errors import HostError
+from atelier.model.errors import AtelierError, HostError
 from atelier.model.layout import DataLayout, RunLayout
+
+logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30.0
 
@@ -26,6 +29,7 @@ class NetworkHolderProcess(KeptProcess):
         arguments = (
             *("-m", "atelier.network_holder", "--run-dir", str(run.root)),
             *("--plan-file", str(data.network_plan), "--installation", installation_id),
+            *("--keeper-log", str(data.logs / "network-keeper.log")),
         )
         super().__init__(
             "network holder", "network_holder_failed", arguments, run.network_socket, data.logs / "network.log"
@@ -55,3 +59,17 @@ class NetworkHolderProcess(KeptProcess):
                 finally:
                     writer.close()
         await super().close()
+
+
+class FormerNetworkHolder(NetworkHolderProcess):
+    """Kept for machines that were started when the network was another: without it they have no network, which is told
+    and keeps nobody from starting."""
+
+    def __init__(self, data: DataLayout, run: RunLayout, installation_id: str) -> None:
+        super().__init__(data, run, installation_id, list)
+
+    async def open(self) -> None:
+        try:
+            await super().open()
+        except AtelierError as error:
+            logger.warning("the network of sandboxes that were started with one cannot be kept: %s", error)

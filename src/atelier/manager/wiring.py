@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import atelier
 from atelier.api.services import Services
-from atelier.config.settings import NetworkChoice, ServerMode, Settings
+from atelier.config.settings import ServerMode, Settings
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -22,6 +23,7 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.bridge import BridgeNetwork
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.network.succession import SucceededNetwork
 from atelier.drivers.network.user import UserNetwork
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
@@ -35,8 +37,10 @@ from atelier.lifecycle.admission import Capacity, RoomPolicy
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
-from atelier.manager.network_process import NetworkHolderProcess
+from atelier.manager.network_choice import choose_network
+from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
 from atelier.model.layout import DataLayout, RunLayout
+from atelier.schemas.health import Health
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
@@ -55,7 +59,8 @@ _MOCK_MEMORY_MIB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Drivers:
-    """``gateway`` is None where the guest driver needs none, ``network_holder`` where the network driver does."""
+    """``gateway`` is None where the guest driver needs none, ``network_holder`` where the network driver does.
+    ``network_missing``: why sandboxes have no way out although nobody has asked for that; else empty."""
 
     vmm: VmmDriver
     storage: StorageDriver
@@ -64,6 +69,7 @@ class Drivers:
     guests: GuestDriver
     gateway: GatewayProcess | None
     network_holder: NetworkHolderProcess | None
+    network_missing: str
     room: RoomPolicy
     concurrent_boots: int | None
     close: Callable[[], Awaitable[None]]
@@ -94,7 +100,13 @@ def assemble(
         images=ImageService(drivers.images),
         events=EventService(database),
         host=HostService(lifecycle.reclaim, fleet, end_manager),
-        mode=mode,
+        health=Health(
+            status="ok",
+            version=atelier.__version__,
+            mode=mode,
+            network=drivers.network.name,
+            network_missing=drivers.network_missing,
+        ),
     )
 
 
@@ -120,16 +132,17 @@ def build_lifecycle(
 def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
     package = Path(__file__).resolve().parents[1]
     guests = AgentGuests(run.channel_socket, run.gateway_socket)
-    bridged = settings.network is NetworkChoice.BRIDGE
-    holder = NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network)
+    chosen = choose_network(settings.network)
+    network, holder = _local_network(chosen.bridged, data, run, ids)
     return Drivers(
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
         storage=Qcow2Storage(data.volumes),
-        network=BridgeNetwork(run.network_socket) if bridged else UserNetwork(),
+        network=network,
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
-        network_holder=holder if bridged else None,
+        network_holder=holder,
+        network_missing=chosen.missing,
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
         room=RoomPolicy(
@@ -140,6 +153,18 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         ),
         close=guests.close,
     )
+
+
+def _local_network(
+    bridged: bool, data: DataLayout, run: RunLayout, ids: Installation
+) -> tuple[NetworkDriver, NetworkHolderProcess | None]:
+    bridge = BridgeNetwork(run.network_socket)
+    if bridged:
+        return bridge, NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network)
+    if run.network_lock.exists():
+        # Sandboxes were started on a bridge, and may run still.
+        return SucceededNetwork(UserNetwork(), bridge), FormerNetworkHolder(data, run, ids.installation_id)
+    return UserNetwork(), None
 
 
 def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
@@ -154,6 +179,7 @@ def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
         guests=guests,
         gateway=None,
         network_holder=None,
+        network_missing="",
         concurrent_boots=None,
         room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,

@@ -92,6 +92,16 @@ class RunLayout:
         return self.root / "network.sock"
 
     @property
+    def network_lock(self) -> Path:
+        """Held by the network holder. The file stays as long as the network may, holder or not."""
+        return self.root / "network.lock"
+
+    @property
+    def network_keeper_socket(self) -> Path:
+        """Of the process that keeps an ordinary user's namespaces for the network holder."""
+        return self.root / "network-keeper.sock"
+
+    @property
     def network_policies(self) -> Path:
         """The network holder's: what each sandbox may reach, as JSON."""
         return self.root / "network"

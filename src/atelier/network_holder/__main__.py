@@ -19,22 +19,19 @@ from typing import Literal
 
 from atelier.host.files import lock_folder
 from atelier.host.nameservers import RESOLV_CONF, NameserverFile
-from atelier.host.namespaces import open_current
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.control import NetworkControl
 from atelier.network_holder.dns_server import DnsServer, ListeningSockets
 from atelier.network_holder.dns_upstream import DNS_PORT, Upstream
+from atelier.network_holder.grounds import Ground, open_ground
 from atelier.network_holder.home import NetworkHome
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.resolver import Resolver
-from atelier.network_holder.side import NetworkSide
-from atelier.network_holder.uplink import VethUplink
 from atelier.telemetry.logs import configure
 
 _logger = logging.getLogger("atelier.network_holder")
 
-_LOCK_NAME = "network.lock"
 _CHECK_SECONDS = 5.0
 _SETTLE_SECONDS = 0.02
 """Who replaces rules deletes them first: looked at when the transaction's messages are through."""
@@ -46,6 +43,7 @@ class _Options(argparse.Namespace):
     installation: str
     bridge_name: str
     resolv_conf: Path
+    keeper_log: Path | None
     log_level: str
     log_format: Literal["line", "json"]
 
@@ -60,8 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
         names = NetworkNames(options.installation, options.bridge_name)
-        with lock_folder(layout.root / _LOCK_NAME):
-            asyncio.run(_hold(layout, options, names))
+        with lock_folder(layout.network_lock):
+            ground = open_ground(layout, names, options.keeper_log or layout.root / "network-keeper.log")
+            try:
+                asyncio.run(_hold(layout, options, names, ground))
+            finally:
+                ground.uplink.close()
     except AlreadyRunningError:
         _logger.error("another network holder already serves %s", layout.root)
         return 1
@@ -83,47 +85,49 @@ def _parse(arguments: list[str] | None) -> _Options:
     parser.add_argument(
         "--resolv-conf", type=Path, default=RESOLV_CONF, help="names the nameservers that sandboxes' questions go to"
     )
+    parser.add_argument(
+        "--keeper-log", type=Path, help="where an ordinary user's keeper writes (default: into the run directory)"
+    )
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="INFO")
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     return parser.parse_args(arguments, namespace=_Options())
 
 
-async def _hold(layout: RunLayout, options: _Options, names: NetworkNames) -> None:
+async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, ground: Ground) -> None:
     loop = asyncio.get_running_loop()
-    host = NetworkSide.open(open_current())
-    uplink = VethUplink(names, host)
-    home = NetworkHome(names, uplink, options.plan_file, layout.network_policies)
+    home = NetworkHome(names, ground.place, ground.uplink, options.plan_file, layout.network_policies)
     control = NetworkControl(home, layout.network_socket)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)
     await home.open()
-    upstream = Upstream(NameserverFile(options.resolv_conf).current, uplink.make_socket)
+    upstream = Upstream(NameserverFile(options.resolv_conf).current, ground.make_socket)
     # In the home's namespace, where the process is by now.
     names_server = DnsServer(Resolver(home.slots, upstream), ListeningSockets(home.plan.gateway, DNS_PORT))
     changed = asyncio.Event()
-    for watch in (host.watch, home.side.watch):
+    watches = (*ground.uplink.watches, home.side.watch)
+    for watch in watches:
         loop.add_reader(watch.fileno(), lambda watch=watch: changed.set() if watch.drain() else None)
     for problem in home.problems():
         _logger.warning("%s", problem)
-    _logger.info("the network of %s stands: %s on %s", names.installation_id, home.plan.subnet, names.namespace)
+    _logger.info("the network of %s stands: %s", names.installation_id, home.plan.subnet)
     tasks: list[asyncio.Task[object]] = [
         asyncio.create_task(control.serve()),
         asyncio.create_task(names_server.serve()),
         asyncio.create_task(_keep(control, changed)),
         asyncio.create_task(control.end.wait()),
+        asyncio.create_task(ground.uplink.wait_lost()),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
     finally:
-        for watch in (host.watch, home.side.watch):
+        for watch in watches:
             loop.remove_reader(watch.fileno())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         home.close()
-        host.close()
     _logger.info("the network holder has stopped")
 
 

@@ -17,12 +17,13 @@ from atelier.model.address_plan import AddressPlan, is_plan_subnet, overlapping
 from atelier.model.errors import AtelierError
 from atelier.network_holder.kept_rules import KeptRules
 from atelier.network_holder.names import NetworkNames
+from atelier.network_holder.places import Place
 from atelier.network_holder.plans import settle_plan
 from atelier.network_holder.policies import PolicyFiles
 from atelier.network_holder.rules import Surroundings
 from atelier.network_holder.side import NetworkSide
 from atelier.network_holder.slots import NetworkSlots
-from atelier.network_holder.uplink import VethUplink
+from atelier.network_holder.uplink import Uplink
 
 _logger = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ _GATEWAY_MAC_PREFIX = "02:a7:e1"
 class NetworkHome:
     """``policies``: the folder in which the slots' policies are kept."""
 
-    def __init__(self, names: NetworkNames, uplink: VethUplink, plan_file: Path, policies: Path) -> None:
+    def __init__(self, names: NetworkNames, place: Place, uplink: Uplink, plan_file: Path, policies: Path) -> None:
         self._names = names
+        self._place = place
         self._uplink = uplink
         self._plan_file = plan_file
         self._files = PolicyFiles(policies)
@@ -68,7 +70,7 @@ class NetworkHome:
 
         Raises HostError, MissingProgramError; what was made by then is gone again, unless slots stand on it.
         """
-        self._uplink.require_forwarding()
+        self._uplink.require_possible()
         try:
             await self._make()
         except BaseException:
@@ -79,7 +81,7 @@ class NetworkHome:
 
     async def _make(self) -> None:
         taken = self._uplink.taken_networks()
-        namespace = await namespaces.ensure_named(self._names.namespace)
+        namespace = await self._place.ensure()
         namespaces.enter(namespace)
         self._side = NetworkSide.open(namespace)
         self._rules = KeptRules(self._names, self._side.rules, self._taps)
@@ -110,7 +112,7 @@ class NetworkHome:
                 self._slots.remove_all()
             self._side.links.delete_link(self._names.bridge)
         await self._uplink.remove()
-        await namespaces.ensure_named_absent(self._names.namespace)
+        await self._place.remove()
 
     # --- staying as it is ---------------------------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ class NetworkHome:
         return {name for name in self.side.links.links() if self._names.is_tap(name)}
 
     def _surroundings(self) -> Surroundings:
-        own, connected = self._uplink.own_addresses(), self._uplink.connected_networks()
+        own, connected = self._uplink.own_networks(), self._uplink.connected_networks()
         return Surroundings(self.plan, self._uplink.link, frozenset(own), frozenset(connected))
 
     def _subnet_in_use(self) -> IPv4Network | None:

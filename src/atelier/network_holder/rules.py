@@ -44,18 +44,18 @@ _UPLOAD_BURST_BYTES = 65536
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the home stands in. ``own``: addresses of the host. ``connected``: networks that it reaches without another
+    """What the home stands in. ``own``: what the host takes for itself. ``connected``: networks that it reaches without another
     router."""
 
     plan: AddressPlan
     uplink: str
-    own: frozenset[IPv4Address]
+    own: frozenset[IPv4Network]
     connected: frozenset[IPv4Network]
 
     @property
     def never(self) -> set[IPv4Network]:
         """What no policy opens."""
-        return {*_NEVER, self.plan.subnet, *(IPv4Network(address) for address in self.own)}
+        return {*_NEVER, self.plan.subnet, *self.own}
 
     @property
     def private(self) -> set[IPv4Network]:

@@ -1,17 +1,20 @@
-"""The way out for a home made by root: a pair of links between home and host, translated to the host's address.
+"""What a home needs of its way out; and the way out of one made by root: a pair of links between home and host,
+translated to the host's address. An ordinary user's is ``pasta_uplink``.
 
-An ordinary user's way out is another class of the same shape (``pasta`` in place of the pair); the home is the same.
 What the host needs for it and has not got is told in words, never changed: ``ip_forward`` would make the host a router
 between all its networks, and another program's chain that drops what is forwarded is that program's.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
-import socket
-from ipaddress import IPv4Address, IPv4Interface, IPv4Network
+from collections.abc import Sequence
+from ipaddress import IPv4Interface, IPv4Network
+from typing import Protocol
 
 from atelier.host.namespaces import entered, prefix_for, write_setting
+from atelier.host.netlink import AddressWatch
 from atelier.model.address_plan import AddressPlan
 from atelier.model.errors import HostError
 from atelier.network_holder import docker
@@ -22,42 +25,96 @@ from atelier.network_holder.side import NetworkSide
 _CHAIN = re.compile(r"^table (\w+) (\S+) \{|^\tchain (\S+) \{|hook (forward) .*policy drop", re.MULTILINE)
 
 
-class VethUplink:
-    """``host`` is the namespace in which the holder was started."""
+class Watch(Protocol):
+    """Becomes readable when something may have changed; ``drain`` tells whether it has."""
 
-    def __init__(self, names: NetworkNames, host: NetworkSide) -> None:
+    def fileno(self) -> int: ...
+
+    def drain(self) -> bool: ...
+
+
+class Uplink(Protocol):
+    @property
+    def link(self) -> str:
+        """Its end in the home."""
+        ...
+
+    @property
+    def watches(self) -> Sequence[Watch]:
+        """What to look at for when a check is due."""
+        ...
+
+    def taken_networks(self) -> list[IPv4Network]:
+        """What the host has addresses or routes for, the way out itself not counted."""
+        ...
+
+    def connected_networks(self) -> list[IPv4Network]:
+        """The host's own networks, which guests reach only where their policies list them."""
+        ...
+
+    def own_networks(self) -> list[IPv4Network]:
+        """What the host takes for itself: its addresses, which guests never reach."""
+        ...
+
+    def require_possible(self) -> None:
+        """Raises HostError where the host lacks something, before anything is changed."""
+        ...
+
+    async def ensure(self, plan: AddressPlan, home: NetworkSide) -> None:
+        """Idempotent."""
+        ...
+
+    async def check(self, plan: AddressPlan) -> bool:
+        """Put back what somebody removed or changed; whether that was so."""
+        ...
+
+    def problems(self) -> list[str]:
+        """What keeps guests from the internet and is not ours to mend."""
+        ...
+
+    async def remove(self) -> None:
+        """Idempotent."""
+        ...
+
+    async def wait_lost(self) -> None:
+        """Raises HostError when the home can be held no longer; never returns."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class VethUplink:
+    """``host`` is the namespace in which the holder was started, ``addresses`` is opened there."""
+
+    def __init__(self, names: NetworkNames, host: NetworkSide, addresses: AddressWatch) -> None:
         self._names = names
         self._host = host
+        self._addresses = addresses
         self._listing: str | None = None
 
     @property
     def link(self) -> str:
-        """Its end in the home."""
         return self._names.uplink_home
 
+    @property
+    def watches(self) -> Sequence[Watch]:
+        return [self._host.watch, self._addresses]
+
     def taken_networks(self) -> list[IPv4Network]:
-        """What the host has addresses or routes for, the way out itself not counted."""
         own = self._host.links.find_link(self._names.uplink_host)
         index = own.index if own else 0
         addresses = [address.network for number, address in self._host.links.addresses() if number != index]
         return addresses + [route.network for route in self._host.links.routes() if route.interface != index]
 
-    def own_addresses(self) -> list[IPv4Address]:
-        """The host's, loopback's among them."""
-        return [address.ip for _, address in self._host.links.addresses()]
-
     def connected_networks(self) -> list[IPv4Network]:
-        """The host's own networks, which guests reach only where their policies list them."""
         return sorted(
             {route.network for route in self._host.links.routes() if route.connected and route.network.prefixlen}
         )
 
-    def make_socket(self, family: socket.AddressFamily, kind: socket.SocketKind) -> socket.socket:
-        """From which the host's nameservers are reached, those on its loopback too. Raises OSError."""
-        with entered(self._host.namespace):
-            return socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    def own_networks(self) -> list[IPv4Network]:
+        return self._host.links.local_networks()
 
-    def require_forwarding(self) -> None:
+    def require_possible(self) -> None:
         """Raises HostError (``forwarding_off``)."""
         if not self._host.links.is_forwarding():
             raise HostError(
@@ -67,7 +124,7 @@ class VethUplink:
             )
 
     async def ensure(self, plan: AddressPlan, home: NetworkSide) -> None:
-        """Idempotent. The rules stand before there is a link to pass them."""
+        """The rules stand before there is a link to pass them."""
         self._load(plan)
         if self._host.links.find_link(self._names.uplink_host) is None:
             self._host.links.create_veth(self._names.uplink_host, self._names.uplink_home, home.namespace)
@@ -84,14 +141,12 @@ class VethUplink:
         await docker.ensure_accepted(self._names, prefix_for(self._host.namespace))
 
     async def check(self, plan: AddressPlan) -> bool:
-        """Put the host's rules back where somebody removed or changed them; whether that was so."""
         changed = self._host.rules.find(f"table inet {self._names.table}") != self._listing
         if changed:
             self._load(plan)
         return await docker.ensure_accepted(self._names, prefix_for(self._host.namespace)) or changed
 
     def problems(self) -> list[str]:
-        """What keeps guests from the internet and is not ours to mend."""
         found: list[str] = []
         if not self._host.links.is_forwarding():
             found.append(
@@ -106,11 +161,18 @@ class VethUplink:
         return found
 
     async def remove(self) -> None:
-        """Idempotent. The link goes first: no packet then needs the rules."""
+        """The link goes first: no packet then needs the rules."""
         self._host.links.delete_link(self._names.uplink_host)
         await docker.ensure_accepted_absent(self._names, prefix_for(self._host.namespace))
         self._host.rules.run(absent_rules(self._names, "inet"))
         self._listing = None
+
+    async def wait_lost(self) -> None:
+        await asyncio.Event().wait()
+
+    def close(self) -> None:
+        self._host.close()
+        self._addresses.close()
 
     def _load(self, plan: AddressPlan) -> None:
         self._host.rules.run(host_rules(self._names, plan))

@@ -16,7 +16,7 @@ from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy, NetworkUsag
 class UserNetwork:
     @property
     def name(self) -> str:
-        return "user"
+        return "closed"
 
     @property
     def slot_count(self) -> int | None:
