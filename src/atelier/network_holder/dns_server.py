@@ -197,7 +197,7 @@ class DnsServer:
         try:
             return await self._answerer.answer(guest, wire, stream=stream)
         except (AtelierError, OSError) as error:
-            self._tell("an address cannot be opened", error)
+            self._tell("one cannot be answered", error)
             return failure(wire)
         except Exception as error:
             self._tell("a mistake in the resolver", error, with_stack=True)
