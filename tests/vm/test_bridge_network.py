@@ -26,6 +26,7 @@ from tests.network_lab import (
     HOST_ADDRESS,
     INTERNET,
     METADATA,
+    NAMESERVER,
     OTHER_HOST_ADDRESS,
     Home,
     NetworkLab,
@@ -146,6 +147,26 @@ def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None
         server.wait()
 
 
+@contextmanager
+def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
+    """The host's nameserver, and how the host knows of it; the names it was asked for come to stand in ``heard``."""
+    records = json.dumps({name: [f"60 A {INTERNET}"] for name in ("allowed.example.com.", "denied.example.com.")})
+    program = [sys.executable, "-m", "tests.nameserver", NAMESERVER, records]
+    with heard.open("wb") as output:
+        server = subprocess.Popen(
+            ["nsenter", "--target", str(lab.internet.pid), "--net", *program],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        lab.in_host("mount", "--bind", str(lab.resolv_conf), "/etc/resolv.conf")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("home", list(Home))
 def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
     if missing := why_no_lab(home):
@@ -155,8 +176,14 @@ def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
         before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
         manager = BridgedManager(lab, Path(name))
         try:
-            with serving(lab, lab.internet.pid, "0.0.0.0", 80), serving(lab, lab.host.pid, "0.0.0.0", 80):
+            heard = Path(name, "heard")
+            with (
+                naming(lab, heard),
+                serving(lab, lab.internet.pid, "0.0.0.0", 80),
+                serving(lab, lab.host.pid, "0.0.0.0", 80),
+            ):
                 try_guests(manager)
+                try_names(manager, heard)
             manager.cli("rm", "--yes", "one", "two")
             manager.end()
         finally:
@@ -217,6 +244,24 @@ def try_packets(manager: BridgedManager) -> None:
         stage = Stage(lab, *cards, fenced=True)
         stage.open(stack)
         assert try_table(stage) == []
+
+
+def try_names(manager: BridgedManager, heard: Path) -> None:
+    """With the resolver library and the network stack of a real guest."""
+    assert manager.fetch("two", "denied.example.com") == HOST_ADDRESS, "the whole internet"
+    manager.cli("network", "deny", "two", "--unlisted")
+    manager.cli("network", "allow", "two", "allowed.example.com")
+    before = heard.read_text()
+    assert manager.fetch("two", INTERNET) == "", "the address alone opens nothing"
+    assert manager.fetch("two", "denied.example.com") == ""
+    assert manager.fetch("two", "stolen.allowed.example.com") == ""
+    assert heard.read_text() == before, "nobody heard of it"
+    assert manager.fetch("two", "ALLOWED.example.com") == HOST_ADDRESS
+    assert heard.read_text() == before + "allowed.example.com.\n"
+    assert manager.fetch("two", INTERNET) == HOST_ADDRESS, "opened by its name"
+    manager.cli("network", "deny", "two", "--all")
+    assert manager.fetch("two", INTERNET) == ""
+    assert manager.fetch("two", "allowed.example.com") == ""
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
