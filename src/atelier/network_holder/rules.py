@@ -122,8 +122,8 @@ class Carried:
 
 
 def home_rules(names: NetworkNames, around: Surroundings, slots: Iterable[Slot], carried: Carried) -> str:
-    # Beside others' chains what falls through ours has to be dropped in so many words.
-    end = "\n        drop" if around.uplink is None else ""
+    # What falls through our chains ends by the hook's policy: beside others' it is accept, alone it is drop.
+    end, accept = ("\n        drop", "") if around.uplink is None else ("", "\n        accept")
     hooks = _hooks_beside_others(names, around.plan) if around.uplink is None else _hooks(names, around)
     inet = f"""
 table inet {names.table} {{
@@ -182,8 +182,7 @@ table inet {names.table} {{
         ct original ip saddr vmap @egress
     }}
     chain ask {{
-        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop
-        accept
+        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop{accept}
     }}
 {hooks}}}
 table netdev {names.table} {{ }}
@@ -261,7 +260,7 @@ def _hooks_beside_others(names: NetworkNames, plan: AddressPlan) -> str:
     bridge = names.bridge
     return f"""    chain from_guests {{
         type filter hook prerouting priority mangle; policy accept;
-        {_questions(names, plan)} accept
+        {_questions(names, plan)} goto ask
         iifname "{bridge}" fib daddr type != unicast drop
     }}
     chain forward {{
@@ -269,10 +268,6 @@ def _hooks_beside_others(names: NetworkNames, plan: AddressPlan) -> str:
         iifname "{bridge}" oifname != "{bridge}" goto leaving
         iifname != "{bridge}" oifname "{bridge}" ct state established,related jump entering
         oifname "{bridge}" drop
-    }}
-    chain input {{
-        type filter hook input priority filter; policy accept;
-        {_questions(names, plan)} goto ask
     }}
     chain to_guests {{
         type filter hook output priority filter; policy accept;

@@ -101,6 +101,8 @@ class NetworkSlots:
 
     def remove_all(self) -> None:
         """Machines that hold a TAP still are cut off. Their rules go with the home's."""
+        for group in (self._names.tap_group, self._names.freed_group):
+            self._links.delete_group(group)
         self._files.remove_all()
 
     # --- one of them --------------------------------------------------------------------------------------------------
