@@ -21,8 +21,10 @@ from tests.network_lab import (
     INTERNET,
     NEIGHBOUR_OF_HOST,
     PRIVATE,
+    Home,
     NetworkLab,
     network_lab,
+    why_no_lab,
 )
 
 from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
@@ -44,9 +46,12 @@ def open_and(*networks: str) -> NetworkPolicy:
     return NetworkPolicy(EgressPolicy.make(EgressMode.ALL, networks))
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[NetworkLab]:
-    with network_lab(tmp_path) as made:
+@pytest.fixture(params=list(Home))
+def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NetworkLab]:
+    """Of each home."""
+    if missing := why_no_lab(request.param):
+        pytest.skip(missing)
+    with network_lab(tmp_path, request.param) as made:
         yield made
 
 
