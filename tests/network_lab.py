@@ -129,6 +129,11 @@ class NetworkLab:
         return AddressPlan(IPv4Network(json.loads(self.plan_file.read_text())["subnet"]))
 
     @property
+    def log(self) -> Path:
+        """The holder's."""
+        return self.folder / "holder.log"
+
+    @property
     def resolv_conf(self) -> Path:
         return self.folder / "resolv.conf"
 
@@ -213,8 +218,7 @@ class NetworkLab:
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
-        log = self.folder / "holder.log"
-        with log.open("ab") as output:
+        with self.log.open("ab") as output:
             self.holder = subprocess.Popen(
                 [
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
@@ -229,7 +233,7 @@ class NetworkLab:
         deadline = time.monotonic() + 30
         while not self.run.network_socket.exists():
             if self.holder.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text())
+                raise RuntimeError(self.log.read_text())
             time.sleep(0.02)
 
     def ask(self, operation: str, **arguments: object) -> dict[str, Any]:

@@ -217,6 +217,16 @@ async def test_another_programs_forward_drop_is_told(lab: NetworkLab) -> None:
     assert f"at{INSTALLATION}-host" in problem
 
 
+async def test_a_tap_that_a_stranger_deleted_is_made_anew_with_its_rules(lab: NetworkLab) -> None:
+    lab.start_holder()
+    async with AsyncExitStack() as stack:
+        await open_stage(lab, stack)
+    for sandbox in (GUEST, NEIGHBOUR):
+        lab.in_home("ip", "link", "delete", f"at{INSTALLATION}{sandbox[:8]}")
+    async with AsyncExitStack() as stack:
+        assert try_table(await open_stage(lab, stack)) == []
+
+
 # --- each rule is needed ----------------------------------------------------------------------------------------------
 
 

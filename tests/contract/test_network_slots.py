@@ -84,7 +84,7 @@ def own_slots(lab: NetworkLab) -> Iterator[tuple[NetworkSlots, KeptRules]]:
         slots = NetworkSlots(NAMES, links, rules, PolicyFiles(lab.run.network_policies))
         slots.adopt()
         slots.open(lab.plan)
-        own, connected = frozenset({IPv4Address(HOST_ADDRESS)}), frozenset({IPv4Network("198.51.100.0/24")})
+        own, connected = frozenset({IPv4Network(HOST_ADDRESS)}), frozenset({IPv4Network("198.51.100.0/24")})
         rules.load(Surroundings(lab.plan, NAMES.uplink_home, own, connected), slots.described())
         yield slots, rules
 
@@ -336,7 +336,7 @@ async def test_a_rate_of_sending_limits_and_is_changed_live(stage: Stage) -> Non
         assert not stage.lab.ask("check")["put_back"]
         await driver.set_policy(GUEST, OPEN_POLICY)
         assert up().is_free()
-    assert "limit" not in stage.lab.in_home("nft", "list", "table", "netdev", f"atelier_{INSTALLATION}")
+    assert "limit" not in stage.lab.in_home("nft", "list", "table", "netdev", TABLE)
 
 
 async def test_a_rate_of_receiving_limits_and_is_changed_live(stage: Stage) -> None:

@@ -24,6 +24,7 @@ _REQUEST, _ACK, _REPLACE, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x100, 0x200, 0x400,
 _ERROR, _DONE = 2, 3
 _NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
+_ATTRIBUTE = struct.Struct("=HH")
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_PROTINFO, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = (
     1, 3, 10, 12, 18, 20, 28,
@@ -105,7 +106,7 @@ class RouteSocket:
         """Of each link, since it was made."""
         found: dict[str, LinkTraffic] = {}
         for _, payload in self._ask(_GETLINK, _DUMP, _link_header(0), "reading the links' counters"):
-            attributes = dict(_attributes(payload[16:]))
+            attributes = dict(_attributes(payload, 16))
             counters = struct.unpack_from("=4Q", attributes.get(_IFLA_STATS64, bytes(32)))
             found[_string(attributes.get(_IFLA_IFNAME))] = LinkTraffic(*counters)
         return found
@@ -133,7 +134,7 @@ class RouteSocket:
         body = struct.pack("=BBBBi", socket.AF_INET, 0, 0, 0, 0)
         for _, payload in self._ask(_GETADDR, _DUMP, body, "listing addresses"):
             family, prefix, _, _, index = struct.unpack_from("=BBBBi", payload)
-            attributes = dict(_attributes(payload[8:]))
+            attributes = dict(_attributes(payload, 8))
             address = attributes.get(_IFA_LOCAL, attributes.get(_IFA_ADDRESS))
             if family == socket.AF_INET and address is not None:
                 found.append((index, IPv4Interface((address, prefix))))
@@ -152,7 +153,7 @@ class RouteSocket:
         body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
         for _, payload in self._ask(_GETROUTE, _DUMP, body, "listing routes"):
             family, length, _, _, table, _, _, kind, _ = struct.unpack_from("=BBBBBBBBI", payload)
-            attributes = dict(_attributes(payload[12:]))
+            attributes = dict(_attributes(payload, 12))
             if _RTA_TABLE in attributes:
                 (table,) = struct.unpack("=I", attributes[_RTA_TABLE])
             if family != socket.AF_INET:
@@ -165,7 +166,7 @@ class RouteSocket:
         """``net.ipv4.ip_forward`` of this socket's namespace."""
         body = struct.pack("=Bxxx", socket.AF_INET) + _attribute(_NETCONF_IFINDEX, struct.pack("=i", _ALL_INTERFACES))
         for _, payload in self._ask(_GETNETCONF, 0, body, "asking for ip_forward"):
-            value = dict(_attributes(payload[4:])).get(_NETCONF_FORWARDING, bytes(4))
+            value = dict(_attributes(payload, 4)).get(_NETCONF_FORWARDING, bytes(4))
             return struct.unpack("=i", value)[0] != 0
         return False
 
@@ -175,14 +176,14 @@ class RouteSocket:
         body = struct.pack("=BxHiII", _AF_BRIDGE, 0, 0, 0, 0)
         for _, payload in self._ask(_GETNEIGH, _DUMP, body, "listing the bridges' entries"):
             (index,) = struct.unpack_from("=i", payload, 4)
-            found.append((index, dict(_attributes(payload[12:])).get(_NDA_LLADDR, b"").hex(":")))
+            found.append((index, dict(_attributes(payload, 12)).get(_NDA_LLADDR, b"").hex(":")))
         return found
 
     def closed_ports(self) -> set[int]:
         """Indices of bridge ports that are as ``close_port`` leaves them."""
         found: set[int] = set()
         for _, payload in self._ask(_GETLINK, _DUMP, _PORT_HEADER, "listing the bridges' ports"):
-            options = dict(_attributes(dict(_attributes(payload[16:])).get(_IFLA_PROTINFO, b"")))
+            options = dict(_attributes(dict(_attributes(payload, 16)).get(_IFLA_PROTINFO, b"")))
             if all(options.get(option) == value for option, value in _CLOSED_PORT.items()):
                 found.add(struct.unpack_from("=i", payload, 4)[0])
         return found
@@ -382,18 +383,18 @@ def _mac(address: str) -> bytes:
     return bytes.fromhex(address.replace(":", ""))
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("=HH", data)
+def _attributes(data: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    while start + 4 <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, start)
         if length < 4:
             return
-        yield kind & _TYPE_MASK, data[4:length]
-        data = data[(length + 3) & ~3 :]
+        yield kind & _TYPE_MASK, data[start + 4 : start + length]
+        start += (length + 3) & ~3
 
 
 def _parse_link(payload: bytes) -> Link:
     _, _, index, flags, _ = struct.unpack_from("=BxHiII", payload)
-    attributes = dict(_attributes(payload[16:]))
+    attributes = dict(_attributes(payload, 16))
 
     kind = dict(_attributes(attributes.get(_IFLA_LINKINFO, b""))).get(_INFO_KIND)
     master = attributes.get(_IFLA_MASTER)

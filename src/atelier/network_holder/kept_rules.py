@@ -75,16 +75,14 @@ class KeptRules:
         return self._slots.get(tap)
 
     def put(self, slot: Slot) -> None:
-        """Have the rules of this slot, in place of those that it has. Raises CommandError."""
+        """Have the rules of this slot. Where it has some, on the same TAP with the same addresses, its policy changes.
+        Raises CommandError."""
         before = self._slots.get(slot.tap)
         if before is None:
             commands = slot_rules(self._names, slot)
-        elif (before.mac_address, before.address) == (slot.mac_address, slot.address):
+        else:
             closed = self._close_names(slot.address) if _closes_names(before, slot) else ()
             commands = slot_rules_changed(self._names, before, slot, closed)
-        else:
-            gone = slot_rules_absent(self._names, [before], {before.address: self._close_names(before.address)})
-            commands = gone + slot_rules(self._names, slot)
         self._slots[slot.tap] = slot
         try:
             self._change(commands, slot.tap)

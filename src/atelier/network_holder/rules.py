@@ -330,7 +330,7 @@ def _sending_added(names: NetworkNames, slot: Slot) -> str:
     limit = ""
     if rate is not None:
         per_second = rate * _BYTES_PER_KBIT
-        limit = f"\n        limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
+        limit = f"\n        meta protocol ip limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
     return f"""table netdev {names.table} {{
     chain {slot.tap} {{
         type filter hook ingress device "{slot.tap}" priority -500; policy drop;{limit}

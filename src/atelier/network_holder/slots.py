@@ -132,6 +132,8 @@ class NetworkSlots:
             self._links.set_up(link.index, up=False)
         self._links.set_group(link.index, _TAP_GROUP)
         self._links.set_alias(link.index, lease.alias)
+        # Those of a link that is gone would not hold for its successor.
+        self._rules.remove([name])
         self._take(lease, KeptPolicy(policy, new_generation()))
         self._links.set_master(link.index, bridge)
         self._links.close_port(link.index)
