@@ -64,10 +64,11 @@ _AS_ORDINARY_USER = (
 
 
 class Home(StrEnum):
-    """Who holds the network."""
+    """Who holds the network, and where: root in a namespace, an ordinary user in one, root in the host's own."""
 
     ROOT = "root"
     USER = "user"
+    HOST = "host"
 
 
 def why_no_lab(home: Home = Home.ROOT) -> str:
@@ -156,6 +157,8 @@ class NetworkLab:
     def home_namespace(self) -> str:
         if self.home is Home.ROOT:
             return f"/proc/{self.host.pid}/root/run/netns/at-{self.installation}"
+        if self.home is Home.HOST:
+            return f"/proc/{self.host.pid}/ns/net"
         folder = f"/proc/{self.keeper}/fd"
         own = os.readlink(f"/proc/{self.host.pid}/ns/net")
         return next(
@@ -179,6 +182,15 @@ class NetworkLab:
         return _run(
             ["nsenter", "--target", str(self.host.pid), "--mount", f"--net={self.home_namespace}", *command], check
         )
+
+    def flush_rules(self) -> None:
+        """As a stranger does: all of the home's, and those of ours on the host, where others' are too."""
+        if self.home is not Home.HOST:
+            self.in_home("nft", "flush", "ruleset")
+        if self.home is not Home.USER:
+            self.in_host("nft", "delete", "table", "inet", f"atelier_{INSTALLATION}")
+        if self.home is Home.HOST:
+            self.in_host("nft", "delete", "table", "netdev", f"atelier_{INSTALLATION}")
 
     def in_internet(self, *command: str) -> str:
         return _run(["nsenter", "--target", str(self.internet.pid), "--net", *command], check=True)
@@ -224,6 +236,7 @@ class NetworkLab:
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
                     *(*self.as_owner(), sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
+                    *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -317,7 +330,7 @@ def _connect(lab: NetworkLab) -> None:
         f"ip route add default via {NEIGHBOUR_OF_HOST}",
     ):
         lab.in_host(*command.split())
-    lab.set_forwarding(lab.home is Home.ROOT)
+    lab.set_forwarding(lab.home is not Home.USER)
     # As systemd sets it: pasta pings in the user's name.
     lab.in_host("sh", "-c", "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range")
     for command in (

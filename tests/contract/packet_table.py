@@ -145,7 +145,8 @@ class Stage:
     def open(self, stack: ExitStack) -> None:
         with self.lab.inside("home"):
             self.ears["bridge"] = PacketEar(BRIDGE)
-            self.ears["home"] = PortEar(LISTENING_PORT)
+            if self.lab.home is not Home.HOST:
+                self.ears["home"] = PortEar(LISTENING_PORT)
         with self.lab.inside("host"):
             self.ears["host"] = PortEar(LISTENING_PORT, PUBLISHED_PORT)
         with self.lab.inside("internet"):
@@ -322,15 +323,33 @@ def _arp(sender_mac: str, sender: str, *, source: str = "guest", operation: int 
 
 
 def _from_host(stage: Stage) -> None:
-    """Somebody on the host's network who has a route to the guests. (To an ordinary user's home there is none.)"""
+    """A program of the host's that knows of the guests. (To an ordinary user's home there is no route.)"""
     plan = stage.lab.plan
     router = str(plan.uplink_home) if stage.lab.home is Home.ROOT else NEIGHBOUR_OF_HOST
-    stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", router)
+    beside = stage.lab.home is Home.HOST
+    if not beside:
+        stage.lab.in_host("ip", "route", "replace", str(plan.subnet), "via", router)
     try:
-        with stage.lab.inside("host"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        with (
+            stage.lab.inside("host"),
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+            suppress(PermissionError),
+        ):
             sender.sendto(stage.mark, (stage.guest.address, 9))
     finally:
-        stage.lab.in_host("ip", "route", "del", str(plan.subnet))
+        if not beside:
+            stage.lab.in_host("ip", "route", "del", str(plan.subnet))
+
+
+def _from_neighbour_of_host(stage: Stage) -> None:
+    """Somebody on the host's network, who has it for a router to the guests."""
+    subnet = str(stage.lab.plan.subnet)
+    stage.lab.in_internet("ip", "route", "replace", subnet, "via", HOST_ADDRESS)
+    try:
+        with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(stage.mark, (stage.guest.address, 9))
+    finally:
+        stage.lab.in_internet("ip", "route", "del", subnet)
 
 
 def _to_fresh_address(stage: Stage) -> None:
@@ -473,7 +492,7 @@ TABLE: tuple[Row, ...] = (
     ),
     _forged("IPv6 to the host's address", _guest(lambda s: ethernet(s.gateway_mac, s.guest.mac, frames.IPV6, ipv6("2001:db8:9::9", HOST_ADDRESS_V6, frames.UDP, udp(s.port, LISTENING_PORT, s.mark))))),
     # An ordinary user's host has no rules of ours: there it takes as long as the kernel's word of it, which has a test.
-    Row("an address that the host has just got", _to_fresh_address, homes=frozenset({Home.ROOT})),
+    Row("an address that the host has just got", _to_fresh_address, homes=frozenset({Home.ROOT, Home.HOST})),
     Row("a port that the host publishes", routed(lambda s: s.udp_to(OTHER_HOST_ADDRESS, PUBLISHED_PORT))),
     # To what is private.
     Row("the metadata service", routed(lambda s: s.syn_to(METADATA, 80))),
@@ -481,5 +500,6 @@ TABLE: tuple[Row, ...] = (
     Row("the host's own network", routed(lambda s: s.udp_to(NEIGHBOUR_OF_HOST))),
     Row("past the translation", routed(lambda s: s.ping(INTERNET, kind=0))),
     # From outside.
-    Row("from the host's network to a guest", _from_host, may_arrive=frozenset({"bridge", "internet"})),
+    Row("from the host's network to a guest", _from_neighbour_of_host, may_arrive=frozenset({"internet"})),
+    Row("from the host to a guest", _from_host, may_arrive=frozenset({"bridge", "internet"})),
 )  # fmt: skip

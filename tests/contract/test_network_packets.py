@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
@@ -20,7 +22,18 @@ from typing import Any
 import pytest
 from tests.contract.packet_flows import try_judging
 from tests.contract.packet_table import Guest, Row, Stage, try_row, try_table
-from tests.network_lab import INSTALLATION, LATER_ADDRESS, NEIGHBOUR_OF_HOST, Home, NetworkLab, network_lab, why_no_lab
+from tests.network_lab import (
+    BRIDGE,
+    HOST_ADDRESS,
+    INSTALLATION,
+    INTERNET,
+    LATER_ADDRESS,
+    NEIGHBOUR_OF_HOST,
+    Home,
+    NetworkLab,
+    network_lab,
+    why_no_lab,
+)
 
 from atelier.model.errors import ConflictError
 from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
@@ -41,7 +54,7 @@ def lab(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[NetworkLab]:
         yield made
 
 
-of_root = pytest.mark.parametrize("lab", [Home.ROOT], indirect=True)
+of_host = pytest.mark.parametrize("lab", [Home.HOST], indirect=True)
 of_user = pytest.mark.parametrize("lab", [Home.USER], indirect=True)
 
 
@@ -72,9 +85,7 @@ async def test_only_the_internet_is_reached(stage: Stage) -> None:
 
 
 async def test_rules_that_a_stranger_flushed_are_put_back(stage: Stage) -> None:
-    if stage.lab.home is Home.ROOT:
-        stage.lab.in_host("nft", "delete", "table", "inet", f"atelier_{INSTALLATION}")
-    stage.lab.in_home("nft", "flush", "ruleset")
+    stage.lab.flush_rules()
     wait_until(lambda: not stage.lab.ask("check")["put_back"])
     assert try_table(stage) == []
     assert "published" in stage.lab.in_host("nft", "list", "tables"), "the stranger's own table stays"
@@ -83,7 +94,7 @@ async def test_rules_that_a_stranger_flushed_are_put_back(stage: Stage) -> None:
 async def test_flushed_rules_are_put_back_at_once_and_unasked(stage: Stage) -> None:
     wanted = stage.lab.in_home("nft", "list", "ruleset")
     begun = time.monotonic()
-    stage.lab.in_home("nft", "flush", "ruleset")
+    stage.lab.flush_rules()
     wait_until(lambda: stage.lab.in_home("nft", "list", "ruleset") == wanted)
     # The periodic look is five seconds apart: this was the watch.
     print(f"put back after {time.monotonic() - begun:.2f} s")
@@ -160,16 +171,16 @@ async def test_with_the_keeper_all_that_it_started_ends(stage: Stage) -> None:
 
 @of_user
 async def test_a_keeper_that_nobody_needs_ends(lab: NetworkLab) -> None:
-    lab.start_keeper("--linger-seconds", "1")
+    lab.start_keeper("--linger-seconds", "8")
     keeper = lab.keeper
     lab.start_holder()
     driver = lab.driver()
     await driver.ensure_slot(GUEST, 0)
     async with driver.opened(GUEST):
         lab.stop_holder()
-        time.sleep(3)
+        time.sleep(12)
         assert lab.keeper == keeper, "a machine holds its TAP"
-    wait_until(lambda: not lab.run.network_keeper_socket.exists())
+    wait_until(lambda: not lab.run.network_keeper_socket.exists(), 30)
     wait_until(lambda: _processes_with(f"at{INSTALLATION}-home") == [])
 
 
@@ -188,7 +199,7 @@ def _processes_with(word: str) -> list[int]:
 
 
 @pytest.mark.skipif(shutil.which("iptables") is None, reason="not installed: iptables")
-@of_root
+@pytest.mark.parametrize("lab", [Home.ROOT, Home.HOST], indirect=True)
 async def test_beside_docker(lab: NetworkLab) -> None:
     for command in ("-N DOCKER-USER", "-A DOCKER-USER -j RETURN", "-P FORWARD DROP", "-I FORWARD -j DOCKER-USER"):
         lab.in_host("iptables", "--wait", *command.split())
@@ -208,13 +219,60 @@ async def test_beside_docker(lab: NetworkLab) -> None:
     assert lab.in_host("iptables", "-S") == before
 
 
-@of_root
+@pytest.mark.parametrize("lab", [Home.ROOT, Home.HOST], indirect=True)
 async def test_another_programs_forward_drop_is_told(lab: NetworkLab) -> None:
     lab.start_holder()
     lab.in_host("nft", "table inet wall { chain f { type filter hook forward priority 5; policy drop; }; }")
     (problem,) = lab.ask("ping")["problems"]
     assert "inet wall f" in problem
-    assert f"at{INSTALLATION}-host" in problem
+    assert (BRIDGE if lab.home is Home.HOST else f"at{INSTALLATION}-host") in problem
+
+
+@of_host
+@pytest.mark.parametrize("kind", ["bridge", "veth"])
+def test_a_link_of_the_bridges_name_that_is_not_ours_is_left_alone(lab: NetworkLab, kind: str) -> None:
+    lab.in_host("ip", "link", "add", BRIDGE, "type", kind)
+    before = lab.in_host("ip", "link"), lab.in_host("nft", "list", "ruleset")
+    with pytest.raises(RuntimeError, match=rf"has a link {BRIDGE} already.*ATELIER_BRIDGE_NAME"):
+        lab.start_holder()
+    assert (lab.in_host("ip", "link"), lab.in_host("nft", "list", "ruleset")) == before
+
+
+@of_host
+async def test_others_traffic_passes_the_host_as_before(stage: Stage) -> None:
+    """Of somebody who is routed by the host as well, both ways, and of the host itself."""
+    other = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], stdin=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: Path(f"/proc/{other.pid}/comm").read_text() == "sleep\n")
+        in_other = ("nsenter", "--target", str(other.pid), "--net")
+        stage.lab.in_host("ip", "link", "add", "dmz", "type", "veth", "peer", "name", "eth0", "netns", str(other.pid))
+        stage.lab.in_host("ip", "address", "add", "192.0.2.129/25", "dev", "dmz")
+        stage.lab.in_host("ip", "link", "set", "dmz", "up")
+        for words in ("address add 192.0.2.130/25 dev eth0", "link set eth0 up", "route add default via 192.0.2.129"):
+            subprocess.run([*in_other, "ip", *words.split()], check=True)
+        stage.lab.in_internet("ip", "route", "add", "192.0.2.128/25", "via", HOST_ADDRESS)
+        in_host = ("nsenter", "--target", str(stage.lab.host.pid), "--net")
+        in_internet = ("nsenter", "--target", str(stage.lab.internet.pid), "--net")
+        for words, address in ((in_other, INTERNET), (in_host, INTERNET), (in_internet, "192.0.2.130")):
+            # Nobody listens there: that it is refused shows that a packet came there, and another back.
+            refused = f"import socket; print(socket.create_connection(('{address}', 9), 5))"
+            done = subprocess.run([*words, sys.executable, "-c", refused], capture_output=True, text=True)
+            assert "ConnectionRefusedError" in done.stderr
+    finally:
+        other.kill()
+        other.wait()
+    assert try_table(stage) == []
+
+
+@of_host
+async def test_settings_of_the_host_stay_as_they_are(lab: NetworkLab) -> None:
+    names = ("net.ipv6.conf.all.disable_ipv6", "net.ipv6.conf.wan.disable_ipv6", "net.ipv4.ip_forward")
+    before = [lab.in_host("sysctl", "-n", name) for name in names]
+    lab.start_holder()
+    await lab.driver().ensure_slot(GUEST, 0)
+    assert [lab.in_host("sysctl", "-n", name) for name in names] == before
+    for link in (BRIDGE, f"at{INSTALLATION}{GUEST[:8]}"):
+        assert lab.in_host("sysctl", "-n", f"net.ipv6.conf.{link}.disable_ipv6") == "1\n"
 
 
 async def test_a_tap_that_a_stranger_deleted_is_made_anew_with_its_rules(lab: NetworkLab) -> None:
@@ -397,7 +455,8 @@ async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
     lab.start_holder()
     assert lab.plan == first, "kept over a restart"
     await lab.driver().ensure_slot(GUEST, 0)
-    lab.in_host("ip", "route", "add", str(first.subnet), "via", "198.51.100.1")
+    half = next(first.subnet.subnets())
+    lab.in_host("ip", "route", "add", str(half), "via", NEIGHBOUR_OF_HOST)
     (problem,) = lab.ask("ping")["problems"]
     assert str(first.subnet) in problem
     lab.stop_holder()
@@ -408,7 +467,7 @@ async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
     assert not lab.plan.subnet.overlaps(first.subnet)
 
 
-@of_root
+@pytest.mark.parametrize("lab", [Home.ROOT, Home.HOST], indirect=True)
 def test_without_forwarding_nothing_is_changed(lab: NetworkLab) -> None:
     lab.set_forwarding(False)
     before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from atelier.config.settings import NetworkChoice
+from atelier.config.settings import NetworkChoice, NetworkHome, load_settings
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.succession import SucceededNetwork
 from atelier.host.checks.local import CheckResult, CheckStatus
 from atelier.manager.network_choice import choose_network, explain_network
+from atelier.model.errors import InvalidRequestError
 from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
 
 FINE = CheckResult("network", CheckStatus.OK, "all is there")
@@ -58,3 +59,19 @@ async def test_what_runs_keeps_its_network_until_it_starts_anew() -> None:
     await network.ensure_slot_absent("bbbbbbbbbbbb")
     assert await former.list_slots() == []
     assert await present.list_slots() == ["aaaaaaaaaaaa", "cccccccccccc"]
+
+
+def test_where_the_bridge_is() -> None:
+    settings = load_settings(environment={"HOME": "/x"})
+    assert (settings.network_home, settings.bridge_name) == (NetworkHome.PRIVATE, "br0")
+    settings = load_settings(
+        environment={"HOME": "/x", "ATELIER_NETWORK_HOME": "host", "ATELIER_BRIDGE_NAME": "sandboxes"}
+    )
+    assert (settings.network_home, settings.bridge_name) == (NetworkHome.HOST, "sandboxes")
+
+
+@pytest.mark.parametrize("name", ["", "lo", "all", "x" * 16, "br 0", 'br0"', "-x", "br/0", "brücke"])
+def test_what_cannot_be_a_bridges_name_is_said_before_anything_starts(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match="ATELIER_BRIDGE_NAME") as refused:
+        load_settings(environment={"HOME": "/x", "ATELIER_BRIDGE_NAME": name})
+    assert refused.value.code == "invalid_setting"

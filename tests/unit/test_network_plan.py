@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from atelier.config.settings import NetworkChoice, load_settings
-from atelier.model.address_plan import SLOT_COUNT, AddressPlan, choose_plan
+from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, SLOT_COUNT, AddressPlan, choose_plan
 from atelier.model.errors import HostError, InvalidRequestError
-from atelier.network_holder.names import LINK_NAME_MAX_LENGTH, NetworkNames
+from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.plans import settle_plan
 
 PLAN = AddressPlan(IPv4Network("10.77.0.0/16"))

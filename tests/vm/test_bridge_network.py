@@ -64,6 +64,7 @@ class BridgedManager:
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
             *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
+            *(["ATELIER_NETWORK_HOME=host"] if lab.home is Home.HOST else []),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
         ]
@@ -85,6 +86,16 @@ class BridgedManager:
     def end(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
         self.process.wait(120)
+
+    def end_everything(self) -> None:
+        """Also where a test failed nothing may stay: machines, gateway and network outlive a manager."""
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+        subprocess.run([*self.words, "-m", "atelier.manager", "--down", "destroy"], capture_output=True)
+
+    def choose(self, network: str) -> None:
+        """For the next start."""
+        self.words = [f"ATELIER_NETWORK={network}" if "ATELIER_NETWORK=" in word else word for word in self.words]
 
     def try_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -187,10 +198,7 @@ def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
             manager.cli("rm", "--yes", "one", "two")
             manager.end()
         finally:
-            # Also where a row failed, nothing may stay: machines, gateway and network outlive a manager.
-            if manager.process.poll() is None:
-                manager.end(signal.SIGKILL)
-            subprocess.run([*manager.words, "-m", "atelier.manager", "--down", "destroy"], capture_output=True)
+            manager.end_everything()
         assert (
             lab.in_host("ip", "-br", "link"),
             lab.in_host("nft", "list", "ruleset"),
@@ -262,6 +270,41 @@ def try_names(manager: BridgedManager, heard: Path) -> None:
     manager.cli("network", "deny", "two", "--all")
     assert manager.fetch("two", INTERNET) == ""
     assert manager.fetch("two", "allowed.example.com") == ""
+
+
+def test_a_choice_that_was_changed_disturbs_nobody() -> None:
+    if missing := why_no_lab():
+        pytest.skip(missing)
+    with tempfile.TemporaryDirectory(prefix="atl-") as name, network_lab(Path(name)) as lab:
+        before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
+        manager = BridgedManager(lab, Path(name))
+        try:
+            with serving(lab, lab.internet.pid, "0.0.0.0", 80):
+                manager.cli("create", "--name", "one", "--memory", "256M")
+                manager.end()
+                manager.choose("closed")
+                manager.start()
+                assert manager.fetch("one", INTERNET) == HOST_ADDRESS, "it runs, and keeps what it has"
+                manager.cli("stop", "one")
+                manager.cli("start", "one")
+                assert manager.fetch("one", INTERNET) == ""
+                manager.end()
+                manager.choose("auto")
+                manager.start()
+                assert manager.fetch("one", INTERNET) == "", "it runs, and keeps what it has"
+                manager.cli("stop", "one")
+                manager.cli("start", "one")
+                assert manager.fetch("one", INTERNET) == HOST_ADDRESS
+            manager.cli("rm", "--yes", "one")
+            manager.end()
+        finally:
+            manager.end_everything()
+        assert (
+            lab.in_host("ip", "-br", "link"),
+            lab.in_host("nft", "list", "ruleset"),
+            lab.in_host("ip", "netns"),
+        ) == before
+        assert processes_naming(name) == []
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

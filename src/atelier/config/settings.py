@@ -1,7 +1,8 @@
 """The settings of an installation: environment variables, overridden by a program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
-``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_RECIPES_DIR``, ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_LOG_LEVEL``.
+``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_LOG_LEVEL``.
 Nothing defaults into a source checkout.
 """
 
@@ -17,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
@@ -47,6 +49,14 @@ class NetworkChoice(StrEnum):
     BRIDGE = "bridge"
 
 
+class NetworkHome(StrEnum):
+    """Where the bridge is: ``private``: in a namespace of the installation's; ``host``: beside the host's own links, which
+    takes root."""
+
+    PRIVATE = "private"
+    HOST = "host"
+
+
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
     host: str
@@ -72,6 +82,8 @@ class Settings:
     listen: ListenAddress
     accelerator: Accelerator
     network: NetworkChoice
+    network_home: NetworkHome
+    bridge_name: str
     recipes_dir: Path
     disk_overcommit: float
     log_level: str
@@ -96,6 +108,10 @@ def load_settings(
         listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
         network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.AUTO), "ATELIER_NETWORK"),
+        network_home=_choice(
+            NetworkHome, variables.get("ATELIER_NETWORK_HOME", NetworkHome.PRIVATE), "ATELIER_NETWORK_HOME"
+        ),
+        bridge_name=_bridge_name(variables.get("ATELIER_BRIDGE_NAME", "br0")),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
@@ -151,6 +167,16 @@ def _recipes_directory(variables: Mapping[str, str]) -> Path:
         return Path(given).absolute()
     checkout = Path(__file__).resolve().parents[3] / "images"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "atelier" / "images"
+
+
+def _bridge_name(text: str) -> str:
+    if not is_link_name(text):
+        raise InvalidRequestError(
+            f"ATELIER_BRIDGE_NAME is {text!r}",
+            code="invalid_setting",
+            hint=f"at most {LINK_NAME_MAX_LENGTH} letters, digits, '.', '_' or '-', as br0",
+        )
+    return text
 
 
 def _overcommit(text: str) -> float:

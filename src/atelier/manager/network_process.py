@@ -19,16 +19,25 @@ _CLOSE_SECONDS = 30.0
 
 
 class NetworkHolderProcess(KeptProcess):
-    """``check``: what the network needs of this machine, asked before anything is started."""
+    """``check``: what the network needs of this machine, asked before anything is started; ``home``: where the bridge is
+    to be, ``private`` or ``host``."""
 
     def __init__(
-        self, data: DataLayout, run: RunLayout, installation_id: str, check: Callable[[], list[CheckResult]]
+        self,
+        data: DataLayout,
+        run: RunLayout,
+        installation_id: str,
+        check: Callable[[], list[CheckResult]],
+        *,
+        home: str,
+        bridge_name: str,
     ) -> None:
         self._check = check
         self._control: Path = run.network_socket
         arguments = (
             *("-m", "atelier.network_holder", "--run-dir", str(run.root)),
             *("--plan-file", str(data.network_plan), "--installation", installation_id),
+            *("--home", home, "--bridge-name", bridge_name),
             *("--keeper-log", str(data.logs / "network-keeper.log")),
         )
         super().__init__(
@@ -64,9 +73,6 @@ class NetworkHolderProcess(KeptProcess):
 class FormerNetworkHolder(NetworkHolderProcess):
     """Kept for machines that were started when the network was another: without it they have no network, which is told
     and keeps nobody from starting."""
-
-    def __init__(self, data: DataLayout, run: RunLayout, installation_id: str) -> None:
-        super().__init__(data, run, installation_id, list)
 
     async def open(self) -> None:
         try:

@@ -133,7 +133,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     package = Path(__file__).resolve().parents[1]
     guests = AgentGuests(run.channel_socket, run.gateway_socket)
     chosen = choose_network(settings.network)
-    network, holder = _local_network(chosen.bridged, data, run, ids)
+    network, holder = _local_network(chosen.bridged, settings, data, run, ids)
     return Drivers(
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
         storage=Qcow2Storage(data.volumes),
@@ -156,14 +156,17 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
 
 
 def _local_network(
-    bridged: bool, data: DataLayout, run: RunLayout, ids: Installation
+    bridged: bool, settings: Settings, data: DataLayout, run: RunLayout, ids: Installation
 ) -> tuple[NetworkDriver, NetworkHolderProcess | None]:
     bridge = BridgeNetwork(run.network_socket)
+    home, name = settings.network_home.value, settings.bridge_name
     if bridged:
-        return bridge, NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network)
+        holder = NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network, home=home, bridge_name=name)
+        return bridge, holder
     if run.network_lock.exists():
         # Sandboxes were started on a bridge, and may run still.
-        return SucceededNetwork(UserNetwork(), bridge), FormerNetworkHolder(data, run, ids.installation_id)
+        former = FormerNetworkHolder(data, run, ids.installation_id, list, home=home, bridge_name=name)
+        return SucceededNetwork(UserNetwork(), bridge), former
     return UserNetwork(), None
 
 

@@ -5,6 +5,7 @@ The network's driver tells the lifecycle how many slots there are; the network h
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
@@ -16,6 +17,12 @@ PREFIX_LENGTH = 16
 SLOT_COUNT = 1023
 """A Linux bridge has that many ports. Source: net/bridge/br_private.h, BR_MAX_PORTS. The addresses would go further."""
 
+LINK_NAME_MAX_LENGTH = 15
+"""IFNAMSIZ holds 16 bytes with its final NUL."""
+
+_LINK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NO_LINK_NAMES = ("lo", "all", "default")
+"""Loopback, and what the settings of all links are called."""
 _FIRST_LEASE = 2
 _TEN = IPv4Network("10.0.0.0/8")
 _CARRIER_GRADE = IPv4Network("100.64.0.0/10")
@@ -56,6 +63,12 @@ class AddressPlan:
 
     def guest_address(self, lease: int) -> GuestAddress:
         return GuestAddress(str(self.address_of(lease)), self.subnet.prefixlen, str(self.gateway), str(self.gateway))
+
+
+def is_link_name(name: str) -> bool:
+    """Whether a bridge may be called so."""
+    fits = len(name) <= LINK_NAME_MAX_LENGTH and _LINK_NAME.fullmatch(name) is not None
+    return fits and name not in _NO_LINK_NAMES
 
 
 def is_plan_subnet(subnet: IPv4Network) -> bool:

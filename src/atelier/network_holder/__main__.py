@@ -43,6 +43,7 @@ class _Options(argparse.Namespace):
     installation: str
     bridge_name: str
     resolv_conf: Path
+    home: Literal["private", "host"]
     keeper_log: Path | None
     log_level: str
     log_format: Literal["line", "json"]
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         names = NetworkNames(options.installation, options.bridge_name)
         with lock_folder(layout.network_lock):
-            ground = open_ground(layout, names, options.keeper_log or layout.root / "network-keeper.log")
+            keeper_log = options.keeper_log or layout.root / "network-keeper.log"
+            ground = open_ground(layout, names, keeper_log, in_host=options.home == "host")
             try:
                 asyncio.run(_hold(layout, options, names, ground))
             finally:
@@ -84,6 +86,9 @@ def _parse(arguments: list[str] | None) -> _Options:
     parser.add_argument("--bridge-name", default="br0")
     parser.add_argument(
         "--resolv-conf", type=Path, default=RESOLV_CONF, help="names the nameservers that sandboxes' questions go to"
+    )
+    parser.add_argument(
+        "--home", choices=["private", "host"], default="private", help="a namespace of its own, or the host's"
     )
     parser.add_argument(
         "--keeper-log", type=Path, help="where an ordinary user's keeper writes (default: into the run directory)"

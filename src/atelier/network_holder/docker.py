@@ -23,30 +23,30 @@ def is_present(dropping: Sequence[tuple[str, str, str]]) -> bool:
     return list(dropping) == [("ip", "filter", "FORWARD")] and shutil.which("iptables") is not None
 
 
-async def ensure_accepted(names: NetworkNames, in_host: Sequence[str]) -> bool:
-    """Whether anything had to be put there."""
+async def ensure_accepted(names: NetworkNames, link: str, in_host: Sequence[str]) -> bool:
+    """What comes from and goes to ``link``. Whether anything had to be put there."""
     if not await _has_chain(in_host):
         return False
     added = False
-    for rule in _rules(names):
+    for rule in _rules(names, link):
         if not await _succeeds([*in_host, *_IPTABLES, "--check", _CHAIN, *rule]):
             await command.run([*in_host, *_IPTABLES, "--insert", _CHAIN, *rule])
             added = True
     return added
 
 
-async def ensure_accepted_absent(names: NetworkNames, in_host: Sequence[str]) -> None:
+async def ensure_accepted_absent(names: NetworkNames, link: str, in_host: Sequence[str]) -> None:
     if await _has_chain(in_host):
-        for rule in _rules(names):
+        for rule in _rules(names, link):
             while await _succeeds([*in_host, *_IPTABLES, "--delete", _CHAIN, *rule]):
                 pass
 
 
-def _rules(names: NetworkNames) -> list[list[str]]:
+def _rules(names: NetworkNames, link: str) -> list[list[str]]:
     comment = ["-m", "comment", "--comment", names.table, "-j", "ACCEPT"]
     return [
-        ["-i", names.uplink_host, *comment],
-        ["-o", names.uplink_host, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", *comment],
+        ["-i", link, *comment],
+        ["-o", link, "-m", "conntrack", "--ctstate", "RELATED,ESTABLISHED", *comment],
     ]
 
 

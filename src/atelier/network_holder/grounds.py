@@ -11,12 +11,14 @@ from pathlib import Path
 
 from atelier.host.namespaces import entered, open_current
 from atelier.host.netlink import AddressWatch, RouteSocket
+from atelier.model.errors import HostError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.dns_upstream import SocketMaker
+from atelier.network_holder.host_uplink import HostUplink
 from atelier.network_holder.keeper_client import NetworkKeeper
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.pasta_uplink import PastaUplink
-from atelier.network_holder.places import KeptPlace, NamedPlace, Place
+from atelier.network_holder.places import HostPlace, KeptPlace, NamedPlace, Place
 from atelier.network_holder.side import NetworkSide
 from atelier.network_holder.uplink import Uplink, VethUplink
 
@@ -30,11 +32,19 @@ class Ground:
     make_socket: SocketMaker
 
 
-def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path) -> Ground:
-    """Raises HostError, MissingProgramError."""
+def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path, *, in_host: bool) -> Ground:
+    """``in_host``: in the host's own namespace. Raises HostError, MissingProgramError."""
     if os.geteuid() == 0:
         host = NetworkSide.open(open_current())
+        if in_host:
+            return Ground(HostPlace(), HostUplink(names, host, AddressWatch()), _made_in(host.namespace))
         return Ground(NamedPlace(names.namespace), VethUplink(names, host, AddressWatch()), _made_in(host.namespace))
+    if in_host:
+        raise HostError(
+            "only root can have the sandboxes' bridge in the host's own namespace",
+            code="network_not_possible",
+            hint="run the manager as root, or set ATELIER_NETWORK_HOME=private",
+        )
     keeper = NetworkKeeper.ensure(layout, names.installation_id, keeper_log)
     uplink = PastaUplink(names, keeper, RouteSocket(), AddressWatch())
     keeper.enter()

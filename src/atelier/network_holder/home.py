@@ -13,8 +13,9 @@ from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 from atelier.host import namespaces
+from atelier.host.netlink import Link
 from atelier.model.address_plan import AddressPlan, is_plan_subnet, overlapping
-from atelier.model.errors import AtelierError
+from atelier.model.errors import AtelierError, HostError
 from atelier.network_holder.kept_rules import KeptRules
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.places import Place
@@ -84,20 +85,22 @@ class NetworkHome:
         namespace = await self._place.ensure()
         namespaces.enter(namespace)
         self._side = NetworkSide.open(namespace)
+        self._require_own_bridge()
         self._rules = KeptRules(self._names, self._side.rules, self._taps)
         self._slots = NetworkSlots(self._names, self._side.links, self._rules, self._files)
         self._slots.adopt()
         self._plan = settle_plan(self._plan_file, self._names.installation_id, taken, self._subnet_in_use())
         self._remove_other_plan()
-        for name, value in (("all", "1"), ("default", "1")):
-            namespaces.write_setting(f"ipv6/conf/{name}/disable_ipv6", value, missing_ok=True)
-        # What stays on the bridge is the bridge's: the host's own filters for bridged packets have no say here.
-        namespaces.write_setting("bridge/bridge-nf-call-iptables", "0", missing_ok=True)
+        if not self._place.shared:
+            for name in ("all", "default"):
+                namespaces.write_setting(f"ipv6/conf/{name}/disable_ipv6", "1", missing_ok=True)
+            # What stays on the bridge is the bridge's: the host's own filters for bridged packets have no say here.
+            namespaces.write_setting("bridge/bridge-nf-call-iptables", "0", missing_ok=True)
         self._slots.open(self._plan)
         self._rules.load(self._surroundings(), self._slots.described())
         self._ensure_bridge()
         await self._uplink.ensure(self.plan, self.side)
-        namespaces.write_setting("ipv4/ip_forward", "1")
+        self._forward()
 
     def close(self) -> None:
         """Let go of it; it stays as it is."""
@@ -110,7 +113,8 @@ class NetworkHome:
         if self._side is not None:
             if self._slots is not None:
                 self._slots.remove_all()
-            self._side.links.delete_link(self._names.bridge)
+            if self._is_ours(self._side.links.find_link(self._names.bridge)):
+                self._side.links.delete_link(self._names.bridge)
         await self._uplink.remove()
         await self._place.remove()
 
@@ -123,7 +127,7 @@ class NetworkHome:
         foreign = not self.rules.is_intact()
         if foreign or around != self.rules.around:
             self.rules.load(around, self.slots.described())
-        namespaces.write_setting("ipv4/ip_forward", "1")
+        self._forward()
         opened = self._close_opened_ports()
         if foreign or changed or opened:
             _logger.warning("somebody removed or changed rules of the sandboxes' network: put back")
@@ -177,11 +181,31 @@ class NetworkHome:
         self.side.links.delete_link(self._names.bridge)
         self.side.links.delete_link(self._names.uplink_home)
 
+    def _is_ours(self, bridge: Link | None) -> bool:
+        return bridge is not None and (not self._place.shared or bridge.alias == self._names.bridge_alias)
+
+    def _require_own_bridge(self) -> None:
+        name = self._names.bridge
+        bridge = self.side.links.find_link(name)
+        if bridge is not None and not self._is_ours(bridge):
+            raise HostError(
+                f"the host has a link {name} already, which is not this installation's",
+                code="bridge_not_ours",
+                hint=f"choose another name (ATELIER_BRIDGE_NAME), or remove that one: ip link delete {name}",
+            )
+
+    def _forward(self) -> None:
+        """Have the home forward packets. The host's own setting is the administrator's."""
+        if not self._place.shared:
+            namespaces.write_setting("ipv4/ip_forward", "1")
+
     def _ensure_bridge(self) -> None:
-        links = self.side.links
-        if links.find_link(self._names.bridge) is None:
-            links.create_bridge(self._names.bridge, _gateway_mac(self.plan))
-        self._bridge = links.get_link(self._names.bridge).index
+        links, name = self.side.links, self._names.bridge
+        if links.find_link(name) is None:
+            links.create_bridge(name, _gateway_mac(self.plan))
+        self._bridge = links.get_link(name).index
+        links.set_alias(self._bridge, self._names.bridge_alias)
+        namespaces.write_setting(f"ipv6/conf/{name}/disable_ipv6", "1", missing_ok=True)
         links.ensure_address(self._bridge, IPv4Interface((self.plan.gateway, self.plan.subnet.prefixlen)))
         links.set_up(self._bridge)
 

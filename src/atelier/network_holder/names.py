@@ -5,16 +5,14 @@ name is never touched.
 from __future__ import annotations
 
 import re
+import zlib
 from dataclasses import dataclass
 
+from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
 from atelier.model.ids import ID_ALPHABET, INSTALLATION_ID_LENGTH
 
-LINK_NAME_MAX_LENGTH = 15
-"""IFNAMSIZ holds 16 bytes with its final NUL."""
-
 _INSTALLATION_ID = re.compile(rf"[{ID_ALPHABET}]{{{INSTALLATION_ID_LENGTH}}}")
-_BRIDGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TAP_ID_LENGTH = 8
 
 
@@ -28,8 +26,7 @@ class NetworkNames:
     def __post_init__(self) -> None:
         if _INSTALLATION_ID.fullmatch(self.installation_id) is None:
             raise InvalidRequestError(f"{self.installation_id!r} is no installation id")
-        taken = self.bridge in ("lo", "all", "default") or self.bridge.startswith(self.link_prefix)
-        if len(self.bridge) > LINK_NAME_MAX_LENGTH or _BRIDGE_NAME.fullmatch(self.bridge) is None or taken:
+        if not is_link_name(self.bridge) or self.bridge.startswith(self.link_prefix):
             raise InvalidRequestError(
                 f"{self.bridge!r} cannot be the bridge's name",
                 code="invalid_setting",
@@ -48,6 +45,21 @@ class NetworkNames:
     def table(self) -> str:
         """Of nftables, in each namespace and family."""
         return f"atelier_{self.installation_id}"
+
+    @property
+    def bridge_alias(self) -> str:
+        """By which a bridge is known as this installation's."""
+        return f"atelier {self.installation_id}"
+
+    @property
+    def tap_group(self) -> int:
+        """The group of links in which the TAPs are, and nothing of anybody else's."""
+        return 1 << 30 | zlib.crc32(self.bridge_alias.encode()) >> 3 << 1
+
+    @property
+    def freed_group(self) -> int:
+        """Where those move that are to be deleted."""
+        return self.tap_group + 1
 
     @property
     def uplink_host(self) -> str:

@@ -10,6 +10,11 @@ from atelier.network_holder.keeper_client import NetworkKeeper
 
 
 class Place(Protocol):
+    @property
+    def shared(self) -> bool:
+        """Whether others have links, rules and settings there, which are not ours to touch."""
+        ...
+
     async def ensure(self) -> int:
         """Have the namespace; a descriptor of it, which is the caller's. Raises HostError."""
         ...
@@ -25,6 +30,10 @@ class NamedPlace:
 
     name: str
 
+    @property
+    def shared(self) -> bool:
+        return False
+
     async def ensure(self) -> int:
         return await namespaces.ensure_named(self.name)
 
@@ -38,8 +47,26 @@ class KeptPlace:
 
     keeper: NetworkKeeper
 
+    @property
+    def shared(self) -> bool:
+        return False
+
     async def ensure(self) -> int:
         return namespaces.open_current()
 
     async def remove(self) -> None:
         self.keeper.end()
+
+
+class HostPlace:
+    """The host's own."""
+
+    @property
+    def shared(self) -> bool:
+        return True
+
+    async def ensure(self) -> int:
+        return namespaces.open_current()
+
+    async def remove(self) -> None:
+        """It was there before."""

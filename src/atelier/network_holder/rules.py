@@ -45,10 +45,10 @@ _UPLOAD_BURST_BYTES = 65536
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What the home stands in. ``own``: what the host takes for itself. ``connected``: networks that it reaches without another
-    router."""
+    router. ``uplink``: the link that leads out; None: the home is in the host's own namespace, beside others' links."""
 
     plan: AddressPlan
-    uplink: str
+    uplink: str | None
     own: frozenset[IPv4Network]
     connected: frozenset[IPv4Network]
 
@@ -122,7 +122,9 @@ class Carried:
 
 
 def home_rules(names: NetworkNames, around: Surroundings, slots: Iterable[Slot], carried: Carried) -> str:
-    plan, uplink = around.plan, around.uplink
+    # Beside others' chains what falls through ours has to be dropped in so many words.
+    end = "\n        drop" if around.uplink is None else ""
+    hooks = _hooks_beside_others(names, around.plan) if around.uplink is None else _hooks(names, around)
     inet = f"""
 table inet {names.table} {{
     set never {{
@@ -167,7 +169,7 @@ table inet {names.table} {{
         ct original ip daddr != @private goto open
     }}
     chain refuse {{
-        ip saddr @refused
+        ip saddr @refused{end}
     }}
     chain leaving {{
         ip daddr @never goto refuse
@@ -179,24 +181,11 @@ table inet {names.table} {{
         ip daddr . ct mark @current accept
         ct original ip saddr vmap @egress
     }}
-    chain forward {{
-        type filter hook forward priority filter; policy drop;
-        iifname "{names.bridge}" oifname "{uplink}" goto leaving
-        iifname "{uplink}" oifname "{names.bridge}" ct state established,related goto entering
-    }}
     chain ask {{
         update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop
         accept
     }}
-    chain input {{
-        type filter hook input priority filter; policy drop;
-        iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53 goto ask
-    }}
-    chain leave {{
-        type nat hook postrouting priority srcnat; policy accept;
-        oifname "{uplink}" masquerade
-    }}
-}}
+{hooks}}}
 table netdev {names.table} {{ }}
 """
     return (
@@ -247,6 +236,58 @@ def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4A
         f"{_name_removed(names, guest, address)}{_name_added(names, guest, address, seconds[address])}\n"
         for address in seconds
     )
+
+
+def _hooks(names: NetworkNames, around: Surroundings) -> str:
+    """Of a namespace in which there is nothing but ours."""
+    return f"""    chain forward {{
+        type filter hook forward priority filter; policy drop;
+        iifname "{names.bridge}" oifname "{around.uplink}" goto leaving
+        iifname "{around.uplink}" oifname "{names.bridge}" ct state established,related goto entering
+    }}
+    chain input {{
+        type filter hook input priority filter; policy drop;
+        {_questions(names, around.plan)} goto ask
+    }}
+    chain leave {{
+        type nat hook postrouting priority srcnat; policy accept;
+        oifname "{around.uplink}" masquerade
+    }}
+"""
+
+
+def _hooks_beside_others(names: NetworkNames, plan: AddressPlan) -> str:
+    """Of the host's own namespace: nothing is said of what neither comes from the bridge nor goes there."""
+    bridge = names.bridge
+    return f"""    chain from_guests {{
+        type filter hook prerouting priority mangle; policy accept;
+        {_questions(names, plan)} accept
+        iifname "{bridge}" fib daddr type != unicast drop
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname "{bridge}" oifname != "{bridge}" goto leaving
+        iifname != "{bridge}" oifname "{bridge}" ct state established,related jump entering
+        oifname "{bridge}" drop
+    }}
+    chain input {{
+        type filter hook input priority filter; policy accept;
+        {_questions(names, plan)} goto ask
+    }}
+    chain to_guests {{
+        type filter hook output priority filter; policy accept;
+        oifname "{bridge}" ct state new drop
+    }}
+    chain leave {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {plan.subnet} oifname != "{bridge}" masquerade
+    }}
+"""
+
+
+def _questions(names: NetworkNames, plan: AddressPlan) -> str:
+    """Guests' questions for names, to the resolver."""
+    return f'iifname "{names.bridge}" ip daddr {plan.gateway} meta l4proto {{ tcp, udp }} th dport 53'
 
 
 def host_rules(names: NetworkNames, plan: AddressPlan) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from atelier.host import tap
+from atelier.host.namespaces import write_setting
 from atelier.host.netlink import RouteSocket
 from atelier.model.address_plan import AddressPlan
 from atelier.model.errors import ConflictError, HostError, NotFoundError
@@ -24,8 +25,6 @@ from atelier.network_holder.policies import KeptPolicy, PolicyFiles, new_generat
 from atelier.network_holder.rates import set_download
 from atelier.network_holder.rules import Slot
 
-_TAP_GROUP, _FREED_GROUP = 1, 2
-"""In a namespace of our own, where no other groups are. What is to be deleted moves from the first to the second."""
 _MAX_OPENED = 1024
 """Addresses that names may have opened to one guest at a time."""
 _SLACK_SECONDS = 1.0
@@ -78,9 +77,9 @@ class NetworkSlots:
             else:
                 self._leases[lease.sandbox_id] = lease
                 self._by_tap[link.name] = lease.sandbox_id
-                if link.group != _TAP_GROUP:
+                if link.group != self._names.tap_group:
                     # Its freeing was broken off, and is asked for again.
-                    self._links.set_group(link.index, _TAP_GROUP)
+                    self._links.set_group(link.index, self._names.tap_group)
 
     def open(self, plan: AddressPlan) -> None:
         """Give them their addresses, and the policies that were kept for them. Raises HostError."""
@@ -102,8 +101,6 @@ class NetworkSlots:
 
     def remove_all(self) -> None:
         """Machines that hold a TAP still are cut off. Their rules go with the home's."""
-        for group in (_TAP_GROUP, _FREED_GROUP):
-            self._links.delete_group(group)
         self._files.remove_all()
 
     # --- one of them --------------------------------------------------------------------------------------------------
@@ -119,7 +116,7 @@ class NetworkSlots:
             and link.up
             and link.master == bridge
             and link.alias == lease.alias
-            and link.group == _TAP_GROUP
+            and link.group == self._names.tap_group
             and self._rules.find(name) is not None
         ):
             await self.set_policy(lease.sandbox_id, policy)
@@ -128,9 +125,11 @@ class NetworkSlots:
         if link is None:
             tap.create_persistent(name)
             link = self._links.get_link(name)
+            # Or the home's kernel would speak IPv6 to the guest, whom nothing keeps from hearing it.
+            write_setting(f"ipv6/conf/{name}/disable_ipv6", "1", missing_ok=True)
         elif link.up:
             self._links.set_up(link.index, up=False)
-        self._links.set_group(link.index, _TAP_GROUP)
+        self._links.set_group(link.index, self._names.tap_group)
         self._links.set_alias(link.index, lease.alias)
         # Those of a link that is gone would not hold for its successor.
         self._rules.remove([name])
@@ -156,13 +155,13 @@ class NetworkSlots:
         names = [self._names.tap(sandbox_id) for sandbox_id in there]
         try:
             for name in names:
-                self._links.set_group_of(name, _FREED_GROUP)
-            self._links.delete_group(_FREED_GROUP)
+                self._links.set_group_of(name, self._names.freed_group)
+            self._links.delete_group(self._names.freed_group)
         except HostError:
             # None may stay where the next ones to be freed would take it along, or fail for it.
             for name in names:
                 with contextlib.suppress(HostError):
-                    self._links.set_group_of(name, _TAP_GROUP)
+                    self._links.set_group_of(name, self._names.tap_group)
             raise
         self._forget(there)
 

@@ -1,28 +1,22 @@
 """What a home needs of its way out; and the way out of one made by root: a pair of links between home and host,
-translated to the host's address. An ordinary user's is ``pasta_uplink``.
-
-What the host needs for it and has not got is told in words, never changed: ``ip_forward`` would make the host a router
-between all its networks, and another program's chain that drops what is forwarded is that program's.
+translated to the host's address. An ordinary user's is ``pasta_uplink``, that of a home in the host's own namespace
+``host_uplink``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Sequence
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Protocol
 
-from atelier.host.namespaces import entered, prefix_for, write_setting
+from atelier.host.namespaces import entered, write_setting
 from atelier.host.netlink import AddressWatch
 from atelier.model.address_plan import AddressPlan
-from atelier.model.errors import HostError
-from atelier.network_holder import docker
+from atelier.network_holder.host_router import HostRouter
 from atelier.network_holder.names import NetworkNames
 from atelier.network_holder.rules import absent_rules, host_rules
 from atelier.network_holder.side import NetworkSide
-
-_CHAIN = re.compile(r"^table (\w+) (\S+) \{|^\tchain (\S+) \{|hook (forward) .*policy drop", re.MULTILINE)
 
 
 class Watch(Protocol):
@@ -35,8 +29,8 @@ class Watch(Protocol):
 
 class Uplink(Protocol):
     @property
-    def link(self) -> str:
-        """Its end in the home."""
+    def link(self) -> str | None:
+        """Its end in the home; None: any link there but the bridge."""
         ...
 
     @property
@@ -90,6 +84,7 @@ class VethUplink:
         self._names = names
         self._host = host
         self._addresses = addresses
+        self._router = HostRouter(names, host, names.uplink_host)
         self._listing: str | None = None
 
     @property
@@ -101,27 +96,17 @@ class VethUplink:
         return [self._host.watch, self._addresses]
 
     def taken_networks(self) -> list[IPv4Network]:
-        own = self._host.links.find_link(self._names.uplink_host)
-        index = own.index if own else 0
-        addresses = [address.network for number, address in self._host.links.addresses() if number != index]
-        return addresses + [route.network for route in self._host.links.routes() if route.interface != index]
+        return self._router.taken_networks()
 
     def connected_networks(self) -> list[IPv4Network]:
-        return sorted(
-            {route.network for route in self._host.links.routes() if route.connected and route.network.prefixlen}
-        )
+        return self._router.connected_networks()
 
     def own_networks(self) -> list[IPv4Network]:
         return self._host.links.local_networks()
 
     def require_possible(self) -> None:
         """Raises HostError (``forwarding_off``)."""
-        if not self._host.links.is_forwarding():
-            raise HostError(
-                "this machine forwards no packets (net.ipv4.ip_forward is 0), so sandboxes would have no way out",
-                code="forwarding_off",
-                hint="as root: sysctl -w net.ipv4.ip_forward=1 (and in /etc/sysctl.d to keep it); or ATELIER_NETWORK=closed",
-            )
+        self._router.require_forwarding()
 
     async def ensure(self, plan: AddressPlan, home: NetworkSide) -> None:
         """The rules stand before there is a link to pass them."""
@@ -138,32 +123,21 @@ class VethUplink:
         self._host.links.set_up(outside.index)
         home.links.set_up(inside.index)
         home.links.ensure_default_route(inside.index, plan.uplink_host)
-        await docker.ensure_accepted(self._names, prefix_for(self._host.namespace))
+        await self._router.ensure_accepted()
 
     async def check(self, plan: AddressPlan) -> bool:
         changed = self._host.rules.find(f"table inet {self._names.table}") != self._listing
         if changed:
             self._load(plan)
-        return await docker.ensure_accepted(self._names, prefix_for(self._host.namespace)) or changed
+        return await self._router.ensure_accepted() or changed
 
     def problems(self) -> list[str]:
-        found: list[str] = []
-        if not self._host.links.is_forwarding():
-            found.append(
-                "net.ipv4.ip_forward is 0: sandboxes have no way out; as root: sysctl -w net.ipv4.ip_forward=1"
-            )
-        dropping = self._dropping_chains()
-        if dropping and not docker.is_present(dropping):
-            names = ", ".join(" ".join(chain) for chain in dropping)
-            found.append(
-                f"{names} drops what is forwarded: let pass what comes from and goes to {self._names.uplink_host} there"
-            )
-        return found
+        return self._router.problems()
 
     async def remove(self) -> None:
         """The link goes first: no packet then needs the rules."""
         self._host.links.delete_link(self._names.uplink_host)
-        await docker.ensure_accepted_absent(self._names, prefix_for(self._host.namespace))
+        await self._router.ensure_accepted_absent()
         self._host.rules.run(absent_rules(self._names, "inet"))
         self._listing = None
 
@@ -177,16 +151,3 @@ class VethUplink:
     def _load(self, plan: AddressPlan) -> None:
         self._host.rules.run(host_rules(self._names, plan))
         self._listing = self._host.rules.find(f"table inet {self._names.table}")
-
-    def _dropping_chains(self) -> list[tuple[str, str, str]]:
-        """(family, table, chain) of the host's that drop what is forwarded unless a rule of theirs lets it pass."""
-        found: list[tuple[str, str, str]] = []
-        family = table = chain = ""
-        for match in _CHAIN.finditer(self._host.rules.run("list chains")):
-            if match[1]:
-                family, table = match[1], match[2]
-            elif match[3]:
-                chain = match[3]
-            elif family in ("ip", "inet"):
-                found.append((family, table, chain))
-        return found
