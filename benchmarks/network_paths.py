@@ -35,8 +35,8 @@ from benchmarks.bare_machine import Ingredients, bare_machine
 from benchmarks.direct_channel import DirectChannel
 
 _SCRIPTS = Path(__file__).parent
-_ROUTER, _ROUTER_OUTSIDE, _GUEST, _PREFIX = "192.0.2.129", "192.0.2.2", "192.0.2.130", 25
-_INTERNET_INSIDE = "192.0.2.1"
+_INTERNET_INSIDE, _ROUTER_OUTSIDE, _ROUTER, _GUEST, _PREFIX = "198.18.0.1", "198.18.0.2", "198.18.1.1", "198.18.1.2", 24
+"""Source: RFC 2544, addresses for benchmarks."""
 _MTU = "1500"
 _SET_OFFLOAD, _CHECKSUMS_AND_SEGMENTS = 0x400454D0, 0x1 | 0x2 | 0x4
 """Source: linux/if_tun.h, TUNSETOFFLOAD. Frames of up to 64 KiB without checksums pass, as between a VMM and its guest."""
@@ -135,12 +135,12 @@ def _run_inside(pid: int, script: str) -> None:
 def _bare_tap(lab: NetworkLab) -> Generator[int]:
     with _namespace() as router:
         lab.in_internet("ip", "link", "add", "bare", "type", "veth", "peer", "name", "out", "netns", str(router))
-        lab.in_internet("ip", "address", "add", f"{_INTERNET_INSIDE}/25", "dev", "bare")
+        lab.in_internet("ip", "address", "add", f"{_INTERNET_INSIDE}/24", "dev", "bare")
         lab.in_internet("ip", "link", "set", "bare", "up")
         lab.in_internet("ip", "route", "add", f"{_GUEST}/32", "via", _ROUTER_OUTSIDE)
         _run_inside(
             router,
-            f"ip link set lo up && ip address add {_ROUTER_OUTSIDE}/25 dev out && ip link set out up && "
+            f"ip link set lo up && ip address add {_ROUTER_OUTSIDE}/24 dev out && ip link set out up && "
             f"ip route add default via {_INTERNET_INSIDE} && echo 1 >/proc/sys/net/ipv4/ip_forward",
         )
         with _inside(router):

@@ -19,10 +19,10 @@ from benchmarks.figure import Figure, Target, at_least
 from benchmarks.network_paths import NetworkPath, emulated_guest, network_paths, plain_guest
 from benchmarks.stage import Stage, say
 
-ROUNDS = 13
-SECONDS = 0.4
+ROUNDS = 17
+SECONDS = 0.3
 TARGET = at_least(0.9)
-_WARM_UP_SECONDS = 0.2
+_WARM_UP_SECONDS = 0.15
 _PIECE_BYTES = 256 * 1024
 
 

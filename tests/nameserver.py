@@ -1,11 +1,16 @@
-"""A nameserver of the test's own, over UDP and TCP, that keeps every message it got: what guests' questions lead to."""
+"""A nameserver of the test's own, over UDP and TCP, that keeps every message it got: what guests' questions lead to.
+
+As a program (``python -m tests.nameserver ADDRESS RECORDS``, records in JSON) it prints the names that it was asked for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import struct
+import sys
 from collections.abc import AsyncIterator, Callable
 
 import dns.flags
@@ -112,3 +117,19 @@ def truncated(asked: dns.message.Message) -> dns.message.Message:
     answer = dns.message.make_response(asked)
     answer.flags |= dns.flags.TC
     return answer
+
+
+async def _serve(address: str, records: dict[str, list[str]]) -> None:
+    nameserver = Nameserver(records)
+
+    def answer(asked: dns.message.Message) -> dns.message.Message:
+        print(asked.question[0].name, flush=True)
+        return nameserver.answer_from_records(asked)
+
+    nameserver.answer = answer
+    async with nameserver.serving(address, 53):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve(sys.argv[1], json.loads(sys.argv[2])))

@@ -15,13 +15,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from enum import StrEnum
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -101,14 +102,27 @@ class NetworkLab:
     internet: subprocess.Popen[bytes]
     home: Home = Home.ROOT
     holder: subprocess.Popen[bytes] | None = None
+    installation: str = INSTALLATION
+    run: RunLayout = field(init=False)
+    data: DataLayout = field(init=False)
 
-    @property
-    def run(self) -> RunLayout:
-        return RunLayout(self.folder / "run")
+    def __post_init__(self) -> None:
+        self.run = RunLayout(self.folder / "run")
+        self.data = DataLayout(self.folder)
+
+    def follow_manager(self, data_dir: Path, run_dir: Path) -> None:
+        """From now on the home is that of a manager which runs in the lab's host."""
+        self.data = DataLayout(data_dir)
+        (socket_path,) = run_dir.glob("*/network.sock")
+        self.run = RunLayout(socket_path.parent)
+        with closing(sqlite3.connect(f"file:{self.data.database}?mode=ro", uri=True)) as database:
+            (self.installation,) = database.execute(
+                "SELECT value FROM settings WHERE name = 'installation_id'"
+            ).fetchone()
 
     @property
     def plan_file(self) -> Path:
-        return DataLayout(self.folder).network_plan
+        return self.data.network_plan
 
     @property
     def plan(self) -> AddressPlan:
@@ -141,7 +155,7 @@ class NetworkLab:
     @property
     def home_namespace(self) -> str:
         if self.home is Home.ROOT:
-            return f"/proc/{self.host.pid}/root/run/netns/at-{INSTALLATION}"
+            return f"/proc/{self.host.pid}/root/run/netns/at-{self.installation}"
         folder = f"/proc/{self.keeper}/fd"
         own = os.readlink(f"/proc/{self.host.pid}/ns/net")
         return next(

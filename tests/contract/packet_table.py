@@ -39,6 +39,7 @@ _PACKET_OUTGOING = 4
 LISTENING_PORT = 7777
 _ARRIVES_SECONDS = 2.0
 _SETTLE_SECONDS = 0.02
+_FENCE_SECONDS = 30.0
 
 
 class Guest:
@@ -133,6 +134,10 @@ class Stage:
     neighbour: Guest
     gateway_mac: str = ""
     number: int = 0
+    fenced: bool = False
+    """Whether each row's packet is followed by others on every way that it could take: real guests are far away."""
+    fence: bytes = b""
+    fences_heard: set[str] = field(default_factory=set)
     asked: tuple[str, int] = ("0.0.0.0", 0)
     """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
     ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
@@ -196,6 +201,31 @@ class Stage:
                 answered = name == "self" and frames.answers_port(frame, self.port)
                 asked = name == "internet" and frames.asks_for(frame, *self.asked)
                 heard[name] = heard.get(name, 0) + (self.mark in frame or answered or asked)
+                if self.fence and self.fence in frame:
+                    self.fences_heard.add(name)
+
+    def wait_through(self, heard: dict[str, int]) -> None:
+        """Until all that the guest has sent so far is through or lost, and what came to the guests has been told: packets
+        keep their order on each way, so these come after them."""
+        self.fence = b"fence-%08d" % self.number
+        # A ping, as pasta keeps a datagram back whose last one to the same port was refused.
+        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, self.fence))
+        self.guest.send(self.to_gateway(echo))
+        self._hear_fences(heard, {"internet"})
+        bridge = self.ears["bridge"]
+        assert isinstance(bridge, PacketEar)
+        for guest in (self.guest, self.neighbour):
+            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, self.fence))
+            bridge.send(ethernet(guest.mac, self.gateway_mac, frames.IPV4, packet))
+        self._hear_fences(heard, {"self", "neighbour"})
+
+    def _hear_fences(self, heard: dict[str, int], where: set[str]) -> None:
+        self.fences_heard.clear()
+        deadline = time.monotonic() + _FENCE_SECONDS
+        while not where <= self.fences_heard:
+            assert time.monotonic() < deadline, f"what must pass was heard at {self.fences_heard} alone"
+            self.listen(heard)
+            time.sleep(0.002)
 
 
 Send = Callable[[Stage], None]
@@ -229,6 +259,8 @@ def try_row(stage: Stage, row: Row) -> str:
     stage.listen({})
     arrives = row.arrives_in(stage.lab.home)
     row.send(stage)
+    if stage.fenced:
+        stage.wait_through(heard)
     deadline = time.monotonic() + _ARRIVES_SECONDS
     settled = time.monotonic() + _SETTLE_SECONDS
     while True:

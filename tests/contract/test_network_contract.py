@@ -13,7 +13,8 @@ from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.network.succession import SucceededNetwork
 from atelier.drivers.network.user import UserNetwork
-from atelier.model.errors import HostError
+from atelier.model.errors import HostError, NotFoundError
+from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
 
 NO_LAB = why_no_lab()
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -87,6 +88,31 @@ async def test_no_slot_is_held_after_it_was_given_back(network: NetworkDriver) -
     assert OTHER not in await network.list_slots()
     await network.ensure_slot_absent(SANDBOX)
     assert await network.list_slots() == []
+
+
+async def test_a_policy_wants_a_slot_where_it_means_something(network: NetworkDriver) -> None:
+    policy = NetworkPolicy(EgressPolicy.make(EgressMode.LIST, ["203.0.113.0/24"], ["*.example.com"]), 1000, 1000)
+    await network.ensure_slot(SANDBOX, 0, policy)
+    await network.ensure_slot(SANDBOX, 0, OPEN_POLICY)
+    for _ in range(2):
+        await network.set_policy(SANDBOX, policy)
+    await network.ensure_slot_absent(SANDBOX)
+    if network.enforces_policies:
+        with pytest.raises(NotFoundError) as absent:
+            await network.set_policy(SANDBOX, policy)
+        assert absent.value.code == "no_network_slot"
+    else:
+        await network.set_policy(SANDBOX, policy)
+
+
+async def test_usage_is_told_of_slots(network: NetworkDriver) -> None:
+    assert await network.read_usage() == {}
+    await network.ensure_slot(SANDBOX, 0)
+    usage = await network.read_usage()
+    assert set(usage) == ({SANDBOX} if network.enforces_policies else set())
+    assert all(each.refused_packets == 0 for each in usage.values())
+    await network.ensure_slot_absent(SANDBOX)
+    assert await network.read_usage() == {}
 
 
 async def test_the_fake_fails_as_told() -> None:

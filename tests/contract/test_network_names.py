@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import dns.edns
 import dns.rcode
 import pytest
+from tests.contract.test_network_packets import GUEST, NEIGHBOUR, NO_LAB, holder_asleep
+from tests.contract.test_network_packets import lab as lab
 from tests.guest_stack import GuestStack, guest_stack
 from tests.nameserver import Nameserver
 from tests.network_lab import (
@@ -28,18 +27,14 @@ from tests.network_lab import (
     NEIGHBOUR_OF_HOST,
     PRIVATE,
     NetworkLab,
-    network_lab,
-    why_no_lab,
 )
 
 from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
 from atelier.network_holder.dns_messages import address_question
 from atelier.network_holder.resolver import GRACE_SECONDS
 
-NO_LAB = why_no_lab()
 pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
 
-GUEST, NEIGHBOUR = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 OTHER_INTERNET = "203.0.113.10"
 PUBLIC_NAMESERVER = "203.0.113.53"
 PORT = 443
@@ -109,13 +104,12 @@ class NamesStage:
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> AsyncIterator[NamesStage]:
-    with network_lab(tmp_path) as lab:
-        async with AsyncExitStack() as stack:
-            made = NamesStage(lab)
-            await made.open(stack)
-            lab.start_holder()
-            yield made
+async def stage(lab: NetworkLab) -> AsyncIterator[NamesStage]:
+    async with AsyncExitStack() as stack:
+        made = NamesStage(lab)
+        await made.open(stack)
+        lab.start_holder()
+        yield made
 
 
 async def echoes(connection: socket.socket, content: bytes, seconds: float = 10.0) -> bool:
@@ -126,16 +120,6 @@ async def echoes(connection: socket.socket, content: bytes, seconds: float = 10.
             return await loop.sock_recv(connection, 4096) == content
     except (TimeoutError, OSError):
         return False
-
-
-@contextmanager
-def holder_asleep(lab: NetworkLab) -> Iterator[None]:
-    assert lab.holder is not None
-    os.kill(lab.holder.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(lab.holder.pid, signal.SIGCONT)
 
 
 @pytest.fixture

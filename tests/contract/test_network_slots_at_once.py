@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,19 @@ from tests.network_lab import INSTALLATION, NetworkLab, network_lab, why_no_lab
 
 from atelier.model.errors import HostError
 from atelier.model.ids import new_sandbox_id
+from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
 
 NO_LAB = why_no_lab()
 pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
 
 MANY = 50
+POLICIES = (
+    OPEN_POLICY,
+    NetworkPolicy(EgressPolicy(EgressMode.NONE)),
+    NetworkPolicy(
+        EgressPolicy(EgressMode.LIST, (IPv4Network("192.0.2.0/24"),), ("example.org",)), upload_kbit_per_second=8000
+    ),
+)
 
 
 @pytest.fixture
@@ -32,7 +41,7 @@ def tap_of(sandbox_id: str) -> str:
 async def make_slots(lab: NetworkLab, count: int, first_lease: int = 0) -> list[str]:
     ids = [new_sandbox_id() for _ in range(count)]
     for lease, sandbox in enumerate(ids, first_lease):
-        await lab.driver().ensure_slot(sandbox, lease)
+        await lab.driver().ensure_slot(sandbox, lease, POLICIES[lease % len(POLICIES)])
     return ids
 
 
@@ -48,6 +57,7 @@ async def test_fifty_at_once_are_gone_and_the_others_are_as_before(lab: NetworkL
         freed = await make_slots(lab, MANY, len(kept))
         assert await free(lab, freed) == [None] * MANY
         assert lab.state() == before, "each asker's slot is gone when it has its answer"
+        assert sorted(each.stem for each in lab.run.network_policies.iterdir()) == sorted(kept)
     assert await lab.driver().list_slots() == sorted(kept)
     assert not lab.ask("check")["put_back"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address
 
@@ -21,8 +22,9 @@ from tests.unit.resolver_stage import (
     resolver_stage,
 )
 
+from atelier.model.errors import PortInUseError
 from atelier.model.network_policy import EgressPolicy
-from atelier.network_holder.dns_server import ServerLimits
+from atelier.network_holder.dns_server import ListeningSockets, ServerLimits
 from atelier.network_holder.fair_share import GuestRates, GuestTasks
 
 ONE, TWO, THREE = (IPv4Address(f"10.64.0.{number}") for number in (2, 3, 4))
@@ -176,6 +178,15 @@ def test_guests_of_long_ago_are_forgotten() -> None:
         now[0] += 0.01
         rates.admit(IPv4Address(number))
     assert len(rates._buckets) <= 4096
+
+
+def test_a_port_that_another_program_has_is_told() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        other.bind(("0.0.0.0", 0))
+        with pytest.raises(PortInUseError) as refused:
+            ListeningSockets(IPv4Address("127.0.0.53"), other.getsockname()[1])
+    assert "another program" in refused.value.message
+    assert "ss -lntup" in refused.value.hint
 
 
 async def test_places_are_shared_out() -> None:

@@ -113,6 +113,19 @@ async def test_a_slow_answer_counts_though_the_next_was_asked() -> None:
             assert addresses(dns.message.from_wire(await asking)) == ["93.184.215.14"]
 
 
+async def test_a_nameserver_with_an_ipv6_address() -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as serving:
+        try:
+            serving.bind(("::1", 0))
+        except OSError:
+            pytest.skip("this machine has no IPv6 on loopback")
+        upstream = Upstream(lambda: (IPv6Address("::1"),), make_socket, port=serving.getsockname()[1])
+        asking = asyncio.create_task(upstream.ask(address_question(NAME), stream=False))
+        wire, sender = await asyncio.get_running_loop().sock_recvfrom(serving, 4096)
+        serving.sendto(Nameserver(RECORDS).answer_from_records(dns.message.from_wire(wire)).to_wire(), sender)
+        assert addresses(dns.message.from_wire(await asking)) == ["93.184.215.14"]
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["udp", "tcp"])
 async def test_nobody_there(stream: bool) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:

@@ -15,16 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
+from tests.contract.packet_table import Guest, Stage, try_table
 from tests.footprint import processes_naming
 from tests.network_lab import (
     HOST_ADDRESS,
     INTERNET,
     METADATA,
+    NAMESERVER,
     OTHER_HOST_ADDRESS,
     Home,
     NetworkLab,
@@ -32,6 +34,7 @@ from tests.network_lab import (
     why_no_lab,
 )
 from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.vm.guest_card import guest_card
 from tests.vm.ordinary_user import ORDINARY_USER
 
 from atelier.config.settings import load_settings
@@ -56,10 +59,11 @@ class BridgedManager:
     def __init__(self, lab: NetworkLab, folder: Path, choice: str = "bridge") -> None:
         self.lab = lab
         self.data = folder / "data"
+        self.run_dir = folder / "run"
         self.log = folder / "manager.log"
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
-            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={folder / 'run'}", f"ATELIER_NETWORK={choice}"),
+            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
         ]
@@ -143,6 +147,26 @@ def serving(lab: NetworkLab, pid: int, address: str, port: int) -> Iterator[None
         server.wait()
 
 
+@contextmanager
+def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
+    """The host's nameserver, and how the host knows of it; the names it was asked for come to stand in ``heard``."""
+    records = json.dumps({name: [f"60 A {INTERNET}"] for name in ("allowed.example.com.", "denied.example.com.")})
+    program = [sys.executable, "-m", "tests.nameserver", NAMESERVER, records]
+    with heard.open("wb") as output:
+        server = subprocess.Popen(
+            ["nsenter", "--target", str(lab.internet.pid), "--net", *program],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+        )
+    try:
+        lab.in_host("mount", "--bind", str(lab.resolv_conf), "/etc/resolv.conf")
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 @pytest.mark.parametrize("home", list(Home))
 def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
     if missing := why_no_lab(home):
@@ -152,8 +176,14 @@ def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
         before = lab.in_host("ip", "-br", "link"), lab.in_host("nft", "list", "ruleset"), lab.in_host("ip", "netns")
         manager = BridgedManager(lab, Path(name))
         try:
-            with serving(lab, lab.internet.pid, "0.0.0.0", 80), serving(lab, lab.host.pid, "0.0.0.0", 80):
+            heard = Path(name, "heard")
+            with (
+                naming(lab, heard),
+                serving(lab, lab.internet.pid, "0.0.0.0", 80),
+                serving(lab, lab.host.pid, "0.0.0.0", 80),
+            ):
                 try_guests(manager)
+                try_names(manager, heard)
             manager.cli("rm", "--yes", "one", "two")
             manager.end()
         finally:
@@ -183,6 +213,8 @@ def try_guests(manager: BridgedManager) -> None:
     assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").returncode != 0
     assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").returncode != 0
 
+    try_packets(manager)
+
     # The manager dies; network and guests go on, and the next one finds them.
     manager.end(signal.SIGKILL)
     manager.start()
@@ -197,6 +229,39 @@ def try_guests(manager: BridgedManager) -> None:
     stolen = manager.in_guest("one", theft + f"curl --silent --max-time 4 http://{INTERNET}/")
     assert stolen.returncode != 0
     assert manager.fetch("two", INTERNET) == HOST_ADDRESS
+
+
+def try_packets(manager: BridgedManager) -> None:
+    """Each of the table's, sent by a guest's own kernel."""
+    lab, plan = manager.lab, manager.plan
+    lab.follow_manager(manager.data, manager.run_dir)
+    with ExitStack() as stack:
+        cards: list[Guest] = []
+        for lease, name in enumerate(("one", "two")):
+            mac = manager.in_guest(name, "cat /sys/class/net/eth0/address").stdout.strip()
+            words = [*manager.words, "-m", "atelier.cli", "exec", name, "--", "sudo"]
+            cards.append(stack.enter_context(guest_card(words, mac, str(plan.address_of(lease)), str(plan.gateway))))
+        stage = Stage(lab, *cards, fenced=True)
+        stage.open(stack)
+        assert try_table(stage) == []
+
+
+def try_names(manager: BridgedManager, heard: Path) -> None:
+    """With the resolver library and the network stack of a real guest."""
+    assert manager.fetch("two", "denied.example.com") == HOST_ADDRESS, "the whole internet"
+    manager.cli("network", "deny", "two", "--unlisted")
+    manager.cli("network", "allow", "two", "allowed.example.com")
+    before = heard.read_text()
+    assert manager.fetch("two", INTERNET) == "", "the address alone opens nothing"
+    assert manager.fetch("two", "denied.example.com") == ""
+    assert manager.fetch("two", "stolen.allowed.example.com") == ""
+    assert heard.read_text() == before, "nobody heard of it"
+    assert manager.fetch("two", "ALLOWED.example.com") == HOST_ADDRESS
+    assert heard.read_text() == before + "allowed.example.com.\n"
+    assert manager.fetch("two", INTERNET) == HOST_ADDRESS, "opened by its name"
+    manager.cli("network", "deny", "two", "--all")
+    assert manager.fetch("two", INTERNET) == ""
+    assert manager.fetch("two", "allowed.example.com") == ""
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

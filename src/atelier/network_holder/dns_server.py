@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Protocol
 
-from atelier.model.errors import AtelierError
+from atelier.model.errors import AtelierError, PortInUseError
 from atelier.network_holder.dns_messages import failure
 from atelier.network_holder.dns_streams import read_message, send_message
 from atelier.network_holder.fair_share import GuestRates, GuestTasks
@@ -39,7 +40,18 @@ class ListeningSockets:
     address, and serve again when it has come back."""
 
     def __init__(self, address: IPv4Address, port: int) -> None:
-        """Raises OSError."""
+        """Raises PortInUseError, OSError."""
+        try:
+            self._open(address, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise PortInUseError(
+                f"the resolver of the sandboxes cannot listen on {address} port {port}: another program does",
+                hint=f"ss -lntup 'sport = {port}' shows which; have it listen on addresses of its own only",
+            ) from error
+
+    def _open(self, address: IPv4Address, port: int) -> None:
         with contextlib.ExitStack() as stack:
             self.datagrams = stack.enter_context(
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -185,7 +197,7 @@ class DnsServer:
         try:
             return await self._answerer.answer(guest, wire, stream=stream)
         except (AtelierError, OSError) as error:
-            self._tell("an address cannot be opened", error)
+            self._tell("one cannot be answered", error)
             return failure(wire)
         except Exception as error:
             self._tell("a mistake in the resolver", error, with_stack=True)

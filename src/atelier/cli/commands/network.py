@@ -35,6 +35,12 @@ def network() -> None:
 
     An ENTRY is a network (10.1.0.0/16, 203.0.113.7) or a domain (github.com; *.github.com stands for all names below
     it, not for itself).
+
+    \b
+    Examples:
+      atelier network show box
+      atelier network deny box --all
+      atelier network allow box github.com 10.1.0.0/16
     """
 
 
