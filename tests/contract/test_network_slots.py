@@ -336,7 +336,7 @@ async def test_a_rate_of_sending_limits_and_is_changed_live(stage: Stage) -> Non
         assert not stage.lab.ask("check")["put_back"]
         await driver.set_policy(GUEST, OPEN_POLICY)
         assert up().is_free()
-    assert "limit" not in stage.lab.in_home("nft", "list", "table", "netdev", f"atelier_{INSTALLATION}")
+    assert "limit" not in stage.lab.in_home("nft", "list", "table", "netdev", TABLE)
 
 
 async def test_a_rate_of_receiving_limits_and_is_changed_live(stage: Stage) -> None:

@@ -196,7 +196,7 @@ class NetworkSlots:
         self._enforce(sandbox_id)
 
     def read_usage(self) -> dict[str, NetworkUsage]:
-        """By sandbox id. Refused packets may begin at 0 again when rules are put back."""
+        """By sandbox id. Refused packets begin at 0 again where somebody removed the table that counts them."""
         traffic, refused = self._links.traffic(), self._rules.refused()
         found: dict[str, NetworkUsage] = {}
         for sandbox_id, lease in self._leases.items():
