@@ -35,6 +35,8 @@ from tests.network_lab import (
 from atelier.model.machine import NetworkAttachment
 
 _OFFLOAD_HEADER = bytes(10)
+_SCTP = 132
+"""Its ports stand where those of UDP and TCP do."""
 _PACKET_OUTGOING = 4
 LISTENING_PORT = 7777
 _ARRIVES_SECONDS = 2.0
@@ -426,6 +428,9 @@ TABLE: tuple[Row, ...] = (
     Row("the answer to one guest after another has spoken", _answered_late, frozenset({"internet", "self"})),
     Row("a name over UDP", routed(lambda s: s.udp_to(s.guest.gateway, 53)), frozenset({"self"}), by_holder=True),
     Row("a name over TCP", routed(lambda s: s.syn_to(s.guest.gateway, 53)), frozenset({"self"})),
+    Row("a name asked of the host, over UDP", routed(lambda s: s.udp_to(HOST_ADDRESS, 53))),
+    Row("a name asked of the host, over TCP", routed(lambda s: s.syn_to(HOST_ADDRESS, 53))),
+    Row("port 53 of another protocol", routed(lambda s: ipv4(s.guest.address, s.guest.gateway, _SCTP, udp(s.port, 53, s.mark)))),
     Row("the gateway's answer", _from_bridge("guest"), frozenset({"self"})),
     Row("too large a packet, and the host's word of it", routed(_too_large), frozenset({"self"}), with_pasta=frozenset({"internet"})),
     # From guest to guest.
