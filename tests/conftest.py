@@ -1,8 +1,9 @@
 """What every test run shares: the order of the folders, what runs beside what, and the refusal of skips where all must
 run.
 
-With several workers (scripts/test), the tests of one file stay together, and all that boot real guests stay on one
-worker: they share a manager and a sandbox, and the processors are few. That worker has the longest way and begins first.
+With several workers (scripts/test), the tests of one file stay together, and those that boot real guests stay on two
+workers, which begin first: one group shares a manager and a sandbox, the other makes its own. More guests at a time would
+be late for everything on few processors.
 
 Tests skip when a probe says that the machine cannot do what they need. With ``ATELIER_REQUIRE_ALL=1`` (scripts/test
 sets it in CI) such a skip counts as a failure, since there it means that a test silently stopped running. A skip that
@@ -40,11 +41,18 @@ def _place(item: pytest.Item) -> int:
     return FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
 
 
+def _group(item: pytest.Item) -> str:
+    if _folder(item) != _GUESTS:
+        return item.path.name
+    shared = isinstance(item, pytest.Function) and "local_manager" in item.fixturenames
+    return "shared guests" if shared else "guests of their own"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_GUESTS if _folder(item) == _GUESTS else item.path.name))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.contract.packet_flows import TcpFlow, UdpFlow, as_neighbour, is_dead, is_open, reached_wrongly
 from tests.contract.packet_table import Stage
 from tests.contract.test_network_packets import GUEST, NEIGHBOUR, NO_LAB, holder_asleep, open_stage, wait_until
+from tests.network_frames import UDP, ipv4, udp
 from tests.network_lab import (
     ELSEWHERE,
     INSTALLATION,
@@ -28,6 +29,7 @@ from tests.network_lab import (
 )
 
 from atelier.model.network_policy import OPEN_POLICY, EgressMode, EgressPolicy, NetworkPolicy
+from atelier.network_holder.rules import MAX_FLOWS
 
 pytestmark = pytest.mark.skipif(bool(NO_LAB), reason=NO_LAB)
 
@@ -130,6 +132,20 @@ async def test_a_change_revokes_open_flows_and_leaves_those_that_stay_allowed(st
         await driver.set_policy(GUEST, CLOSED)
         assert reached_wrongly(stage) == []
         assert is_open(neighbours)
+
+
+async def test_a_guest_cannot_fill_the_table_of_connections_that_all_share(stage: Stage) -> None:
+    with ExitStack() as stack:
+        flow = UdpFlow(stage, stack, INTERNET, 5001)
+        assert flow.say()
+        for port in range(MAX_FLOWS + 100):
+            packet = ipv4(stage.guest.address, ELSEWHERE, UDP, udp(20_000 + port % 10_000, 9, b"one of many"))
+            stage.guest.send(stage.to_gateway(packet))
+        kept = int(stage.lab.in_home("cat", "/proc/sys/net/netfilter/nf_conntrack_count"))
+        assert MAX_FLOWS <= kept <= MAX_FLOWS + 20, "refused ones are not kept, and a few are the test's own"
+        assert not UdpFlow(stage, stack, INTERNET, 5002).say()
+        assert is_open(flow), "what is open goes on"
+        assert UdpFlow(as_neighbour(stage), stack, INTERNET, 5003).say()
 
 
 async def test_a_flow_of_a_sandbox_that_is_gone_is_not_its_successors(lab: NetworkLab) -> None:

@@ -33,7 +33,7 @@ _CLOCK_SECONDS = 2.0
 """How far the kernel's expiry of an element and our reckoning of it may lie apart."""
 _OF_SLOTS = frozenset({"generation", "current", "egress", "refused", "names"})
 """Sets whose elements follow from the slots."""
-_OF_PACKETS = frozenset({"asking"})
+_OF_PACKETS = frozenset({"asking", "flows"})
 """Sets whose elements come and go with what guests send."""
 
 

@@ -38,6 +38,9 @@ _BYTES_PER_KBIT = 125
 _ASKING_PER_SECOND, _ASKING_BURST = 500, 1000
 """Packets that one guest may send to the resolver, which bounds questions more closely by itself: a flood must not even
 reach its queue, where others' questions would be lost."""
+MAX_FLOWS = 8192
+"""That one guest may have open at a time, those that the kernel still remembers included: all guests and the host share one
+table, of some 262,144 by default, and when it is full nobody opens another."""
 _UPLOAD_BURST_BYTES = 65536
 """Beside what passes in a second: the largest packet that a guest may hand over, to be cut later, has to fit."""
 
@@ -162,7 +165,13 @@ table inet {names.table} {{
         flags dynamic,timeout
         timeout 10s
     }}
+    set flows {{
+        type ipv4_addr
+        size {SLOT_COUNT + 1}
+        flags dynamic
+    }}
     chain open {{
+        add @flows {{ ct original ip saddr ct count over {MAX_FLOWS} }} goto refuse
         ct mark set ct original ip saddr map @generation accept
     }}
     chain public {{
