@@ -1,9 +1,9 @@
 """What every test run shares: the order of the folders, what runs beside what, and the refusal of skips where all must
 run.
 
-With several workers (scripts/test), the tests of one file stay together, and those that boot real guests stay on two
-workers, which begin first: one group shares a manager and a sandbox, the other makes its own. More guests at a time would
-be late for everything on few processors.
+With several workers (scripts/test), the tests of one file stay together, and those that boot real guests stay in three
+groups: they are the longest, and more guests at a time would be late for everything on few processors. Two of the groups
+begin at once, beside the fast tests.
 
 Tests skip when a probe says that the machine cannot do what they need. With ``ATELIER_REQUIRE_ALL=1`` (scripts/test
 sets it in CI) such a skip counts as a failure, since there it means that a test silently stopped running. A skip that
@@ -13,15 +13,23 @@ is right everywhere, whatever the machine, begins with ``not applicable:``.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 FOLDER_ORDER = ("architecture", "unit", "contract", "lifecycle", "api", "e2e", "host", "vm")
 """Fast ones first, real guests last, so that a slip is told in seconds."""
 
 _GUESTS = FOLDER_ORDER[-1]
+_BRIDGED = "test_bridge_network.py"
+
+_SHARED_GUEST = re.compile(r"\blocal_manager\b|\bsandbox: Sandbox\b")
+"""The fixtures of tests/vm/conftest.py."""
 
 ALWAYS_RIGHT = "not applicable:"
 
@@ -34,25 +42,31 @@ def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(item.config.rootpath / "tests").parts[0]
 
 
-def _place(item: pytest.Item) -> int:
+def _place(item: pytest.Item) -> float:
     folder = _folder(item)
     if folder == _GUESTS and "PYTEST_XDIST_WORKER" in os.environ:
-        return -1
+        return FOLDER_ORDER.index("contract") - 0.5 if item.path.name == _BRIDGED else -1
     return FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
 
 
-def _group(item: pytest.Item) -> str:
-    if _folder(item) != _GUESTS:
-        return item.path.name
-    shared = isinstance(item, pytest.Function) and "local_manager" in item.fixturenames
-    return "shared guests" if shared else "guests of their own"
+class _Shares(LoadScopeScheduling):
+    """A file's tests stay on one worker, and so do those of each group of files with real guests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        if not file.startswith(f"tests/{_GUESTS}/") or file.endswith(f"/{_BRIDGED}"):
+            return file
+        shared = _SHARED_GUEST.search(Path(file).read_text()) is not None
+        return "shared guests" if shared else "guests of their own"
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _Shares(config, log)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

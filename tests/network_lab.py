@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,8 @@ from atelier.model.address_plan import AddressPlan
 from atelier.model.layout import DataLayout, RunLayout
 
 INSTALLATION = "test"
+_OF_PACKETS = re.compile(r"(set (?:asking|flows) \{[^}]*?)\n\t\telements = \{[^}]*\}")
+"""Elements that come and go with what guests send."""
 BRIDGE = "br0"
 HOST_ADDRESS = "198.51.100.2"
 HOST_ADDRESS_V6 = "2001:db8:5::2"
@@ -268,9 +271,9 @@ class NetworkLab:
         return {
             "links": _names_and_addresses(self.in_home("ip", "-br", "link")),
             "entries": self.in_home("bridge", "fdb", "show"),
-            "rules": self.in_home("nft", "list", "ruleset"),
+            "rules": _OF_PACKETS.sub(r"\1", self.in_home("nft", "list", "ruleset")),
             "host links": _names_and_addresses(self.in_host("ip", "-br", "link")),
-            "host rules": self.in_host("nft", "list", "ruleset"),
+            "host rules": _OF_PACKETS.sub(r"\1", self.in_host("nft", "list", "ruleset")),
             "namespaces": self.in_host("ip", "netns"),
         }
 

@@ -36,6 +36,7 @@ from tests.network_lab import (
     network_lab,
 )
 
+from atelier.host.flow_table import FlowTable
 from atelier.host.netlink import RouteSocket
 from atelier.host.nftables import Nftables
 from atelier.model.errors import HostError, NotFoundError
@@ -77,11 +78,11 @@ def own_slots(lab: NetworkLab) -> Iterator[tuple[NetworkSlots, KeptRules]]:
     """This process in the holder's place, as long as that one is stopped."""
     lab.stop_holder()
     with lab.inside("home"), ExitStack() as stack:
-        links, nftables = RouteSocket(), Nftables()
-        stack.callback(links.close)
-        stack.callback(nftables.close)
+        links, nftables, flows = RouteSocket(), Nftables(), FlowTable()
+        for each in (links, nftables, flows):
+            stack.callback(each.close)
         rules = KeptRules(NAMES, nftables, lambda: {name for name in links.links() if NAMES.is_tap(name)})
-        slots = NetworkSlots(NAMES, links, rules, PolicyFiles(lab.run.network_policies))
+        slots = NetworkSlots(NAMES, links, rules, flows, PolicyFiles(lab.run.network_policies))
         slots.adopt()
         slots.open(lab.plan)
         own, connected = frozenset({IPv4Network(HOST_ADDRESS)}), frozenset({IPv4Network("198.51.100.0/24")})

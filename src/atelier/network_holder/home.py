@@ -87,7 +87,7 @@ class NetworkHome:
         self._side = NetworkSide.open(namespace)
         self._require_own_bridge()
         self._rules = KeptRules(self._names, self._side.rules, self._taps)
-        self._slots = NetworkSlots(self._names, self._side.links, self._rules, self._files)
+        self._slots = NetworkSlots(self._names, self._side.links, self._rules, self._side.flows, self._files)
         self._slots.adopt()
         self._plan = settle_plan(self._plan_file, self._names.installation_id, taken, self._subnet_in_use())
         self._remove_other_plan()
@@ -129,6 +129,7 @@ class NetworkHome:
             self.rules.load(around, self.slots.described())
         self._forward()
         opened = self._close_opened_ports()
+        self.slots.forget_flows()
         if foreign or changed or opened:
             _logger.warning("somebody removed or changed rules of the sandboxes' network: put back")
         return foreign or changed or opened

@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 
+from atelier.host.flow_table import FlowTable
 from atelier.host.namespaces import entered
 from atelier.host.netlink import RouteSocket
 from atelier.host.nftables import Nftables, RulesWatch
@@ -18,6 +19,7 @@ class NetworkSide:
     namespace: int
     links: RouteSocket
     rules: Nftables
+    flows: FlowTable
     watch: RulesWatch
 
     @staticmethod
@@ -29,12 +31,15 @@ class NetworkSide:
                 stack.callback(links.close)
                 rules = Nftables()
                 stack.callback(rules.close)
+                flows = FlowTable()
+                stack.callback(flows.close)
                 watch = RulesWatch()
             stack.pop_all()
-        return NetworkSide(namespace, links, rules, watch)
+        return NetworkSide(namespace, links, rules, flows, watch)
 
     def close(self) -> None:
         self.links.close()
         self.rules.close()
+        self.flows.close()
         self.watch.close()
         os.close(self.namespace)

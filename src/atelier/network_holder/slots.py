@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from atelier.host import tap
+from atelier.host.flow_table import FlowTable
 from atelier.host.namespaces import write_setting
 from atelier.host.netlink import RouteSocket
 from atelier.model.address_plan import AddressPlan
@@ -28,6 +29,8 @@ from atelier.network_holder.rules import Slot
 _MAX_OPENED = 1024
 """Addresses that names may have opened to one guest at a time."""
 _SLACK_SECONDS = 1.0
+_FORGOTTEN_ADDRESSES, _FORGOTTEN_FLOWS = 8, 2048
+"""At a time, the second of each: other requests wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +56,14 @@ class Lease:
 class NetworkSlots:
     """``links`` and ``rules`` are the home's, in whose namespace the process is."""
 
-    def __init__(self, names: NetworkNames, links: RouteSocket, rules: KeptRules, files: PolicyFiles) -> None:
+    def __init__(
+        self, names: NetworkNames, links: RouteSocket, rules: KeptRules, flows: FlowTable, files: PolicyFiles
+    ) -> None:
         self._names = names
         self._links = links
         self._rules = rules
+        self._flows = flows
+        self._left: set[IPv4Address] = set()
         self._files = files
         self._plan: AddressPlan | None = None
         self._leases: dict[str, Lease] = {}
@@ -173,9 +180,20 @@ class NetworkSlots:
         for sandbox_id in sandbox_ids:
             self._files.remove(sandbox_id)
             lease = self._leases.pop(sandbox_id)
-            self._owners.pop(self._open_plan.address_of(lease.number), None)
+            address = self._open_plan.address_of(lease.number)
+            self._owners.pop(address, None)
+            self._left.add(address)
             self._by_tap.pop(self._names.tap(sandbox_id), None)
             self._policies.pop(sandbox_id, None)
+
+    def forget_flows(self) -> None:
+        """Some of those that guests have left behind. They would count as their successors', and fill a table that all
+        share; it takes milliseconds for each guest, so it is done when nobody waits."""
+        for address in list(self._left)[:_FORGOTTEN_ADDRESSES]:
+            successor = self._owners.get(address)
+            mark = None if successor is None else self._policies[successor].generation
+            if self._flows.forget(address, but_marked=mark, at_most=_FORGOTTEN_FLOWS) < _FORGOTTEN_FLOWS:
+                self._left.discard(address)
 
     def open_tap(self, sandbox_id: str) -> int:
         """Raises NotFoundError (``no_network_slot``), ConflictError (``slot_in_use``)."""
