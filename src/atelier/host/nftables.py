@@ -11,8 +11,10 @@ import ctypes
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
+from atelier.host.nftables_messages import RulesMessage
 from atelier.model.errors import CommandError, MissingProgramError
 
 _LIBRARY = "libnftables.so.1"
@@ -24,7 +26,10 @@ _NFTABLES_SUBSYSTEM = 10
 _NEW_GENERATION, _GET_GENERATION = 15, 16
 """The first ends each transaction's messages, with the process that made it."""
 _GENERATION_ID, _PROCESS_ID = 1, 2
-_REQUEST = 1
+_REQUEST, _ACK = 1, 4
+_ERROR, _BATCH_BEGIN, _BATCH_END = 2, 16, 17
+_BATCH_OF_NFTABLES = struct.pack("!BBH", 0, 0, _NFTABLES_SUBSYSTEM)
+_LARGEST_TRANSACTION = 1024 * 1024
 _WITHOUT_STATE = 1 << 2
 """Source: nftables/libnftables.h, NFT_CTX_OUTPUT_STATELESS."""
 
@@ -66,6 +71,9 @@ class Nftables:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.settimeout(5)
+        # As much as an ordinary user may ask for.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST_TRANSACTION)
+        self._sequence = 0
 
     def close(self) -> None:
         self._socket.close()
@@ -82,6 +90,29 @@ class Nftables:
             raise CommandError(f"nft refused the rules: {said or 'without a word'}")
         return output
 
+    def apply(self, messages: Sequence[RulesMessage]) -> None:
+        """One transaction of the kernel's own messages. Raises CommandError with the kernel's reason."""
+        first = self._sequence + 1
+        self._sequence += len(messages) + 2
+        parts = [_packed(_BATCH_BEGIN, _REQUEST, first, _BATCH_OF_NFTABLES)]
+        for number, message in enumerate(messages, first + 1):
+            # The kernel answers what it refuses, and the last one in any case.
+            flags = _REQUEST | message.flags | (_ACK if message is messages[-1] else 0)
+            parts.append(_packed(_NFTABLES_SUBSYSTEM << 8 | message.kind, flags, number, message.body))
+        parts.append(_packed(_BATCH_END, _REQUEST, self._sequence, _BATCH_OF_NFTABLES))
+        refused = 0
+        try:
+            self._socket.send(b"".join(parts))
+            answered = 0
+            while answered not in (first, self._sequence - 1):
+                kind, answered, data = self._receive()
+                if answered >= first and kind == _ERROR:
+                    refused = refused or -struct.unpack_from("=i", data)[0]
+        except OSError as error:
+            raise CommandError(f"the kernel did not take the rules: {error.strerror or error}") from error
+        if refused:
+            raise CommandError(f"the kernel refused the rules: {os.strerror(refused)}")
+
     def find(self, what: str) -> str | None:
         """The listing of ``table inet x`` or ``chain inet x y``, without what packets and time change (counters, the time
         that elements have left); None if there is none."""
@@ -96,10 +127,19 @@ class Nftables:
     def generation(self) -> int:
         """The number of the namespace's last transaction, whoever made it: each adds one, up to 2^32, where 0 is left
         out. Raises OSError."""
-        header = struct.pack("=IHHII", 20, _NFTABLES_SUBSYSTEM << 8 | _GET_GENERATION, _REQUEST, 0, 0)
-        self._socket.send(header + bytes(4))
+        self._sequence += 1
+        self._socket.send(_packed(_NFTABLES_SUBSYSTEM << 8 | _GET_GENERATION, _REQUEST, self._sequence, bytes(4)))
+        answered = 0
+        data = b""
+        while answered != self._sequence:
+            _, answered, data = self._receive()
+        return _number(data[4:], _GENERATION_ID)
+
+    def _receive(self) -> tuple[int, int, bytes]:
+        """(kind, sequence number, body) of the next message: the kernel sends answers one at a time."""
         data = self._socket.recv(1 << 16)
-        return _number(data[20:], _GENERATION_ID)
+        _, kind, _, sequence, _ = struct.unpack_from("=IHHII", data)
+        return kind, sequence, data[16:]
 
 
 class RulesWatch:
@@ -137,6 +177,10 @@ class RulesWatch:
                 if kind == _NFTABLES_SUBSYSTEM << 8 | _NEW_GENERATION:
                     foreign |= _number(data[20:length], _PROCESS_ID) != os.getpid()
                 data = data[max(16, (length + 3) & ~3) :]
+
+
+def _packed(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    return struct.pack("=IHHII", 16 + len(body), kind, flags, sequence, 0) + body
 
 
 def _number(attributes: bytes, wanted: int) -> int:

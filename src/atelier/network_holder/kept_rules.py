@@ -7,11 +7,14 @@ be looked at, however many slots there are. After another's, all of the two tabl
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 from atelier.host.nftables import Nftables
+from atelier.host.nftables_messages import RulesMessage
 from atelier.model.errors import CommandError
 from atelier.network_holder.listings import ListedObject, parse_counters, parse_marks, parse_opened, parse_table
 from atelier.network_holder.names import NetworkNames
@@ -21,14 +24,16 @@ from atelier.network_holder.rules import (
     Surroundings,
     home_rules,
     names_opened,
-    slot_rules,
-    slot_rules_absent,
-    slot_rules_changed,
+    slot_added,
+    slot_chain,
+    slot_changed,
+    slot_removed,
 )
 
 _logger = logging.getLogger(__name__)
 
 _TRIES = 5
+_RATES_REMEMBERED = 256
 _CLOCK_SECONDS = 2.0
 """How far the kernel's expiry of an element and our reckoning of it may lie apart."""
 _OF_SLOTS = frozenset({"generation", "current", "egress", "refused", "names"})
@@ -50,6 +55,7 @@ class KeptRules:
         self._frame: dict[str, ListedObject] = {}
         self._sending: dict[str, ListedObject] = {}
         self._generation: int | None = None
+        self._listed_once: dict[int | None, tuple[Slot, ListedObject]] = {}
 
     @property
     def around(self) -> Surroundings:
@@ -79,13 +85,14 @@ class KeptRules:
         Raises CommandError."""
         before = self._slots.get(slot.tap)
         if before is None:
-            commands = slot_rules(self._names, slot)
+            messages = slot_added(self._names, slot)
         else:
             closed = self._close_names(slot.address) if _closes_names(before, slot) else ()
-            commands = slot_rules_changed(self._names, before, slot, closed)
+            messages = slot_changed(self._names, before, slot, closed)
         self._slots[slot.tap] = slot
         try:
-            self._change(commands, slot.tap)
+            fresh = before is None or before.chain != slot.chain
+            self._change(messages, first=slot_chain(self._names, slot) if fresh else "", tap=slot.tap)
         except BaseException:
             # What stands is not known: it is looked at before it is trusted again.
             self._generation = None
@@ -98,7 +105,7 @@ class KeptRules:
         """In one transaction. Idempotent. Raises CommandError."""
         gone = [slot for tap in taps if (slot := self._slots.pop(tap, None)) is not None]
         opened = {slot.address: self._close_names(slot.address) for slot in gone}
-        self._change(slot_rules_absent(self._names, gone, opened))
+        self._change([message for slot in gone for message in slot_removed(self._names, slot, opened[slot.address])])
         for slot in gone:
             self._sending.pop(slot.tap, None)
 
@@ -135,26 +142,47 @@ class KeptRules:
 
     # --- transactions -------------------------------------------------------------------------------------------------
 
-    def _change(self, commands: str, tap: str = "") -> None:
-        """One transaction, or, where it cannot be or somebody else came between, all of the rules. ``tap``: whose chain it
-        may have changed."""
-        if not commands:
+    def _change(self, messages: list[RulesMessage], *, first: str = "", tap: str = "") -> None:
+        """One transaction, or, where it cannot be or somebody else came between, all of the rules. ``first``: commands for
+        what nothing refers to before the transaction; ``tap``: whose chain may be another."""
+        if not messages:
             return
         try:
-            before = self._rules.generation()
-            self._rules.run(commands)
+            before = expected = self._rules.generation()
+            if first:
+                self._rules.run(first)
+                expected = _next(expected)
+            self._rules.apply(messages)
+            expected = _next(expected)
             if tap:
-                listing = self._rules.find(f"chain netdev {self._names.table} {tap}")
-                self._sending |= _chains(listing or "")
+                self._sending[tap] = self._sending_of(self._slots[tap])
             after = self._rules.generation()
         except CommandError as error:
             _logger.warning("a change does not fit the rules that stand, which are loaded anew: %s", error)
             self._reload(list(self._slots.values()))
             return
-        if after != _next(before):
+        if after != expected:
             self._reload(list(self._slots.values()))
         elif before == self._generation:
             self._generation = after
+
+    def _sending_of(self, slot: Slot) -> ListedObject:
+        """The TAP's chain as nft lists it: listing it takes a millisecond, so once for each rate."""
+        rate = slot.upload_bytes_per_second
+        if rate not in self._listed_once:
+            if len(self._listed_once) >= _RATES_REMEMBERED:
+                self._listed_once.clear()
+            listing = self._rules.find(f"chain netdev {self._names.table} {slot.tap}") or ""
+            self._listed_once[rate] = (slot, parse_table(listing)[slot.tap])
+        model, listed = self._listed_once[rate]
+        frame = listed.frame
+        for theirs, own in (
+            (model.tap, slot.tap),
+            (model.mac_address, slot.mac_address),
+            (str(model.address), str(slot.address)),
+        ):
+            frame = re.sub(rf"(?<![\w.]){re.escape(theirs)}(?![\w.])", own, frame)
+        return replace(listed, frame=frame)
 
     def _reload(self, slots: list[Slot]) -> None:
         there = self._taps()
@@ -235,10 +263,6 @@ class KeptRules:
         must = {name for name, until in times.items() if until > now + _CLOCK_SECONDS}
         may = {name for name, until in times.items() if until > now - _CLOCK_SECONDS}
         return must <= found <= may
-
-
-def _chains(listing: str) -> dict[str, ListedObject]:
-    return {name: each for name, each in parse_table(listing).items() if name}
 
 
 def _closes_names(before: Slot, after: Slot) -> bool:

@@ -13,10 +13,27 @@ allowed goes on without waiting for the guest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network
 
+from atelier.host.nftables_messages import (
+    RulesMessage,
+    accept,
+    address_key,
+    chain_absent,
+    drop,
+    element_added,
+    element_removed,
+    ingress_chain_added,
+    is_beyond,
+    is_ethernet,
+    is_protocol,
+    link_header_is,
+    network_header_is,
+    rule_added,
+)
 from atelier.model.address_plan import SLOT_COUNT, AddressPlan
 from atelier.model.network_policy import EgressMode, NetworkPolicy
 from atelier.network_holder.names import NetworkNames
@@ -35,6 +52,9 @@ _INLINE_NETWORKS = 16
 """Above that a slot's networks become a set. Not below: libnftables reads all sets of intervals before each change, so a
 thousand of them would cost each change 0.1 s."""
 _BYTES_PER_KBIT = 125
+_INGRESS_PRIORITY = -500
+_IPV4, _ARP = 0x0800, 0x0806
+"""Ethernet types."""
 _ASKING_PER_SECOND, _ASKING_BURST = 500, 1000
 """Packets that one guest may send to the resolver, which bounds questions more closely by itself: a flood must not even
 reach its queue, where others' questions would be lost."""
@@ -94,11 +114,20 @@ class Slot:
         return f"{self.tap}_{self.generation:08x}" if egress.networks or egress.domains else None
 
     @property
-    def verdict(self) -> str | None:
-        """None: whatever it sends is refused."""
+    def judge(self) -> str | None:
+        """The chain that says what it may open; None: whatever it sends is refused."""
         if self.chain is not None:
-            return f"jump {self.chain}"
-        return "jump public" if self.policy.egress.mode is EgressMode.ALL else None
+            return self.chain
+        return "public" if self.policy.egress.mode is EgressMode.ALL else None
+
+    @property
+    def verdict(self) -> str | None:
+        return None if self.judge is None else f"jump {self.judge}"
+
+    @property
+    def upload_bytes_per_second(self) -> int | None:
+        rate = self.policy.upload_kbit_per_second
+        return None if rate is None else rate * _BYTES_PER_KBIT
 
     @property
     def chain_rules(self) -> list[str]:
@@ -198,52 +227,55 @@ table netdev {names.table} {{ }}
 """
     return (
         f"{_replaced('inet', names)}{_replaced('netdev', names)}{inet}"
-        + "".join(slot_rules(names, slot, carried.refused.get(slot.address)) for slot in slots)
-        + "".join(f"{_name_added(names, *pair, seconds)}\n" for pair, seconds in carried.opened.items())
+        + "".join(_slot_text(names, slot, carried.refused.get(slot.address)) for slot in slots)
+        + "".join(
+            f"add element inet {names.table} names {{ {guest} . {address} timeout {seconds}s }}\n"
+            for (guest, address), seconds in carried.opened.items()
+        )
     )
 
 
-def slot_rules(names: NetworkNames, slot: Slot, refused: tuple[int, int] | None = None) -> str:
-    """Of a slot that has none."""
-    packets, octets = refused or (0, 0)
-    return (
-        f"add element inet {names.table} refused {{ {slot.address} counter packets {packets} bytes {octets} }}\n"
-        f"{_egress_added(names, slot)}{_sending_added(names, slot)}"
-    )
-
-
-def slot_rules_absent(
-    names: NetworkNames, slots: Sequence[Slot], opened: Mapping[IPv4Address, Iterable[IPv4Address]]
-) -> str:
-    """``opened``: addresses that may be open to each guest through names."""
-    if not slots:
+def slot_chain(names: NetworkNames, slot: Slot) -> str:
+    """The chain of its policy, which has to be there before ``slot_added`` or ``slot_changed``; empty if it needs none."""
+    if slot.chain is None:
         return ""
-    addresses = ", ".join(str(slot.address) for slot in slots)
-    return (
-        f"delete element inet {names.table} refused {{ {addresses} }}\n"
-        f"{_egress_removed(names, *slots)}"
-        + "".join(_names_closed(names, slot, opened[slot.address]) for slot in slots)
-        + _sending_removed(names, *slots)
-    )
+    return f"table inet {names.table} {{ chain {slot.chain} {{ {'; '.join(slot.chain_rules)}; }}; }}\n"
 
 
-def slot_rules_changed(names: NetworkNames, before: Slot, after: Slot, closed: Iterable[IPv4Address]) -> str:
+def slot_added(names: NetworkNames, slot: Slot) -> list[RulesMessage]:
+    """Of a slot that has no rules. What it says is what ``home_rules`` says of a slot."""
+    counted = element_added(names.table, "refused", address_key(slot.address))
+    return [counted, *_egress_added(names, slot), *_sending_added(names, slot)]
+
+
+def slot_removed(names: NetworkNames, slot: Slot, opened: Iterable[IPv4Address]) -> list[RulesMessage]:
+    """``opened``: addresses that may be open to it through names."""
+    return [
+        element_removed(names.table, "refused", address_key(slot.address)),
+        *_egress_removed(names, slot),
+        *_names_closed(names, slot.address, opened),
+        *chain_absent("netdev", names.table, slot.tap),
+    ]
+
+
+def slot_changed(names: NetworkNames, before: Slot, after: Slot, closed: Iterable[IPv4Address]) -> list[RulesMessage]:
     """The policy of a slot on the same TAP and address. ``closed``: addresses that names have opened, and that the new
     policy does not leave open."""
-    text = ""
+    messages: list[RulesMessage] = []
     if before.generation != after.generation:
-        text += f"{_egress_removed(names, before)}{_egress_added(names, after)}{_names_closed(names, after, closed)}"
+        messages += [*_egress_removed(names, before), *_egress_added(names, after)]
+        messages += _names_closed(names, after.address, closed)
     if before.policy.upload_kbit_per_second != after.policy.upload_kbit_per_second:
-        text += f"{_sending_removed(names, before)}{_sending_added(names, after)}"
-    return text
+        messages += [*chain_absent("netdev", names.table, before.tap), *_sending_added(names, after)]
+    return messages
 
 
-def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4Address, int]) -> str:
+def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4Address, int]) -> list[RulesMessage]:
     """Also where they are open already, for a shorter time."""
-    return "".join(
-        f"{_name_removed(names, guest, address)}{_name_added(names, guest, address, seconds[address])}\n"
-        for address in seconds
-    )
+    messages = _names_closed(names, guest, seconds)
+    for address, lasting in seconds.items():
+        messages.append(element_added(names.table, "names", address_key(guest, address), seconds=lasting))
+    return messages
 
 
 def _hooks(names: NetworkNames, around: Surroundings) -> str:
@@ -330,55 +362,22 @@ def _listed(networks: Iterable[IPv4Network]) -> str:
     return ", ".join(map(str, sorted(networks)))
 
 
-def _egress_added(names: NetworkNames, slot: Slot) -> str:
-    table, address = names.table, slot.address
-    text = f"add element inet {table} generation {{ {address} : {slot.mark} }}\n"
-    text += f"add element inet {table} current {{ {address} . {slot.mark} }}\n"
-    if slot.chain is not None:
-        text += f"table inet {table} {{ chain {slot.chain} {{ {'; '.join(slot.chain_rules)}; }}; }}\n"
-    if slot.verdict is not None:
-        text += f"add element inet {table} egress {{ {address} : {slot.verdict} }}\n"
-    return text
-
-
-def _egress_removed(names: NetworkNames, *slots: Slot) -> str:
-    table = names.table
-    addresses = ", ".join(str(slot.address) for slot in slots)
-    current = ", ".join(f"{slot.address} . {slot.mark}" for slot in slots)
-    judged = ", ".join(str(slot.address) for slot in slots if slot.verdict is not None)
-    text = f"delete element inet {table} generation {{ {addresses} }}\n"
-    text += f"delete element inet {table} current {{ {current} }}\n"
-    if judged:
-        text += f"delete element inet {table} egress {{ {judged} }}\n"
-    return text + "".join(f"delete chain inet {table} {slot.chain}\n" for slot in slots if slot.chain is not None)
-
-
-def _names_closed(names: NetworkNames, slot: Slot, addresses: Iterable[IPv4Address]) -> str:
-    return "".join(_name_removed(names, slot.address, address) for address in addresses)
-
-
-def _name_added(names: NetworkNames, guest: IPv4Address, address: IPv4Address, seconds: int) -> str:
-    return f"add element inet {names.table} names {{ {guest} . {address} timeout {seconds}s }}"
-
-
-def _name_removed(names: NetworkNames, guest: IPv4Address, address: IPv4Address) -> str:
-    # Made first: it may have run out.
-    return (
-        f"{_name_added(names, guest, address, 60)}\ndelete element inet {names.table} names {{ {guest} . {address} }}\n"
-    )
-
-
-def _sending_added(names: NetworkNames, slot: Slot) -> str:
+def _slot_text(names: NetworkNames, slot: Slot, refused: tuple[int, int] | None) -> str:
     """What comes out of the TAP: IPv4 and ARP from its own addresses. No other type of frame passes, VLAN tags and IPv6
     included, nor DHCP (whose client has no address yet)."""
-    mac, address, rate = slot.mac_address, slot.address, slot.policy.upload_kbit_per_second
+    table, mac, address = names.table, slot.mac_address, slot.address
+    packets, octets = refused or (0, 0)
     limit = ""
-    if rate is not None:
-        per_second = rate * _BYTES_PER_KBIT
-        limit = f"\n        meta protocol ip limit rate over {per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes drop"
-    return f"""table netdev {names.table} {{
+    if slot.upload_bytes_per_second is not None:
+        rate = f"{slot.upload_bytes_per_second} bytes/second burst {_UPLOAD_BURST_BYTES} bytes"
+        limit = f"\n        meta protocol ip limit rate over {rate} drop"
+    judged = f"add element inet {table} egress {{ {address} : {slot.verdict} }}\n" if slot.verdict else ""
+    return f"""{slot_chain(names, slot)}add element inet {table} refused {{ {address} counter packets {packets} bytes {octets} }}
+add element inet {table} generation {{ {address} : {slot.mark} }}
+add element inet {table} current {{ {address} . {slot.mark} }}
+{judged}table netdev {table} {{
     chain {slot.tap} {{
-        type filter hook ingress device "{slot.tap}" priority -500; policy drop;{limit}
+        type filter hook ingress device "{slot.tap}" priority {_INGRESS_PRIORITY}; policy drop;{limit}
         ether saddr {mac} ether type ip ip saddr {address} accept
         ether saddr {mac} ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac} arp saddr ip {address} accept
     }}
@@ -386,9 +385,47 @@ def _sending_added(names: NetworkNames, slot: Slot) -> str:
 """
 
 
-def _sending_removed(names: NetworkNames, *slots: Slot) -> str:
-    # Made first: some kernels take a chain away with its link, some leave it. All are made, then all deleted: in turns it
-    # takes nft five times as long.
-    made = " ".join(f"chain {slot.tap} {{ }};" for slot in slots)
-    deleted = "".join(f"delete chain netdev {names.table} {slot.tap}\n" for slot in slots)
-    return f"table netdev {names.table} {{ {made} }}\n{deleted}"
+def _sending_added(names: NetworkNames, slot: Slot) -> Iterator[RulesMessage]:
+    """As in ``_slot_text``."""
+    mac, address = bytes.fromhex(slot.mac_address.replace(":", "")), slot.address.packed
+    yield ingress_chain_added(names.table, slot.tap, slot.tap, _INGRESS_PRIORITY)
+    if slot.upload_bytes_per_second is not None:
+        limited = [*is_protocol(_IPV4), *is_beyond(slot.upload_bytes_per_second, _UPLOAD_BURST_BYTES), *drop()]
+        yield rule_added("netdev", names.table, slot.tap, limited)
+    own_packet = [*link_header_is(6, mac + struct.pack("!H", _IPV4)), *network_header_is(12, address)]
+    own_arp = [
+        *link_header_is(6, mac + struct.pack("!H", _ARP)),
+        *network_header_is(0, struct.pack("!HH", 1, _IPV4)),
+        *network_header_is(4, bytes([6, 4])),
+        *network_header_is(8, mac + address),
+    ]
+    for sent in (own_packet, own_arp):
+        yield rule_added("netdev", names.table, slot.tap, [*is_ethernet(), *sent, *accept()])
+
+
+def _egress_added(names: NetworkNames, slot: Slot) -> Iterator[RulesMessage]:
+    key = address_key(slot.address)
+    yield element_added(names.table, "generation", key, mark=slot.generation)
+    yield element_added(names.table, "current", address_key(slot.address, slot.generation))
+    if slot.judge is not None:
+        yield element_added(names.table, "egress", key, jump_to=slot.judge)
+
+
+def _egress_removed(names: NetworkNames, slot: Slot) -> Iterator[RulesMessage]:
+    key = address_key(slot.address)
+    yield element_removed(names.table, "generation", key)
+    yield element_removed(names.table, "current", address_key(slot.address, slot.generation))
+    if slot.judge is not None:
+        yield element_removed(names.table, "egress", key)
+    if slot.chain is not None:
+        yield from chain_absent("inet", names.table, slot.chain)
+
+
+def _names_closed(names: NetworkNames, guest: IPv4Address, addresses: Iterable[IPv4Address]) -> list[RulesMessage]:
+    messages: list[RulesMessage] = []
+    for address in addresses:
+        key = address_key(guest, address)
+        # Made first: it may have run out.
+        messages.append(element_added(names.table, "names", key, seconds=60))
+        messages.append(element_removed(names.table, "names", key))
+    return messages
