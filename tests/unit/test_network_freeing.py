@@ -1,15 +1,20 @@
-"""Freeing slots together: who is in whose company, what comes in its turn, and whose error is whose."""
+"""Freeing slots together: the driver gathers those that are asked for at once, the holder tells whose failure is whose."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from atelier.model.errors import HostError
-from atelier.network_holder.freeing import SlotFreeing
+from atelier.drivers.network.bridge import BridgeNetwork
+from atelier.model.errors import AtelierError, ConflictError, HostError, TransientError
+from atelier.network_holder.freeing import free_together
 
 
 @dataclass
@@ -30,81 +35,116 @@ class Home:
             raise HostError("not together")
 
 
-@dataclass
-class Desk:
-    home: Home = field(default_factory=Home)
-    turns: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    def __post_init__(self) -> None:
-        self.freeing = SlotFreeing(lambda: self.home, self.turns)
-
-    async def perform(self, name: str, sandbox_id: str) -> None:
-        """Another request than freeing."""
-        with self.freeing.other_request(sandbox_id):
-            async with self.turns:
-                self.home.told.append([f"{name} {sandbox_id}"])
+def test_all_are_freed_together() -> None:
+    home = Home()
+    assert free_together(home, ["one", "two"]) == {}
+    assert home.told == [["one", "two"]]
 
 
-async def test_what_is_asked_at_once_is_freed_at_once() -> None:
-    desk = Desk()
+def test_one_that_fails_harms_no_other() -> None:
+    home = Home(stubborn={"two"})
+    failed = free_together(home, ["one", "two", "three"])
+    assert {sandbox_id: str(error) for sandbox_id, error in failed.items()} == {"two": "two is stubborn"}
+    assert home.told == [["one", "two", "three"], ["one"], ["two"], ["three"]]
+
+
+class Holder:
+    """Answers what it is told to, once it may."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "network.sock"
+        self.asked: list[list[str]] = []
+        self.answer: dict[str, Any] | bytes = {"ok": True, "failed": {}}
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = json.loads(await reader.readline())
+        assert request["operation"] == "ensure_slots_absent"
+        self.asked.append(request["sandbox_ids"])
+        await self.may_answer.wait()
+        writer.write(self.answer if isinstance(self.answer, bytes) else json.dumps(self.answer).encode() + b"\n")
+        writer.close()
+
+
+@pytest.fixture
+async def holder() -> AsyncIterator[Holder]:
+    with tempfile.TemporaryDirectory(prefix="atl-") as name:  # short: a socket lies below it
+        made = Holder(Path(name))
+        server = await asyncio.start_unix_server(made.serve, made.path)
+        yield made
+        server.close()
+
+
+async def test_what_is_asked_at_once_is_one_request(holder: Holder) -> None:
+    network = BridgeNetwork(holder.path)
     ids = [f"box{number}" for number in range(50)]
-    await asyncio.gather(*(desk.freeing.free(each) for each in ids))
-    assert desk.home.told == [ids]
-    await desk.freeing.free("late")
-    assert desk.home.told == [ids, ["late"]]
+    await asyncio.gather(*(network.ensure_slot_absent(each) for each in [*ids, "box0"]))
+    await network.ensure_slot_absent("late")
+    assert holder.asked == [ids, ["late"]]
 
 
-async def test_what_is_asked_while_the_home_is_busy_is_freed_together() -> None:
-    desk = Desk()
-    async with desk.turns:
-        asked = [asyncio.create_task(desk.freeing.free(each)) for each in ("one", "two", "one")]
-        await asyncio.sleep(0.05)
-        assert desk.home.told == []
-    await asyncio.gather(*asked)
-    assert desk.home.told == [["one", "two"]]
+async def test_what_is_asked_meanwhile_is_the_next_request(holder: Holder) -> None:
+    network = BridgeNetwork(holder.path)
+    holder.may_answer.clear()
+    first = asyncio.create_task(network.ensure_slot_absent("one"))
+    while not holder.asked:
+        await asyncio.sleep(0.01)
+    others = [asyncio.create_task(network.ensure_slot_absent(each)) for each in ("two", "one", "three")]
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in (first, *others))
+    holder.may_answer.set()
+    await asyncio.gather(first, *others)
+    assert holder.asked == [["one"], ["two", "one", "three"]], "the second is asked again: it may have come back"
 
 
-async def test_one_that_fails_harms_no_other() -> None:
-    desk = Desk(Home(stubborn={"two"}))
+async def test_each_has_its_own_failure(holder: Holder) -> None:
+    network = BridgeNetwork(holder.path)
+    refusal = {"ok": False, "code": "slot_in_use", "message": "somebody holds it", "hint": "wait"}
+    holder.answer = {"ok": True, "failed": {"two": refusal}}
     outcomes = await asyncio.gather(
-        *(desk.freeing.free(each) for each in ("one", "two", "three")), return_exceptions=True
+        *(network.ensure_slot_absent(each) for each in ("one", "two", "three")), return_exceptions=True
     )
-    assert desk.home.told == [["one", "two", "three"], ["one"], ["two"], ["three"]]
     assert [outcomes[0], outcomes[2]] == [None, None]
-    assert isinstance(outcomes[1], HostError)
-    assert outcomes[1].message == "two is stubborn"
-    desk.home.stubborn.clear()
-    await desk.freeing.free("two")
+    assert isinstance(outcomes[1], ConflictError)
+    assert (outcomes[1].code, outcomes[1].hint) == ("slot_in_use", "wait")
+    assert outcomes[1].message == "freeing the network slot of two: somebody holds it"
 
 
-async def test_no_freeing_overtakes_an_earlier_request_for_the_same_sandbox() -> None:
-    desk = Desk()
-    async with desk.turns:
-        tasks = [asyncio.create_task(desk.freeing.free("other"))]
-        await asyncio.sleep(0)
-        tasks.append(asyncio.create_task(desk.perform("ensure", "box")))
-        await asyncio.sleep(0)
-        tasks.append(asyncio.create_task(desk.freeing.free("box")))
-        await asyncio.sleep(0)
-    await asyncio.gather(*tasks)
-    assert desk.home.told == [["other"], ["ensure box"], ["box"]]
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (b"", TransientError),
+        (b"nonsense\n", HostError),
+        ({"ok": True}, HostError),
+        ({"ok": True, "failed": ["one"]}, HostError),
+        ({"ok": True, "failed": {"one": "no"}}, HostError),
+        ({"ok": False, "code": "internal", "message": "a mistake"}, HostError),
+    ],
+)
+async def test_an_answer_that_is_none_is_everybodys_failure_and_the_next_is_tried(
+    holder: Holder, answer: dict[str, Any] | bytes, kind: type[AtelierError]
+) -> None:
+    network = BridgeNetwork(holder.path)
+    holder.answer = answer
+    outcomes = await asyncio.gather(
+        *(network.ensure_slot_absent(each) for each in ("one", "two")), return_exceptions=True
+    )
+    assert [type(outcome) for outcome in outcomes] == [kind, kind]
+    holder.answer = {"ok": True, "failed": {}}
+    await network.ensure_slot_absent("one")
 
 
-async def test_a_request_that_came_later_is_not_overtaken_either() -> None:
-    desk = Desk()
-    free = asyncio.create_task(desk.freeing.free("box"))
-    await asyncio.sleep(0)
-    await asyncio.gather(free, desk.perform("ensure", "box"))
-    assert desk.home.told == [["box"], ["ensure box"]]
-
-
-async def test_who_stops_waiting_leaves_the_others_waiting_rightly() -> None:
-    desk = Desk()
-    async with desk.turns:
-        first, second = (asyncio.create_task(desk.freeing.free(each)) for each in ("one", "two"))
-        await asyncio.sleep(0)
-        first.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await first
+async def test_who_stops_waiting_leaves_the_others_waiting_rightly(holder: Holder) -> None:
+    network = BridgeNetwork(holder.path)
+    holder.may_answer.clear()
+    first, second = (asyncio.create_task(network.ensure_slot_absent(each)) for each in ("one", "two"))
+    while not holder.asked:
+        await asyncio.sleep(0.01)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    assert not second.done()
+    holder.may_answer.set()
     await second
-    assert desk.home.told == [["one", "two"]], "what was asked for is done"
+    assert holder.asked == [["one", "two"]], "what was asked for is done"

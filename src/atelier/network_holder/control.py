@@ -1,9 +1,8 @@
 """The holder's socket: one JSON line there, one back; an open TAP comes beside its line (SCM_RIGHTS).
 
 The manager's network driver calls it. Whoever reaches the socket may be wrong: every argument is checked here. Requests
-are performed one at a time, in the order in which they come; slots that are freed at the same time are freed together
-(``freeing``). Operations: ping, ensure_slot, ensure_slot_absent, open_slot, set_policy, read_usage, list_slots, check,
-close.
+are performed one at a time, in the order in which they come. Operations: ping, ensure_slot, ensure_slots_absent,
+open_slot, set_policy, read_usage, list_slots, check, close.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from atelier.model.errors import AtelierError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.network_policy import NetworkPolicy
-from atelier.network_holder.freeing import SlotFreeing
+from atelier.network_holder.freeing import free_together
 from atelier.network_holder.home import NetworkHome
 from atelier.network_holder.slots import Lease
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _REQUEST_MAX_BYTES = 512 * 1024
 """A policy with as many of the longest domain names as it may have takes half of it."""
 _CHUNK_BYTES = 65536
@@ -55,10 +54,6 @@ class NetworkControl:
     end: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _clients: set[asyncio.Task[None]] = field(default_factory=lambda: set[asyncio.Task[None]]())
-    _freeing: SlotFreeing = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._freeing = SlotFreeing(lambda: self.home.slots, self._lock)
 
     async def serve(self) -> None:
         """Until it is cancelled. Raises HostError for a path that is too long, OSError."""
@@ -131,27 +126,16 @@ class NetworkControl:
         if not isinstance(request, dict):
             return _failure("invalid_request", "the request is no JSON object"), None
         try:
-            return await self._perform_in_turn(cast(Request, request))
-        except AtelierError as error:
-            return _failure(error.code, error.message, error.hint), None
-        except OSError as error:
-            return _failure("host_error", f"the network holder could not do it: {error}"), None
-        except Exception:
-            _logger.exception("a request failed")
-            return _failure("internal", "a mistake in the network holder; its log says more"), None
-
-    async def _perform_in_turn(self, request: Request) -> tuple[Answer, int | None]:
-        if request.get("operation") == "ensure_slot_absent":
-            await self._freeing.free(_sandbox_id(request))
-            return {"ok": True}, None
-        with self._freeing.other_request(str(request.get("sandbox_id"))):
             async with self._lock:
-                return await self._perform(request)
+                return await self._perform(cast(Request, request))
+        except Exception as error:
+            return _failure_of(error), None
 
     async def _perform(self, request: Request) -> tuple[Answer, int | None]:
         operations: dict[object, Callable[[Request], Awaitable[Answer]]] = {
             "ping": self._on_ping,
             "ensure_slot": self._on_ensure_slot,
+            "ensure_slots_absent": self._on_ensure_slots_absent,
             "set_policy": self._on_set_policy,
             "read_usage": self._on_read_usage,
             "list_slots": self._on_list_slots,
@@ -163,7 +147,7 @@ class NetworkControl:
             return {"ok": True}, self.home.slots.open_tap(_sandbox_id(request))
         operation = operations.get(name) if isinstance(name, str) else None
         if operation is None:
-            known = ", ".join([*(str(each) for each in operations), "ensure_slot_absent", "open_slot"])
+            known = ", ".join([*(str(each) for each in operations), "open_slot"])
             raise InvalidRequestError(f"unknown operation: the network holder knows {known}")
         return {"ok": True, **await operation(request)}, None
 
@@ -180,6 +164,10 @@ class NetworkControl:
     async def _on_ensure_slot(self, request: Request) -> Answer:
         lease = Lease(_sandbox_id(request), _lease(request), _mac_address(request))
         return {"guest": asdict(await self.home.slots.ensure(lease, _policy(request)))}
+
+    async def _on_ensure_slots_absent(self, request: Request) -> Answer:
+        failed = free_together(self.home.slots, _sandbox_ids(request))
+        return {"failed": {sandbox_id: _failure_of(error) for sandbox_id, error in failed.items()}}
 
     async def _on_set_policy(self, request: Request) -> Answer:
         await self.home.slots.set_policy(_sandbox_id(request), _policy(request))
@@ -211,6 +199,13 @@ def _sandbox_id(request: Request) -> str:
     return value
 
 
+def _sandbox_ids(request: Request) -> list[str]:
+    value = request.get("sandbox_ids")
+    if not isinstance(value, list):
+        raise InvalidRequestError("sandbox_ids is missing, or is no list")
+    return [_sandbox_id({"sandbox_id": each}) for each in dict.fromkeys(map(str, cast("list[object]", value)))]
+
+
 def _lease(request: Request) -> int:
     value = request.get("lease")
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
@@ -229,6 +224,15 @@ def _policy(request: Request) -> NetworkPolicy:
     if "policy" not in request:
         raise InvalidRequestError("policy is missing")
     return NetworkPolicy.from_json(request["policy"])
+
+
+def _failure_of(error: Exception) -> Answer:
+    if isinstance(error, AtelierError):
+        return _failure(error.code, error.message, error.hint)
+    if isinstance(error, OSError):
+        return _failure("host_error", f"the network holder could not do it: {error}")
+    _logger.error("a request failed", exc_info=error)
+    return _failure("internal", "a mistake in the network holder; its log says more")
 
 
 def _failure(code: str, message: str, hint: str = "") -> Answer:
