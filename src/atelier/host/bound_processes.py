@@ -1,7 +1,7 @@
 """Programs that end with the process that started them, however it ends: killed without warning too.
 
-Called by programs that must leave nothing running. ``prctl(PR_SET_PDEATHSIG)`` would be lost where a program changes its
-own credentials, as ``pasta`` does; the end of a pipe is lost by nobody.
+Called by programs that must leave nothing running. ``prctl(PR_SET_PDEATHSIG)`` did not end ``pasta`` (it is lost where a
+program changes its own credentials); the end of a pipe is lost by nobody.
 """
 
 from __future__ import annotations
