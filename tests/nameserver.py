@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 import struct
@@ -23,6 +24,24 @@ import dns.rrset
 
 Answer = Callable[[dns.message.Message], "dns.message.Message | bytes | list[bytes] | None"]
 """None: no answer; a list: several datagrams."""
+
+
+def _bound_pair(address: str, port: int) -> tuple[socket.socket, socket.socket]:
+    """A UDP and a TCP socket on one port; 0: on one that is free for both."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
+            tcp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            udp.bind((address, port))
+            try:
+                tcp.bind(udp.getsockname())
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or port != 0:
+                    raise
+                continue
+            stack.pop_all()
+            return udp, tcp
 
 
 class Nameserver:
@@ -80,11 +99,9 @@ class Nameserver:
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
             with inside or contextlib.nullcontext():
-                udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK))
-                tcp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
-            udp.bind((address, port))
-            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            tcp.bind(udp.getsockname())
+                udp, tcp = _bound_pair(address, port)
+            stack.enter_context(udp)
+            stack.enter_context(tcp)
 
             def receive() -> None:
                 with contextlib.suppress(BlockingIOError):

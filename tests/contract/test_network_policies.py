@@ -247,7 +247,7 @@ TAMPERINGS = (
     "flush chain inet {table} leaving",
     "add chain inet {table} more",
     "add set inet {table} more {{ type ipv4_addr; }}",
-    "add chain inet {table} forward {{ policy accept; }}",
+    "add chain inet {table} forward {{ policy {other_policy}; }}",
     "add table inet {table} {{ flags dormant; }}",
     "insert rule netdev {table} {tap} accept",
     "delete table inet {table}",
@@ -264,6 +264,7 @@ async def test_whatever_a_stranger_changes_is_noticed_and_put_back(stage: Stage)
     tap = f"at{INSTALLATION}{GUEST[:8]}"
     words = {"table": f"atelier_{INSTALLATION}", "guest": stage.guest.address, "mark": mark, "tap": tap}
     words["chain"] = f"{tap}_{mark[2:]}"
+    words["other_policy"] = "drop" if lab.home is Home.HOST else "accept"
     for tampering in TAMPERINGS:
         with holder_asleep(lab):
             lab.in_home("nft", tampering.format(**words))

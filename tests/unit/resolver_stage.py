@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
@@ -15,6 +16,7 @@ import dns.message
 import dns.query
 from tests.nameserver import Nameserver
 
+from atelier.model.errors import PortInUseError
 from atelier.model.network_policy import EgressMode, EgressPolicy
 from atelier.network_holder.dns_server import DnsServer, ListeningSockets, ServerLimits
 from atelier.network_holder.dns_upstream import Upstream
@@ -93,6 +95,27 @@ class ResolverStage:
         return await asyncio.open_connection(*self.address, local_addr=(guest, 0))
 
 
+async def _serve_both(stack: AsyncExitStack, first: Nameserver, second: Nameserver) -> int:
+    """On a port that is free on both addresses: other tests take ports too."""
+    while True:
+        async with AsyncExitStack() as attempt:
+            port = await attempt.enter_async_context(first.serving("127.0.0.1"))
+            try:
+                await attempt.enter_async_context(second.serving("127.0.0.2", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            stack.push_async_exit(attempt.pop_all())
+            return port
+
+
+def _listening_sockets() -> ListeningSockets:
+    while True:
+        with contextlib.suppress(PortInUseError):
+            return ListeningSockets(IPv4Address("127.0.0.53"), 0)
+
+
 @contextlib.asynccontextmanager
 async def resolver_stage(
     limits: ServerLimits | None = None, try_seconds: float = 1.5, total_seconds: float = 4.5
@@ -100,8 +123,7 @@ async def resolver_stage(
     """Both nameservers serve, the first on 127.0.0.1, the second on 127.0.0.2."""
     async with AsyncExitStack() as stack:
         first, second, gate = Nameserver(), Nameserver(), Gate()
-        port = await stack.enter_async_context(first.serving("127.0.0.1"))
-        await stack.enter_async_context(second.serving("127.0.0.2", port))
+        port = await _serve_both(stack, first, second)
         upstream = Upstream(
             lambda: (IPv4Address("127.0.0.1"), IPv4Address("127.0.0.2")),
             make_socket,
@@ -109,7 +131,7 @@ async def resolver_stage(
             try_seconds=try_seconds,
             total_seconds=total_seconds,
         )
-        sockets = ListeningSockets(IPv4Address("127.0.0.53"), 0)
+        sockets = _listening_sockets()
         address = sockets.datagrams.getsockname()
         serving = asyncio.create_task(DnsServer(Resolver(gate, upstream), sockets, limits).serve())
         try:
