@@ -8,7 +8,9 @@ import struct
 import dns.edns
 import dns.message
 import dns.rcode
+import dns.rdata
 import dns.rdatatype
+import dns.rrset
 import dns.tsigkeyring
 import pytest
 
@@ -23,6 +25,9 @@ from atelier.network_holder.dns_messages import (
 
 NAME = b"\3www\7example\3com\0"
 TYPE_AND_CLASS = struct.pack("!HH", 1, 1)
+EDNS = struct.pack("!BHHIH", 0, 41, 1232, 0, 0)
+ANY_RECORD = struct.pack("!BHHIH", 0, 1, 255, 0, 4) + bytes(4)
+"""An address of the class *, which no record has."""
 
 
 def message(question: bytes, *, flags: int = 0x0100, counts: tuple[int, int, int, int] = (1, 0, 0, 0)) -> bytes:
@@ -45,6 +50,9 @@ def test_what_is_no_question_gets_no_answer(wire: bytes) -> None:
         (message((NAME + TYPE_AND_CLASS) * 2, counts=(2, 0, 0, 0)), "FORMERR"),
         (message(NAME + TYPE_AND_CLASS, counts=(1, 0, 0, 9)), "FORMERR"),
         (message(NAME + TYPE_AND_CLASS, counts=(1, 1, 0, 0)), "FORMERR"),
+        (message(NAME + TYPE_AND_CLASS + ANY_RECORD, counts=(1, 0, 0, 1)), "FORMERR"),
+        (message(NAME + TYPE_AND_CLASS + EDNS + ANY_RECORD, counts=(1, 0, 0, 2)), "FORMERR"),
+        (message(NAME + TYPE_AND_CLASS + EDNS + EDNS, counts=(1, 0, 0, 2)), "FORMERR"),
         (message(NAME + TYPE_AND_CLASS + b"more"), "FORMERR"),
         (message(b"\xc0\x0c" + TYPE_AND_CLASS), "FORMERR"),
         (message(b"\3www\xc0\x0c" + TYPE_AND_CLASS), "FORMERR"),
@@ -146,3 +154,21 @@ def test_damaged_messages_never_raise(seed: int) -> None:
             assert answers(answer, question.wire)
         failure(bytes(wire))
     assert read > 50, "some are readable still"
+
+
+def test_the_library_learns_nothing_from_guests() -> None:
+    """It remembers whatever it has read: once a type is known to it as another class's, it is no longer an address."""
+    known = dict(dns.rdata._rdata_classes)
+    for kind, kind_class in ((1, 255), (5, 255), (4711, 815), (65000, 1)):
+        record = struct.pack("!BHHIH", 0, kind, kind_class, 0, 4) + bytes(4)
+        for count in (1, 2):
+            read_question(message(NAME + TYPE_AND_CLASS + record * count, counts=(1, 0, 0, count)))
+    for size in (512, 1232, 4096, 65535):
+        asked = read_question(
+            message(NAME + TYPE_AND_CLASS + struct.pack("!BHHIH", 0, 41, size, 0, 0), counts=(1, 0, 0, 1))
+        )
+        assert isinstance(asked, Question)
+    assert dns.rdata._rdata_classes == known
+    address = dns.rrset.from_text("www.example.com.", 300, "IN", "A", "192.0.2.1")
+    assert type(address[0]) is not dns.rdata.GenericRdata
+    assert str(address[0]) == "192.0.2.1"

@@ -17,11 +17,15 @@ import dns.exception
 import dns.flags
 import dns.message
 import dns.name
+import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
 import dns.rrset
 from dns.edns import EDECode
 from dns.rcode import Rcode
+
+# Not on demand: who had it read a record of a class that none has (*) would have that type forgotten for good.
+dns.rdata.load_all_types()
 
 HEADER_LENGTH: Final = 12
 UDP_PLAIN_BYTES: Final = 512
@@ -103,7 +107,8 @@ def read_question(wire: bytes) -> Question | bytes | None:
         return None
     if flags & _OPCODE:
         return _bare_answer(identifier, flags, Rcode.NOTIMP)
-    if counts[:3] != [1, 0, 0] or question_end(wire) is None:
+    end = question_end(wire)
+    if counts[:3] != [1, 0, 0] or end is None or not _is_edns_alone(wire[end:], counts[3]):
         return _bare_answer(identifier, flags, Rcode.FORMERR)
     try:
         message = dns.message.from_wire(wire)
@@ -122,6 +127,12 @@ def read_question(wire: bytes) -> Question | bytes | None:
     if message.edns > 0:
         return question.answer(Rcode.BADVERS, stream=False)
     return question
+
+
+def _is_edns_alone(additional: bytes, count: int) -> bool:
+    """Whether nothing but EDNS' own record follows the question. The library remembers each type and class of record that
+    it has read, for ever: no guest may choose them."""
+    return count == 0 or (count == 1 and additional[:3] == struct.pack("!BH", 0, dns.rdatatype.OPT))
 
 
 def question_end(wire: bytes) -> int | None:
