@@ -21,7 +21,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -227,7 +227,12 @@ class NetworkLab:
             for folder in (self.folder, self.run.root):
                 os.chown(folder, ORDINARY_USER, ORDINARY_USER)
 
-    def start_holder(self, *options: str, environment: Mapping[str, str] | None = None) -> None:
+    def start_holder(
+        self,
+        *options: str,
+        program: Sequence[str] = ("atelier.network_holder",),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises RuntimeError with the holder's last words when it ends instead of answering."""
         self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
@@ -237,7 +242,7 @@ class NetworkLab:
             self.holder = subprocess.Popen(
                 [
                     *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
-                    *(*self.as_owner(), sys.executable, "-m", "atelier.network_holder", *map(str, arguments)),
+                    *(*self.as_owner(), sys.executable, "-m", *program, *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
