@@ -169,7 +169,8 @@ def check_promises(installation: LocalInstallation, promises: Promises) -> None:
     assert promises.owed.items() <= rows.items(), "each acknowledged creation has its row"
     for sandbox_id in promises.destroyed:
         wait_until(lambda each=sandbox_id: each not in list_ids(installation).values())
-        assert traces_of(installation.folder, sandbox_id) == []
+        found = traces_of(installation.folder, sandbox_id)
+        assert not found, found
     promises.settle(rows)
 
 

@@ -205,7 +205,8 @@ def local_installation() -> Generator[LocalInstallation]:
                 made.kill()
             status = stop_manager(start_manager(Path(folder), mode="local"))
         assert status == 0
-        assert not made.manager.run_dir.exists(), "sockets and folders are gone with the manager"
+        left = list(made.manager.run_dir.rglob("*"))
+        assert not made.manager.run_dir.exists(), f"sockets and folders are gone with the manager, but for {left}"
         assert list((Path(folder) / "data" / "volumes").glob("*.qcow2")) == []
         assert processes_naming(folder) == []
 
