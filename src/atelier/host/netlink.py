@@ -186,6 +186,10 @@ class RouteSocket(NetlinkSocket):
         """IPv4 routes of all tables but the one of this machine's own addresses."""
         return [route for table, kind, route in self._all_routes() if table != _TABLE_LOCAL and kind == _UNICAST]
 
+    def connected_networks(self) -> list[IPv4Network]:
+        """What this machine reaches without another router."""
+        return sorted({route.network for route in self.routes() if route.connected and route.network.prefixlen})
+
     def local_networks(self) -> list[IPv4Network]:
         """What this machine takes for itself: each of its addresses, and whole networks that were made so."""
         return sorted({route.network for _, kind, route in self._all_routes() if kind == _LOCAL})

@@ -32,10 +32,6 @@ class HostRouter:
         addresses = [address.network for number, address in self._host.links.addresses() if number != index]
         return addresses + [route.network for route in self._host.links.routes() if route.interface != index]
 
-    def connected_networks(self) -> list[IPv4Network]:
-        routes = [route for route in self._host.links.routes() if route.connected and route.network.prefixlen]
-        return sorted({route.network for route in routes})
-
     def require_forwarding(self) -> None:
         """Raises HostError (``forwarding_off``); not where guests' link stands already, which then is a problem told."""
         if not self._host.links.is_forwarding() and not self._index():

@@ -45,7 +45,7 @@ class PastaUplink:
         return addresses + [route.network for route in self._links.routes()]
 
     def connected_networks(self) -> list[IPv4Network]:
-        return sorted({route.network for route in self._links.routes() if route.connected and route.network.prefixlen})
+        return self._links.connected_networks()
 
     def own_networks(self) -> list[IPv4Network]:
         return self._links.local_networks()

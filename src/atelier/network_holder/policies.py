@@ -16,11 +16,10 @@ from typing import Any, cast
 
 from atelier.host.files import ensure_private_folder, write_atomically
 from atelier.model.errors import InvalidRequestError
-from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
+from atelier.model.network_policy import CLOSED_POLICY, NetworkPolicy
 
 _logger = logging.getLogger(__name__)
 
-_CLOSED_POLICY = NetworkPolicy(EgressPolicy(EgressMode.NONE))
 _GENERATION_BITS = 32
 
 
@@ -65,7 +64,7 @@ class PolicyFiles:
             _logger.warning(
                 "%s cannot be read (%s): sandbox %s is closed until it is told anew", file, error, sandbox_id
             )
-            return KeptPolicy(_CLOSED_POLICY, new_generation())
+            return KeptPolicy(CLOSED_POLICY, new_generation())
         return KeptPolicy(policy, generation)
 
     def write(self, sandbox_id: str, policy: NetworkPolicy, generation: int) -> None:

@@ -1,5 +1,6 @@
-"""The packet filter rules, as text for nftables. Pure. Every rule here is needed: a test takes one away at a time and
-sees a packet pass that must not, or one kept back that must pass.
+"""The packet filter rules: all of them as text for nftables, and a slot's as the kernel's messages too, which say the same
+(a test holds them equal). Pure. Every rule here is needed: a test takes one away at a time and sees a packet pass that must
+not, or one kept back that must pass.
 
 Two namespaces: the **home**, where the bridge is, and the **host**, which the home's traffic crosses on its way out. All
 of a namespace's tables are replaced in one transaction; a slot comes, changes and goes in one of its own.

@@ -99,7 +99,7 @@ class VethUplink:
         return self._router.taken_networks()
 
     def connected_networks(self) -> list[IPv4Network]:
-        return self._router.connected_networks()
+        return self._host.links.connected_networks()
 
     def own_networks(self) -> list[IPv4Network]:
         return self._host.links.local_networks()
