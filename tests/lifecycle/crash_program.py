@@ -75,6 +75,8 @@ class FileDrivers:
 
     slot_count: int | None = None
 
+    attachment_kind = "none"
+
     enforces_policies = True
 
     async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy) -> NetworkAttachment:

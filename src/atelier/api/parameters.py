@@ -1,6 +1,6 @@
 """Parameters that several routes share.
 
-All are coroutines, though none waits: FastAPI would run plain functions in threads, and the database is the loop's.
+All are coroutines: FastAPI would run plain functions in threads, and the database is the loop's.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def services_of(request: Request) -> Services:
 
 async def session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
     """The running sandbox that the path names."""
-    return services_of(request).sessions.enter(sandbox)
+    return await services_of(request).sessions.enter(sandbox)
 
 
 async def looking_session_of(request: Request, sandbox: SandboxReference) -> GuestSession:
     """The same for a look at it, which is no use."""
-    return services_of(request).sessions.enter(sandbox, is_use=False)
+    return await services_of(request).sessions.enter(sandbox, is_use=False)
 
 
 async def guest_path(

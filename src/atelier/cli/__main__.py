@@ -26,6 +26,8 @@ COMMANDS = {
     "stop": LazyCommand(f"{_COMMANDS}.stop:stop", "Shut sandboxes down; their disks stay."),
     "start": LazyCommand(f"{_COMMANDS}.start:start", "Boot stopped or failed sandboxes again."),
     "restart": LazyCommand(f"{_COMMANDS}.restart:restart", "Stop sandboxes and start them again."),
+    "pause": LazyCommand(f"{_COMMANDS}.pause:pause", "Put sandboxes on disk, memory included."),
+    "resume": LazyCommand(f"{_COMMANDS}.resume:resume", "Let paused sandboxes go on where they stood."),
     "resize": LazyCommand(f"{_COMMANDS}.resize:resize", "Grow a sandbox's disk."),
     "extend": LazyCommand(f"{_COMMANDS}.extend:extend", "Change how long a sandbox lives."),
     "network": LazyCommand(f"{_COMMANDS}.network:network", "Show and limit what a sandbox reaches."),
@@ -49,6 +51,7 @@ Examples:
   atelier shell box                           a terminal
   atelier cp ./project box:work               copy a folder in
   atelier stop box                            shut it down; atelier start box
+  atelier pause box                           freeze it; the next use wakes it
   atelier rm box                              destroy it
   atelier down                                stop everything, end Atelier
 

@@ -1,6 +1,6 @@
 """One thing done to several sandboxes at once: each is tried, those that failed are told after the others.
 
-Called by ``stop``, ``start``, ``restart``, ``retry``, ``extend`` and ``rm``.
+Called by ``stop``, ``start``, ``restart``, ``pause``, ``resume``, ``retry``, ``extend`` and ``rm``.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from atelier.client.call import (
 from atelier.client.sandbox_failures import is_stuck
 from atelier.model.errors import InvalidRequestError, TimeoutExceededError
 from atelier.schemas.host import OrphanVolumeList, ShutdownAnswer, ShutdownRequest
-from atelier.schemas.sandboxes import ChangeSandboxRequest, ResizeRequest, Sandbox, StopRequest
+from atelier.schemas.sandboxes import ChangeSandboxRequest, ResizeRequest, ResumeRequest, Sandbox, StopRequest
 
 _ACCEPTED = 202
 _RESIZE_WAIT_AT_MOST_SECONDS = 3600.0
@@ -48,6 +48,15 @@ def stop_sandbox(sandbox: str, *, grace_seconds: float | None, wait_seconds: flo
 
 def restart_sandbox(sandbox: str, *, grace_seconds: float | None, wait_seconds: float) -> Call[Sandbox]:
     return _order("restart", sandbox, wait_seconds, StopRequest, grace_seconds=grace_seconds)
+
+
+def pause_sandbox(sandbox: str, *, wait_seconds: float) -> Call[Sandbox]:
+    return _order("pause", sandbox, wait_seconds)
+
+
+def resume_sandbox(sandbox: str, *, from_disk: bool, wait_seconds: float) -> Call[Sandbox]:
+    """``from_disk``: boot it, and give its memory up."""
+    return _order("resume", sandbox, wait_seconds, ResumeRequest, from_disk=from_disk)
 
 
 def retry_sandbox(sandbox: str, *, wait_seconds: float) -> Call[Sandbox]:

@@ -22,8 +22,10 @@ class SandboxFailedError(AtelierError):
             message = f"the sandbox {details.name} is {details.state} by now"
         elif details.state is SandboxState.FAILED:
             message = f"the sandbox {details.name} failed: {cause.message}"
-        else:
+        elif is_stuck(details):
             message = f"the sandbox {details.name} is {cause.message}"
+        else:
+            message = f"the sandbox {details.name} is {details.state}: {cause.message}"
         super().__init__(
             message,
             hint=(cause.hint if cause else "")
@@ -42,6 +44,8 @@ _GOALS = {
     SandboxState.CREATING: "did not run",
     SandboxState.STARTING: "did not run",
     SandboxState.STOPPING: "was not stopped",
+    SandboxState.PAUSING: "was not paused",
+    SandboxState.RESUMING: "did not run",
     SandboxState.DESTROYING: "was not gone",
 }
 

@@ -106,6 +106,15 @@ class Orders:
         call = lifecycle_calls.restart_sandbox(self.id, grace_seconds=grace_seconds, wait_seconds=waiting)
         return until_settled(call, SandboxState.RUNNING, seconds, wait=wait)
 
+    def _pause(self, wait: bool, seconds: float) -> Steps:
+        call = lifecycle_calls.pause_sandbox(self.id, wait_seconds=seconds if wait else 0)
+        return until_settled(call, SandboxState.PAUSED, seconds, wait=wait)
+
+    def _resume(self, from_disk: bool, wait: bool, seconds: float) -> Steps:
+        waiting = seconds if wait else 0
+        call = lifecycle_calls.resume_sandbox(self.id, from_disk=from_disk, wait_seconds=waiting)
+        return until_settled(call, SandboxState.RUNNING, seconds, wait=wait)
+
     def _resize(self, disk_mib: int, wait: bool, seconds: float) -> Steps:
         call = lifecycle_calls.resize_sandbox(self.id, disk_mib, wait_seconds=seconds if wait else 0)
         return until_settled(call, None, seconds, wait=wait)
@@ -165,6 +174,24 @@ class SandboxLife(Orders):
     ) -> SandboxDetails:
         """Stop the running sandbox and start it again. Raises what both of these raise."""
         return self._carry_out(self._restart(grace_seconds, wait, timeout_seconds))
+
+    def pause(self, *, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS) -> SandboxDetails:
+        """Put the running sandbox on disk, its memory included: its processes stand still until ``resume`` and know
+        nothing of it, and it takes no memory meanwhile. The next use of it resumes it by itself.
+
+        Raises SandboxFailedError when it could not be paused and runs on, ConflictError when it does not run.
+        """
+        return self._carry_out(self._pause(wait, timeout_seconds))
+
+    def resume(
+        self, *, from_disk: bool = False, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS
+    ) -> SandboxDetails:
+        """Let the paused sandbox go on where it stood. ``from_disk``: boot it from its disk and give its memory up.
+
+        Raises SandboxFailedError when it could not be resumed (it is paused still) or has failed, ConflictError when it
+        is not paused, CapacityError.
+        """
+        return self._carry_out(self._resume(from_disk, wait, timeout_seconds))
 
     def resize(
         self, *, disk_mib: int, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS
@@ -273,6 +300,16 @@ class AsyncSandboxLife(Orders):
     ) -> SandboxDetails:
         """See ``Sandbox.restart``."""
         return await self._carry_out(self._restart(grace_seconds, wait, timeout_seconds))
+
+    async def pause(self, *, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS) -> SandboxDetails:
+        """See ``Sandbox.pause``."""
+        return await self._carry_out(self._pause(wait, timeout_seconds))
+
+    async def resume(
+        self, *, from_disk: bool = False, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS
+    ) -> SandboxDetails:
+        """See ``Sandbox.resume``."""
+        return await self._carry_out(self._resume(from_disk, wait, timeout_seconds))
 
     async def resize(
         self, *, disk_mib: int, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS

@@ -19,7 +19,7 @@ from atelier.db.tables import sandboxes
 from atelier.model.errors import CapacityError, ConflictError, InvalidRequestError, NotFoundError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ProcessIdentity
-from atelier.model.sandbox import Sandbox, SandboxSpec
+from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
 from atelier.model.states import SandboxState, StopReason
 
 
@@ -44,8 +44,8 @@ class Usage:
 
 # Built once: SQLAlchemy spends more time on building a statement than SQLite on running it.
 _INSERT = insert(sandboxes)
-# Without the policy, which may be long: ``sandbox_networks`` reads it.
-_ROW = select(*(column for column in sandboxes.c if column.name != "network_policy"))
+# Without what may be long and few ask for: ``sandbox_networks`` and ``sandbox_machines`` read it.
+_ROW = select(*(each for each in sandboxes.c if each.name not in ("network_policy", "machine", "saved_memory")))
 _FIND_BY_ID = _ROW.where(sandboxes.c.id == bindparam("reference"))
 _FIND_BY_NAME = _ROW.where(sandboxes.c.name == bindparam("reference"))
 _UPDATE = update(sandboxes).where(sandboxes.c.id == bindparam("sandbox_id"))
@@ -82,6 +82,8 @@ class SandboxRepository:
                     "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
                     "expires_at": spec.expires_at,
                     "last_active_at": sandbox.last_active_at,
+                    "snapshot_id": sandbox.snapshot_id,
+                    "purpose": sandbox.purpose.value,
                     "failure_code": sandbox.failure_code,
                     "failure_message": sandbox.failure_message,
                     "failure_hint": sandbox.failure_hint,
@@ -123,13 +125,14 @@ class SandboxRepository:
         state: SandboxState | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> tuple[list[Sandbox], str | None]:
-        """A page, newest first, of those in ``state`` that bear all ``labels``; and the cursor of the next page, None
+        """A page, newest first, of the users' own in ``state`` that bear all ``labels``; and the cursor of the next page, None
         after the last. A cursor stays good while sandboxes come and go: none is shown twice, none that stays is left
         out.
 
         Raises InvalidRequestError (``invalid_cursor``).
         """
         query = _ROW.order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
+        query = query.where(sandboxes.c.purpose == SandboxPurpose.USER.value)
         if cursor is not None:
             query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
         if state is not None:
@@ -207,6 +210,14 @@ class SandboxRepository:
 
     def set_image_id(self, connection: Connection, sandbox_id: str, image_id: str) -> None:
         connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "image_id": image_id})
+
+    def set_snapshot_id(self, connection: Connection, sandbox_id: str, snapshot_id: str) -> None:
+        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "snapshot_id": snapshot_id})
+
+    def find_origin(self, connection: Connection, sandbox_id: str) -> str | None:
+        """Id of the snapshot that it was created from."""
+        query = select(sandboxes.c.snapshot_id).where(sandboxes.c.id == sandbox_id)
+        return connection.execute(query).scalar_one_or_none()
 
     def set_holds_volume(self, connection: Connection, sandbox_id: str, holds_volume: bool) -> None:
         connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "holds_volume": holds_volume})
@@ -337,6 +348,8 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
         holds_volume=row.holds_volume,
         file_system_mib=row.file_system_mib,
         last_active_at=row.last_active_at,
+        snapshot_id=row.snapshot_id,
+        purpose=SandboxPurpose(row.purpose),
     )
 
 

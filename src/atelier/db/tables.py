@@ -8,11 +8,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, Column, Index, Integer, MetaData, Table, Text
+from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, Table, Text
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The newest file in ``migrations/versions``. Revisions are numbers of four digits, so they can be compared."""
 
 
@@ -73,6 +73,13 @@ sandboxes = Table(
     Column("network_gateway", Text),
     # Whether the policy is written down and perhaps not in force yet.
     Column("network_pending", Boolean, nullable=False, server_default="0"),
+    # MachineRecord.to_json: what its machine was made of when it last began to run.
+    Column("machine", JSON(none_as_null=True)),
+    # The snapshot that it began from; null: its image, or a template.
+    Column("snapshot_id", Text),
+    Column("purpose", Text, nullable=False, server_default="user"),
+    # SavedMemory.to_json: of a paused sandbox.
+    Column("saved_memory", JSON(none_as_null=True)),
     # NetworkPolicy.to_json; null: the open policy, which all had before there were others. Last, as it may be long.
     Column("network_policy", JSON(none_as_null=True)),
     Index("sandboxes_by_lease", "host_id", "network_lease", unique=True),
@@ -109,6 +116,45 @@ outbox = Table(
     Column("kind", Text, nullable=False),
     Column("sandbox_id", Text),
     Column("payload", JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("sequence", Integer, primary_key=True),
+    Column("id", Text, nullable=False, unique=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("host_id", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("purpose", Text, nullable=False),
+    Column("sandbox_id", Text, nullable=False),
+    Column("sandbox_name", Text, nullable=False),
+    Column("parent_id", Text),
+    Column("image", Text, nullable=False),
+    Column("image_id", Text, nullable=False),
+    Column("vcpu_count", Integer, nullable=False),
+    Column("memory_mib", Integer, nullable=False),
+    Column("disk_mib", Integer, nullable=False),
+    Column("file_system_mib", Integer, nullable=False),
+    Column("environment", JSON, nullable=False),
+    Column("labels", JSON, nullable=False),
+    # MachineRecord.to_json.
+    Column("machine", JSON, nullable=False),
+    # By file: what its bytes came to when it was made.
+    Column("checksums", JSON, nullable=False),
+    # The host's boot in which the large files were last known to be whole.
+    Column("boot_id", Text, nullable=False),
+    Column("memory_bytes", Integer, nullable=False),
+    Column("disk_bytes", Integer, nullable=False),
+    Column("stopped_ms", Float, nullable=False),
+    Column("template_key", Text, nullable=False),
+    Column("failure_code", Text, nullable=False),
+    Column("failure_message", Text, nullable=False),
+    Column("failure_hint", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Index("snapshots_by_template", "template_key"),
     sqlite_autoincrement=True,
 )
 

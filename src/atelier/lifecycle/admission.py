@@ -7,7 +7,7 @@ part of the room, since their promises are counted beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from atelier.db.engine import Database
@@ -89,13 +89,30 @@ class HostRoom:
         )
 
 
-def check_admission(capacity: Capacity, usage: Usage, wish: Wish) -> None:
-    """Raise CapacityError, with what is short and by how much, if ``wish`` does not fit beside what is promised."""
+def check_admission(capacity: Capacity, usage: Usage, *wishes: Wish) -> None:
+    """Raise CapacityError, with what is short and by how much, if ``wishes`` do not fit beside what is promised; of several
+    it says how many would."""
+    shortages, hopeless = _find_shortages(capacity, usage, wishes)
+    if not shortages:
+        return
+    if len(wishes) > 1:
+        fitting = max(n for n in range(len(wishes)) if not _find_shortages(capacity, usage, wishes[:n])[0])
+        shortages.append(f"{fitting} of the {len(wishes)} would fit")
+    hint = "stop or remove sandboxes (atelier ls, stop, rm), or ask for less"
+    if hopeless:
+        hint = "ask for less: this host does not have that much"
+    if any(shortage.startswith("disk") for shortage in shortages):
+        hint += "; ATELIER_DISK_OVERCOMMIT lets more disk be promised than there is"
+    raise CapacityError(f"this host has no room for it ({'; '.join(shortages)})", hint=hint)
+
+
+def _find_shortages(capacity: Capacity, usage: Usage, wishes: Sequence[Wish]) -> tuple[list[str], bool]:
+    """What is short, in words; and whether one thing is more than there is at all."""
     wants = (
-        ("vCPUs", "", capacity.vcpu_count, usage.vcpu_count, wish.vcpu_count),
-        ("memory", " MiB", capacity.memory_mib, usage.memory_mib, wish.memory_mib),
-        ("disk", " MiB", capacity.disk_mib, usage.disk_mib, wish.disk_mib),
-        ("network slots", "", capacity.slots, usage.slots, wish.slots),
+        ("vCPUs", "", capacity.vcpu_count, usage.vcpu_count, sum(wish.vcpu_count for wish in wishes)),
+        ("memory", " MiB", capacity.memory_mib, usage.memory_mib, sum(wish.memory_mib for wish in wishes)),
+        ("disk", " MiB", capacity.disk_mib, usage.disk_mib, sum(wish.disk_mib for wish in wishes)),
+        ("network slots", "", capacity.slots, usage.slots, sum(wish.slots for wish in wishes)),
     )
     shortages: list[str] = []
     hopeless = False
@@ -107,11 +124,4 @@ def check_admission(capacity: Capacity, usage: Usage, wish: Wish) -> None:
             f"{what}: {wanted}{unit} asked for, {free}{unit} of {total}{unit} free, {wanted - free}{unit} short"
         )
         hopeless = hopeless or wanted > total
-    if not shortages:
-        return
-    hint = "stop or remove sandboxes (atelier ls, stop, rm), or ask for less"
-    if hopeless:
-        hint = "ask for less: this host does not have that much"
-    if any(shortage.startswith("disk") for shortage in shortages):
-        hint += "; ATELIER_DISK_OVERCOMMIT lets more disk be promised than there is"
-    raise CapacityError(f"this host has no room for it ({'; '.join(shortages)})", hint=hint)
+    return shortages, hopeless

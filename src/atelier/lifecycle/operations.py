@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atelier.lifecycle import sandbox_resize, sandbox_start, sandbox_stop
+from atelier.lifecycle import sandbox_pause, sandbox_resize, sandbox_resume, sandbox_start, sandbox_stop
 from atelier.model.errors import ConflictError
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
@@ -46,4 +46,10 @@ STOP = Operation(sandbox_stop.KIND, "stop", frozenset({SandboxState.RUNNING}), S
 RESIZE = Operation(
     sandbox_resize.KIND, "resize", frozenset({SandboxState.RUNNING, SandboxState.STOPPED}), meanwhile=None
 )
-OPERATIONS = (START, STOP, RESIZE, BOOT_AGAIN)
+PAUSE = Operation(sandbox_pause.KIND, "pause", frozenset({SandboxState.RUNNING}), SandboxState.PAUSING)
+RESUME = Operation(sandbox_resume.KIND, "resume", frozenset({SandboxState.PAUSED}), SandboxState.RESUMING)
+BOOT_FROM_DISK = Operation(
+    sandbox_start.KIND, "boot from its disk", frozenset({SandboxState.PAUSED}), SandboxState.STARTING
+)
+"""A paused sandbox whose memory is given up."""
+OPERATIONS = (START, STOP, RESIZE, BOOT_AGAIN, PAUSE, RESUME, BOOT_FROM_DISK)

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 from atelier.db.engine import Database
 from atelier.db.sandboxes import SandboxRepository
+from atelier.db.snapshots import SnapshotRepository
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.consoles import KeptConsoles
+from atelier.lifecycle.saved_memories import SavedMemories
 from atelier.model.errors import AtelierError, ConflictError, NotFoundError
 from atelier.model.layout import RunLayout
 
@@ -43,6 +45,7 @@ class Reclaim:
         guests: GuestDriver,
         run: RunLayout,
         consoles: KeptConsoles,
+        memories: SavedMemories,
     ) -> None:
         self._database = database
         self._sandboxes = SandboxRepository()
@@ -52,6 +55,8 @@ class Reclaim:
         self._guests = guests
         self._run = run
         self._consoles = consoles
+        self._memories = memories
+        self._snapshots = SnapshotRepository()
         self._told: frozenset[str] = frozenset()
 
     async def free_orphans(self) -> list[str]:
@@ -123,4 +128,4 @@ class Reclaim:
 
     def _known(self) -> set[str]:
         with self._database.read() as connection:
-            return set(self._sandboxes.list_ids(connection))
+            return {*self._sandboxes.list_ids(connection), *self._snapshots.list_ids(connection)}

@@ -21,13 +21,15 @@ from atelier.saga.log import SagaRecord
 
 @dataclass(frozen=True, slots=True)
 class SagaEnds:
-    """``doing`` is the saga's work in a sentence (``being created``), ``verb`` the one of its errors' codes."""
+    """``doing`` is the saga's work in a sentence (``being created``), ``verb`` the one of its errors' codes.
+    ``fails``: its unwinding leaves a failed sandbox, not the one that there was before."""
 
     sandboxes: SandboxRepository
     transitions: Transitions
     consoles: KeptConsoles
     verb: str
     doing: str
+    fails: bool = True
 
     async def describe_failure(self, context: StepContext, error: Exception) -> dict[str, Any]:
         """Not inside a transaction: everything that was acquired still stands, the console's file too."""
@@ -55,6 +57,11 @@ class SagaEnds:
         self.transitions.end(connection, record.subject_id)
         delete_sagas_of(connection, record.subject_id)
 
+    def pause_again(self, connection: Connection, sandbox_id: str, failure: Failure) -> None:
+        """Back to ``paused``, with words for why it could not be resumed."""
+        self.sandboxes.set_vmm_process(connection, sandbox_id, None)
+        self.transitions.apply(connection, sandbox_id, SandboxState.PAUSED, failure)
+
     def fail(self, connection: Connection, sandbox_id: str, failure: Failure) -> None:
         """To ``failed``, or new words for one that is there already: its cleaning up was stuck before."""
         self.sandboxes.set_vmm_process(connection, sandbox_id, None)
@@ -81,7 +88,8 @@ class SagaEnds:
         failure = failure_of(record.failure)
         message = f"{failure.message}; and cleaning up is stuck: {reason}"
         stuck = Failure(code, message, hint, failure.console_tail)
-        self.fail(connection, record.subject_id, stuck)
+        if self.fails:
+            self.fail(connection, record.subject_id, stuck)
         self.transitions.mark_stuck(connection, record.subject_id, stuck)
 
 

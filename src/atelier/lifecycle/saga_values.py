@@ -9,7 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atelier.model.machine import BootFiles, Disk, DiskFile, GuestAddress, NetworkAttachment, ProcessIdentity
+from atelier.model.machine import (
+    BootFiles,
+    Disk,
+    DiskFile,
+    GuestAddress,
+    MemoryImage,
+    MemoryStream,
+    NetworkAttachment,
+    ProcessIdentity,
+)
 
 
 def disk_to_json(disk: Disk) -> dict[str, Any]:
@@ -64,7 +73,24 @@ def process_to_json(identity: ProcessIdentity) -> dict[str, Any]:
 
 
 def process_from_json(value: dict[str, Any]) -> ProcessIdentity:
-    return ProcessIdentity(**value)
+    return ProcessIdentity(value["pid"], value["start_time_ticks"], value["boot_id"])
+
+
+def restore_to_json(memory: MemoryStream | MemoryImage) -> dict[str, str]:
+    match memory:
+        case MemoryStream(path):
+            return {"stream": str(path)}
+        case MemoryImage(file, state):
+            return {"memory": str(file), "state": str(state)}
+
+
+def restore_from_json(value: dict[str, str] | None) -> MemoryStream | MemoryImage | None:
+    """None: the machine boots."""
+    if value is None:
+        return None
+    if stream := value.get("stream"):
+        return MemoryStream(Path(stream))
+    return MemoryImage(Path(value["memory"]), Path(value["state"]))
 
 
 def _file_to_json(file: DiskFile) -> dict[str, str]:

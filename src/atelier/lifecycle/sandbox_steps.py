@@ -1,6 +1,6 @@
 """The steps of which a sandbox's sagas are made: each ensures that one resource is present, or absent.
 
-Used by ``sandbox_create``, ``sandbox_start``, ``sandbox_stop`` and ``sandbox_resize``. Each resource bears a name derived
+Used by the modules that define these sagas; ``memory_steps`` has those of pausing and resuming. Each resource bears a name derived
 from the installation and the sandbox's id, so a step finds what an earlier run, or an earlier saga, has left. Steps call
 drivers; what they hand to the log's transactions calls none.
 """
@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from atelier.db.engine import Connection, Database
 from atelier.db.outbox import Outbox
+from atelier.db.sandbox_machines import SandboxMachineRepository
 from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import SandboxRepository
 from atelier.drivers.guest.interface import GuestDriver
@@ -28,6 +30,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.consoles import KeptConsoles
 from atelier.lifecycle.network_policies import NetworkPolicies
+from atelier.lifecycle.origins import Origins
 from atelier.lifecycle.progress import ProgressEvents
 from atelier.lifecycle.saga_values import (
     boot_files_from_json,
@@ -38,7 +41,9 @@ from atelier.lifecycle.saga_values import (
     network_to_json,
     process_from_json,
     process_to_json,
+    restore_from_json,
 )
+from atelier.lifecycle.saved_memories import SavedMemories
 from atelier.lifecycle.transitions import Transitions
 from atelier.model.errors import (
     AtelierError,
@@ -61,6 +66,7 @@ from atelier.model.machine import (
     VolumeRequest,
 )
 from atelier.model.sandbox import Sandbox
+from atelier.model.saved_machine import MachineRecord
 from atelier.model.states import SandboxState
 from atelier.saga.definition import Step, StepContext
 from atelier.saga.log import SagaRecord
@@ -98,27 +104,42 @@ class SandboxSteps:
     guests: GuestDriver
     run: RunLayout
     consoles: KeptConsoles
+    memories: SavedMemories
+    origins: Origins
     gate: BootGate
     installation_id: str
     guest_ready_seconds: float
     stop_grace_seconds: float
 
-    def acquiring(self, *, find: Step[Connection], keeps_disk: bool) -> tuple[Step[Connection], ...]:
+    def acquiring(
+        self, *, find: Step[Connection], keeps_disk: bool, spend_memory: tuple[Step[Connection], ...] = ()
+    ) -> tuple[Step[Connection], ...]:
         """All that a running sandbox consists of, in the order in which it is acquired: DESIGN's, from the network slot
         up to the VMM process, so that unwinding kills the VMM first and frees the network last. ``keeps_disk``: slot
-        and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``)."""
+        and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``).
+
+        ``spend_memory`` gives up the memory that the machine was restored from, once it stands in the machine. Without
+        it a sandbox has no more saved memory from the beginning on: what it may have had does not fit its disk any
+        more as soon as its guest runs."""
         free_slot, remove_volume = self._free_slot, self._remove_volume
         if keeps_disk:
             free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
+        if not spend_memory:
+            memory = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
+        else:
+            memory = Step("memory", _nothing, self._remove_memory)
         return (
             find,
             Step("network", self._take_slot, free_slot, self._commit_slot),
             Step("volume", self._make_volume, remove_volume, self._commit_volume),
+            memory,
             Step("run_directory", self._make_run_directory, self._remove_run_directory),
             Step("guest_channel", self._attach_channel, self._detach_channel),
             Step("vmm", self._start_vmm, self._stop_vmm, self._commit_vmm),
             Step("guest_ready", self._wait_for_guest),
+            *spend_memory,
             Step("guest_identity", self._give_identity),
+            Step("guest_thaw", self._thaw_guest),
             Step("file_system", self._grow_file_system, commit=self._commit_growth),
         )
 
@@ -153,24 +174,18 @@ class SandboxSteps:
     # --- before there is anything -------------------------------------------------------------------------------------
 
     async def _find_image(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self._sandbox(context)
+        sandbox = self.sandbox(context)
         progress = ProgressEvents(self.database, self.outbox, sandbox.id)
-        boot = await self.images.ensure_boot_files(progress.report)
-        image = await self.images.ensure_image(sandbox.spec.image, progress.report)
+        found = await self.origins.find(sandbox, progress.report)
         await progress.finish()
-        return {
-            "image_id": image.id,
-            "path": str(image.path),
-            "size_mib": image.size_mib,
-            "boot": boot_files_to_json(boot),
-        }
+        return found
 
     def _commit_image(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         if image_id := output.get("image_id"):
             self.sandboxes.set_image_id(connection, record.subject_id, image_id)
 
     async def _find_disk(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self._sandbox(context)
+        sandbox = self.sandbox(context)
         disk = await self.storage.find_volume(sandbox.id)
         if disk is None and context.inputs.get("fresh"):
             return await self._find_image(context)
@@ -200,9 +215,11 @@ class SandboxSteps:
     async def _make_volume(self, context: StepContext) -> dict[str, Any]:
         if disk := context.outputs["image"].get("disk"):
             return disk
-        sandbox = self._sandbox(context)
-        base = DiskFile(Path(context.outputs["image"]["path"]), "raw")
-        return disk_to_json(await self.storage.ensure_volume(VolumeRequest(sandbox.id, base, sandbox.spec.disk_mib)))
+        origin = context.outputs["image"]
+        base = DiskFile(Path(origin["path"]), origin["format"])
+        # A restored machine knows its disk by the size that it had; it is grown once the guest runs.
+        request = VolumeRequest(context.subject_id, base, origin["disk_mib"])
+        return disk_to_json(await self.storage.ensure_volume(request))
 
     def _commit_volume(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         self.sandboxes.set_holds_volume(connection, record.subject_id, True)
@@ -210,15 +227,27 @@ class SandboxSteps:
     async def _remove_volume(self, context: StepContext) -> None:
         await self.storage.ensure_volume_absent(context.subject_id)
 
+    async def _give_memory_up(self, context: StepContext) -> dict[str, Any]:
+        await self.memories.remove(context.subject_id)
+        return {}
+
+    def _commit_no_memory(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
+        SandboxMachineRepository().set_saved_memory(connection, record.subject_id, None)
+
+    async def _remove_memory(self, context: StepContext) -> None:
+        """Only with the sandbox itself: what could not be resumed now may be resumed later."""
+        if context.unwind_requested:
+            await self.memories.remove(context.subject_id)
+
     async def _make_run_directory(self, context: StepContext) -> dict[str, Any]:
-        await self.vmm.ensure_run_directory(context.subject_id, self._directory(context))
+        await self.vmm.ensure_run_directory(context.subject_id, self.directory(context))
         return {}
 
     async def _remove_run_directory(self, context: StepContext) -> None:
         """The console lies in it. Its kept copy tells what the last run came to, until the sandbox itself goes."""
         if not context.unwind_requested:
             await self.consoles.keep(context.subject_id)
-        await self.vmm.ensure_run_directory_absent(self._directory(context))
+        await self.vmm.ensure_run_directory_absent(self.directory(context))
         if context.unwind_requested:
             await self.consoles.remove(context.subject_id)
 
@@ -226,14 +255,14 @@ class SandboxSteps:
         """Before the VMM starts: the other end is then connected as soon as there is one."""
         with self.database.read() as connection:
             token = self.sandboxes.get_secrets(connection, context.subject_id).token
-        await self.guests.ensure_channel(context.subject_id, self.vmm.guest_endpoint(self._directory(context)), token)
+        await self.guests.ensure_channel(context.subject_id, self.vmm.guest_endpoint(self.directory(context)), token)
         return {}
 
     async def _detach_channel(self, context: StepContext) -> None:
         await self.guests.ensure_channel_absent(context.subject_id)
 
     async def _start_vmm(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self._sandbox(context)
+        sandbox = self.sandbox(context)
         boot = boot_files_from_json(context.outputs["image"]["boot"])
         spec = MachineSpec(
             sandbox_id=sandbox.id,
@@ -244,24 +273,28 @@ class SandboxSteps:
             root=disk_from_json(context.outputs["volume"]),
             tools=Disk(TOOLS_DISK_SERIAL, DiskFile(boot.tools, "raw"), read_only=True),
             network=network_from_json(context.outputs["network"]),
-            run_directory=self._directory(context),
+            run_directory=self.directory(context),
+            restore_from=restore_from_json(context.outputs["image"].get("restore")),
         )
         await self.gate.enter(sandbox.id)
         async with self.network.opened(sandbox.id) as descriptor:
-            return process_to_json(await self.vmm.ensure_started(spec, descriptor))
+            identity = await self.vmm.ensure_started(spec, descriptor)
+        stamp = await self.vmm.stamp(spec.network.kind)
+        machine = MachineRecord(stamp, boot.tools, boot.tools_id, boot.kernel_release)
+        return {**process_to_json(identity), "machine": machine.to_json()}
 
     async def _stop_vmm(self, context: StepContext) -> None:
         self.gate.leave(context.subject_id)
-        await self.vmm.ensure_stopped(context.subject_id, self._directory(context), _process(context))
+        await self.vmm.ensure_stopped(context.subject_id, self.directory(context), _process(context))
 
     def _commit_vmm(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         self.sandboxes.set_vmm_process(connection, record.subject_id, process_from_json(output))
+        machine = MachineRecord.from_json(output["machine"])
+        SandboxMachineRepository().set_machine(connection, record.subject_id, machine)
 
     async def _wait_for_guest(self, context: StepContext) -> dict[str, Any]:
         try:
-            await self._while_machine_runs(
-                context, self.guests.wait_ready(context.subject_id, self.guest_ready_seconds)
-            )
+            await self.while_machine_runs(context, self.guests.wait_ready(context.subject_id, self.guest_ready_seconds))
         except TimeoutExceededError as error:
             # Not worth another try: the limit is generous, and the guest had all of it.
             raise GuestError(
@@ -277,6 +310,7 @@ class SandboxSteps:
         with self.database.read() as connection:
             sandbox = self.sandboxes.get(connection, context.subject_id)
             kept = self.sandboxes.get_secrets(connection, context.subject_id)
+        attachment = network_from_json(context.outputs["network"])
         identity = GuestIdentity(
             hostname=sandbox.name,
             machine_id=kept.machine_id,
@@ -284,16 +318,28 @@ class SandboxSteps:
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             host_time_ns=time.time_ns(),
             environment=sandbox.spec.environment,
-            network=network_from_json(context.outputs["network"]).guest,
+            network=attachment.guest,
+            mac_address=attachment.mac_address,
+            restored=_is_restored(context),
+            generation=str(uuid.uuid4()),
         )
-        await self._while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
+        await self.while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
+        return {}
+
+    async def _thaw_guest(self, context: StepContext) -> dict[str, Any]:
+        """The last of a restore: nothing of the guest's own has run so far, and nothing has left its card."""
+        if _is_restored(context):
+            await self.vmm.open_link(self.directory(context))
+            await self.while_machine_runs(context, self.guests.thaw(context.subject_id))
         return {}
 
     async def _grow_file_system(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self._sandbox(context)
+        sandbox = self.sandbox(context)
         if sandbox.spec.disk_mib <= max(sandbox.file_system_mib, context.outputs["image"].get("size_mib", 0)):
             return {"file_system_mib": sandbox.spec.disk_mib}
-        warning = await self._while_machine_runs(context, self._run_resize(sandbox.id))
+        if _is_restored(context):
+            await self.vmm.resize_disk(self.directory(context), ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
+        warning = await self.while_machine_runs(context, self._run_resize(sandbox.id))
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
 
     async def _run_resize(self, sandbox_id: str) -> str:
@@ -334,7 +380,7 @@ class SandboxSteps:
     async def _shut_guest_down(self, context: StepContext) -> dict[str, Any]:
         """Ask, wait for the machine's end, and say whether it has to be cut off. A guest that cannot be asked is no
         reason to keep it."""
-        identity = await self.vmm.find_process(context.subject_id, self._directory(context))
+        identity = await self.vmm.find_process(context.subject_id, self.directory(context))
         if identity is None:
             return {"forced": False}
         grace_seconds = float(context.inputs.get("grace_seconds", self.stop_grace_seconds))
@@ -352,8 +398,8 @@ class SandboxSteps:
         return {"forced": True, "reason": reason}
 
     async def _grow_disk(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self._sandbox(context)
-        directory = self._directory(context)
+        sandbox = self.sandbox(context)
+        directory = self.directory(context)
         if await self.vmm.find_process(sandbox.id, directory) is not None:
             await self.vmm.resize_disk(directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
         else:
@@ -362,14 +408,14 @@ class SandboxSteps:
 
     async def _grow_running_file_system(self, context: StepContext) -> dict[str, Any]:
         """Without a running guest nothing is to be done: the next start does it."""
-        sandbox = self._sandbox(context)
-        identity = await self.vmm.find_process(sandbox.id, self._directory(context))
+        sandbox = self.sandbox(context)
+        identity = await self.vmm.find_process(sandbox.id, self.directory(context))
         if sandbox.state is not SandboxState.RUNNING or identity is None:
             return {}
         warning = await self._run_resize(sandbox.id)
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
 
-    async def _while_machine_runs(self, context: StepContext, work: Coroutine[Any, Any, _T]) -> _T:
+    async def while_machine_runs(self, context: StepContext, work: Coroutine[Any, Any, _T]) -> _T:
         """What ``work`` returns; or VmmError at once when the machine ends meanwhile."""
         identity = _process(context)
         assert identity is not None
@@ -392,17 +438,26 @@ class SandboxSteps:
 
     # --- what steps share ---------------------------------------------------------------------------------------------
 
-    def _sandbox(self, context: StepContext) -> Sandbox:
+    def sandbox(self, context: StepContext) -> Sandbox:
         with self.database.read() as connection:
             return self.sandboxes.get(connection, context.subject_id)
 
-    def _directory(self, context: StepContext) -> Path:
+    def directory(self, context: StepContext) -> Path:
         return self.run.vmm_directory(context.subject_id)
 
 
 def _process(context: StepContext) -> ProcessIdentity | None:
     output = context.outputs.get("vmm")
     return None if output is None else process_from_json(output)
+
+
+def _is_restored(context: StepContext) -> bool:
+    """Whether the machine goes on from a memory, and did not boot."""
+    return "restore" in context.outputs["image"]
+
+
+async def _nothing(context: StepContext) -> dict[str, Any]:
+    return {}
 
 
 def _as_step(undo: Callable[[StepContext], Awaitable[None]]) -> Callable[[StepContext], Awaitable[dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""The door to a sandbox's life: create, stop, start, resize, destroy, wait; recover after a start; what goes on by itself.
+"""The door to a sandbox's life: create, stop, start, pause, resume, resize, destroy, wait; recover after a start; what goes on by itself.
 
 Called by ``services/sandboxes.py`` and the manager's program. Work goes on in the background, in the saga executor's
 tasks and one watcher per running sandbox; a caller that goes away stops nothing. Nothing here knows a concrete driver.
@@ -10,15 +10,13 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from atelier.db.engine import Connection, Database
-from atelier.db.outbox import Outbox
-from atelier.db.sagas import SagaStore, list_open_sagas_of
+from atelier.db.sagas import list_open_sagas_of
 from atelier.db.sandbox_networks import SandboxNetworkRepository
-from atelier.db.sandboxes import GuestSecrets, SandboxRepository
+from atelier.db.sandboxes import GuestSecrets
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
@@ -27,44 +25,25 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle import operations, sandbox_create
 from atelier.lifecycle.activity import Activity, utc_now
 from atelier.lifecycle.admission import HostRoom, RoomPolicy, Wish, check_admission
-from atelier.lifecycle.background import BackgroundTasks
-from atelier.lifecycle.boot_gate import BootGate
-from atelier.lifecycle.consoles import KeptConsoles
-from atelier.lifecycle.errors import describe_error, is_transient
+from atelier.lifecycle.composition import HostDrivers, LifecycleLimits, compose
 from atelier.lifecycle.machines import Machines
-from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.operations import Operation
 from atelier.lifecycle.reclaim import Reclaim
 from atelier.lifecycle.saga_ends import failure_of
-from atelier.lifecycle.sandbox_create import create_saga_id, define_create
-from atelier.lifecycle.sandbox_resize import define_resize
-from atelier.lifecycle.sandbox_start import define_start
-from atelier.lifecycle.sandbox_steps import SandboxSteps
-from atelier.lifecycle.sandbox_stop import define_stop
+from atelier.lifecycle.sandbox_create import create_saga_id
 from atelier.lifecycle.time_limits import TimeLimits
-from atelier.lifecycle.transitions import Transitions, sandbox_topic
+from atelier.lifecycle.transitions import sandbox_topic
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
 from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
-from atelier.saga.definition import SagaDefinition
-from atelier.saga.executor import Executor
 from atelier.saga.log import SagaGoneError, SagaRecord
 from atelier.saga.retry import RetryPolicies
 from atelier.telemetry.logs import log_context
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LifecycleLimits:
-    """``concurrent_boots`` None: as many at once as are asked for. ``stop_grace_seconds``: how long a guest may take to shut down, where the caller says nothing."""
-
-    guest_ready_seconds: float = 60.0
-    stop_grace_seconds: float = 30.0
-    concurrent_boots: int | None = None
 
 
 class SandboxLifecycle:
@@ -89,49 +68,35 @@ class SandboxLifecycle:
         policies: RetryPolicies | None = None,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
+        drivers = HostDrivers(vmm, storage, network, images, guests)
+        parts = compose(
+            database=database,
+            drivers=drivers,
+            data=data,
+            run=run,
+            installation_id=installation_id,
+            limits=limits or LifecycleLimits(),
+            policies=policies,
+            now=now,
+            begin_start=self._write_restart,
+        )
         self._database = database
         self._vmm = vmm
         self._network = network
-        self._guests = guests
         self._run = run
         self._host_id = host_id or installation_id
-        self._limits = limits or LifecycleLimits()
         self._now = now
-        self._sandboxes = SandboxRepository()
         self._room = HostRoom(database, self._host_id, vmm, storage, room or RoomPolicy())
-        outbox = Outbox(database)
-        self._transitions = Transitions(self._sandboxes, outbox, now)
-        self._consoles = KeptConsoles(data.consoles, run, vmm)
-        self._background = BackgroundTasks()
-        self.network_policies = NetworkPolicies(database, network, self._background)
-        steps = SandboxSteps(
-            database=database,
-            sandboxes=self._sandboxes,
-            outbox=outbox,
-            transitions=self._transitions,
-            vmm=vmm,
-            storage=storage,
-            network=network,
-            network_policies=self.network_policies,
-            images=images,
-            guests=guests,
-            run=run,
-            consoles=self._consoles,
-            gate=BootGate(self._limits.concurrent_boots),
-            installation_id=installation_id,
-            guest_ready_seconds=self._limits.guest_ready_seconds,
-            stop_grace_seconds=self._limits.stop_grace_seconds,
-        )
-        self.sagas: tuple[SagaDefinition[Connection], ...] = (
-            define_create(steps),
-            define_start(steps),
-            define_stop(steps, self._write_restart),
-            define_resize(steps),
-        )
-        """Every saga there is, for the executor and for tests."""
-        self._executor = Executor[Connection](
-            SagaStore(database), self.sagas, is_transient=is_transient, describe=describe_error, policies=policies
-        )
+        self._sandboxes = parts.sandboxes
+        self._transitions = parts.transitions
+        self._consoles = parts.consoles
+        self._background = parts.background
+        self._executor = parts.executor
+        self.network_policies = parts.network_policies
+        self.snapshots = parts.snapshots
+        self.snapshot_checks = parts.checks
+        self.sagas = parts.sagas
+        """Every saga there is, for tests."""
         self._machines = Machines(
             database=database,
             transitions=self._transitions,
@@ -150,6 +115,7 @@ class SandboxLifecycle:
             guests=guests,
             run=run,
             consoles=self._consoles,
+            memories=parts.memories,
         )
         self.activity = Activity(now)
         """Who uses a sandbox says so here."""
@@ -159,42 +125,74 @@ class SandboxLifecycle:
 
     # --- beginning things ---------------------------------------------------------------------------------------------
 
-    async def start_create(self, name: str, spec: SandboxSpec, policy: NetworkPolicy = OPEN_POLICY) -> Sandbox:
+    async def start_create(
+        self,
+        name: str,
+        spec: SandboxSpec,
+        policy: NetworkPolicy = OPEN_POLICY,
+        *,
+        snapshot_id: str | None = None,
+        purpose: SandboxPurpose = SandboxPurpose.USER,
+    ) -> Sandbox:
         """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
+        ``snapshot_id``: it goes on from there instead of booting; ``spec`` then has the snapshot's sizes, and a disk of
+        that size or more.
 
-        Raises ConflictError (``name_taken``), CapacityError, InvalidRequestError (``expiry_in_past``),
-        PreconditionError (``network_closed``).
+        Raises ConflictError (``name_taken``, ``snapshot_not_ready``), NotFoundError (``snapshot_not_found``),
+        CapacityError, InvalidRequestError (``expiry_in_past``), PreconditionError (``network_closed``).
         """
-        self._check_expiry(spec)
+        (sandbox,) = await self.start_creates([(name, spec)], policy, snapshot_id=snapshot_id, purpose=purpose)
+        return sandbox
+
+    async def start_creates(
+        self,
+        wanted: Sequence[tuple[str, SandboxSpec]],
+        policy: NetworkPolicy = OPEN_POLICY,
+        *,
+        snapshot_id: str | None = None,
+        purpose: SandboxPurpose = SandboxPurpose.USER,
+    ) -> list[Sandbox]:
+        """Several, or none: ``wanted`` are names and specs. Raises what ``start_create`` raises; CapacityError says how
+        many would fit."""
+        for _, spec in wanted:
+            self._check_expiry(spec)
         self.network_policies.check(policy)
         now = self._now()
-        sandbox = Sandbox(
-            id=new_sandbox_id(),
-            name=name,
-            host_id=self._host_id,
-            state=SandboxState.CREATING,
-            spec=spec,
-            created_at=now,
-            updated_at=now,
-        )
-        own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
-        saga_id = create_saga_id(sandbox.id)
+        rows = [
+            Sandbox(
+                id=new_sandbox_id(),
+                name=name,
+                host_id=self._host_id,
+                state=SandboxState.CREATING,
+                spec=spec,
+                created_at=now,
+                updated_at=now,
+                snapshot_id=snapshot_id,
+                purpose=purpose,
+            )
+            for name, spec in wanted
+        ]
         capacity = await self._room.measure()
 
         def insert(connection: Connection) -> None:
+            if snapshot_id is not None:
+                self.snapshots.check_ready(connection, snapshot_id)
             usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(capacity, usage, Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1))
-            self._transitions.begin(connection, sandbox, own)
-            SandboxNetworkRepository().set_policy(connection, sandbox.id, policy, is_pending=False)
-            self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
-            self._executor.insert(connection, sandbox_create.KIND, saga_id, sandbox.id)
+            check_admission(capacity, usage, *(_wish(sandbox.spec) for sandbox in rows))
+            for sandbox in rows:
+                own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
+                self._transitions.begin(connection, sandbox, own)
+                SandboxNetworkRepository().set_policy(connection, sandbox.id, policy, is_pending=False)
+                self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
+                self._executor.insert(connection, sandbox_create.KIND, create_saga_id(sandbox.id), sandbox.id)
 
         async def begin() -> None:
             await self._database.write(insert)
-            self._go_on(sandbox.id, saga_id)
+            for sandbox in rows:
+                self._go_on(sandbox.id, create_saga_id(sandbox.id))
 
         await self._background.unless_interrupted(begin())
-        return sandbox
+        return rows
 
     async def start(self, sandbox_id: str) -> Sandbox:
         """Begin to boot a stopped or failed sandbox from its disk; its row in state ``starting``. Twice is once.
@@ -221,6 +219,23 @@ class SandboxLifecycle:
         if grace_seconds is not None:
             inputs["grace_seconds"] = grace_seconds
         return await self._begin(operations.STOP, sandbox_id, inputs)
+
+    async def pause(self, sandbox_id: str) -> Sandbox:
+        """Begin to put a running sandbox on disk, its memory included; its row in state ``pausing``. It takes no memory
+        and no processor afterwards, and its processes know nothing of it. Twice is once.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``).
+        """
+        return await self._begin(operations.PAUSE, sandbox_id)
+
+    async def resume(self, sandbox_id: str, *, from_disk: bool = False) -> Sandbox:
+        """Begin to let a paused sandbox go on where it stood; its row in state ``resuming``. ``from_disk``: boot it from
+        its disk instead, and give its memory up. Twice is once.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``), CapacityError.
+        """
+        operation = operations.BOOT_FROM_DISK if from_disk else operations.RESUME
+        return await self._begin_start(operation, sandbox_id)
 
     async def resize(self, sandbox_id: str, disk_mib: int) -> Sandbox:
         """Begin to grow the disk of a running or stopped sandbox. The same size again is no work.
@@ -482,3 +497,7 @@ class SandboxLifecycle:
     def _ids(self, *states: SandboxState) -> list[str]:
         with self._database.read() as connection:
             return self._sandboxes.list_ids(connection, states)
+
+
+def _wish(spec: SandboxSpec) -> Wish:
+    return Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1)

@@ -96,7 +96,7 @@ def assemble(
     return Services(
         sandboxes=sandboxes,
         networks=NetworkService(database, drivers.network, lifecycle.network_policies),
-        sessions=GuestSessions(sandboxes.get, drivers.guests, lifecycle.activity),
+        sessions=GuestSessions(sandboxes, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),
         host=HostService(lifecycle.reclaim, fleet, end_manager),

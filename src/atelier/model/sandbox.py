@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 
 from atelier.model.states import SandboxState, StopReason
 
@@ -36,11 +37,22 @@ class SandboxSpec:
     expires_at: datetime | None = None
 
 
+class SandboxPurpose(StrEnum):
+    """Whose it is. ``template``: Atelier's own, to make a template of; ``pool``: waits to be taken. Both are in nobody's
+    list."""
+
+    USER = "user"
+    TEMPLATE = "template"
+    POOL = "pool"
+
+
 @dataclass(frozen=True, slots=True)
 class Sandbox:
     """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed``, and in any state when what is under
     way is stuck. ``holds_volume``: it has a disk, or is about to. ``file_system_mib``: what the guest's root file system
-    was grown to; 0: never. ``last_active_at``: the last use that was written down; None: it has never run."""
+    was grown to; 0: never. ``last_active_at``: the last use that was written down; None: it has never run. ``snapshot_id``: the snapshot,
+    a template included, that its machine was restored from when it was created and its disk stands over; None: it
+    booted from its image."""
 
     id: str
     name: str
@@ -57,3 +69,5 @@ class Sandbox:
     holds_volume: bool = True
     file_system_mib: int = 0
     last_active_at: datetime | None = None
+    snapshot_id: str | None = None
+    purpose: SandboxPurpose = SandboxPurpose.USER

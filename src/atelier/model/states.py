@@ -55,7 +55,8 @@ TRANSITIONS: dict[SandboxState, frozenset[SandboxState]] = {
     _S.STOPPED: frozenset({_S.STARTING, _S.DESTROYING}),
     _S.STARTING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),
     _S.PAUSING: frozenset({_S.PAUSED, _S.RUNNING, _S.FAILED, _S.DESTROYING}),
-    _S.PAUSED: frozenset({_S.RESUMING, _S.DESTROYING}),
+    # To STARTING: its memory is given up, its disk is booted.
+    _S.PAUSED: frozenset({_S.RESUMING, _S.STARTING, _S.DESTROYING}),
     _S.RESUMING: frozenset({_S.RUNNING, _S.PAUSED, _S.FAILED, _S.DESTROYING}),
     _S.FAILED: frozenset({_S.STARTING, _S.DESTROYING}),
     _S.DESTROYING: frozenset(),

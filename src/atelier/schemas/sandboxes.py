@@ -65,6 +65,14 @@ class StopRequest(BaseModel):
     grace_seconds: float | None = Field(None, ge=0, le=3600)
 
 
+class ResumeRequest(BaseModel):
+    """``from_disk``: boot it from its disk, and give its memory up."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    from_disk: bool = False
+
+
 class ResizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -72,8 +80,8 @@ class ResizeRequest(BaseModel):
 
 
 class Sandbox(BaseModel):
-    """A sandbox as the API shows it. ``failure`` is set in state ``failed``, and in any state when what is under way is
-    stuck; ``stop_reason`` in state ``stopped``. ``last_active_at`` lags behind by up to a minute."""
+    """A sandbox as the API shows it. ``failure`` is set in state ``failed``, in any state when what is under way is
+    stuck, and in ``running`` or ``paused`` when it could not be paused or resumed; ``stop_reason`` in state ``stopped``. ``last_active_at`` lags behind by up to a minute."""
 
     id: str
     name: str

@@ -8,21 +8,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.lifecycle.activity import Activity
-from atelier.model.errors import AtelierError, InvalidRequestError, PreconditionError
+from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError, PreconditionError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
 
 _INPUT_PIECE_BYTES = 64 * 1024
+_WAKE_SECONDS = 60.0
+"""How long somebody waits for a paused sandbox to run again."""
 _HINTS = {
     SandboxState.CREATING: "wait until it is running",
     SandboxState.STARTING: "wait until it is running",
     SandboxState.STOPPING: "wait until it is stopped, then start it",
+    SandboxState.PAUSING: "wait until it is paused; what is asked of it then wakes it",
+    SandboxState.PAUSED: "resume it: atelier resume",
+    SandboxState.RESUMING: "wait until it is running",
     SandboxState.DESTROYING: "it is being removed; create another one",
 }
 MAX_PATH_BYTES = 4096
@@ -140,25 +145,36 @@ class GuestSession:
 
 
 class GuestSessions:
-    """Opens sessions. ``get_sandbox`` finds a sandbox by id or name, or raises NotFoundError."""
+    """Opens sessions. ``sandboxes`` finds a sandbox, and wakes a paused one."""
 
-    def __init__(self, get_sandbox: Callable[[str], Sandbox], driver: GuestDriver, activity: Activity) -> None:
-        self._get_sandbox = get_sandbox
+    def __init__(self, sandboxes: SandboxService, driver: GuestDriver, activity: Activity) -> None:
+        self._sandboxes = sandboxes
         self._driver = driver
         self._activity = activity
 
-    def enter(self, sandbox: str, *, is_use: bool = True) -> GuestSession:
-        """``is_use``: it counts as use of the sandbox. Raises NotFoundError, or PreconditionError when the sandbox does
-        not run."""
-        row = self._get_sandbox(sandbox)
+    async def enter(self, sandbox: str, *, is_use: bool = True) -> GuestSession:
+        """``is_use``: it counts as use of the sandbox, and wakes a paused one.
+
+        Raises NotFoundError, CapacityError, or PreconditionError when the sandbox does not run.
+        """
+        row = self._sandboxes.get(sandbox)
+        if is_use and row.state in (SandboxState.PAUSED, SandboxState.RESUMING):
+            row = await self._wake(row)
         if row.state is not SandboxState.RUNNING:
             raise PreconditionError(
-                f"sandbox {row.name} is {row.state}",
+                f"sandbox {row.name} is {row.state}" + (f": {row.failure_message}" if row.failure_message else ""),
                 hint=_HINTS.get(row.state, f"start it: atelier start {row.name}"),
             )
         if is_use:
             self._activity.touch(row.id)
         return GuestSession(row.id, self._driver, self._activity)
+
+    async def _wake(self, row: Sandbox) -> Sandbox:
+        if row.state is SandboxState.PAUSED:
+            with contextlib.suppress(ConflictError):  # somebody else has resumed it meanwhile
+                await self._sandboxes.resume(row.id)
+        woken, _ = await self._sandboxes.wait_settled(row.id, _WAKE_SECONDS)
+        return woken
 
 
 def check_path(path: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Sandboxes: create, find, list, stop, start, resize, destroy, console."""
+"""Sandboxes: create, find, list, stop, start, pause, resume, resize, destroy, console."""
 
 from __future__ import annotations
 
@@ -79,6 +79,20 @@ class SandboxService:
         """
         sandbox_id = self.get(reference).id
         return await self._lifecycle.stop(sandbox_id, grace_seconds=grace_seconds, then_start=then_start)
+
+    async def pause(self, reference: str) -> Sandbox:
+        """Begin to put a running sandbox on disk, its memory included.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``).
+        """
+        return await self._lifecycle.pause(self.get(reference).id)
+
+    async def resume(self, reference: str, *, from_disk: bool = False) -> Sandbox:
+        """Begin to let a paused sandbox go on, or to boot it from its disk.
+
+        Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``), CapacityError.
+        """
+        return await self._lifecycle.resume(self.get(reference).id, from_disk=from_disk)
 
     async def resize(self, reference: str, disk_mib: int) -> Sandbox:
         """Begin to grow the disk.

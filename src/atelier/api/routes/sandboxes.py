@@ -1,4 +1,4 @@
-"""Create, list, show, stop, start, resize and destroy sandboxes; their console and figures."""
+"""Create, list, show, stop, start, pause, resume, resize and destroy sandboxes; their console and figures."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from atelier.schemas.sandboxes import (
     ChangeSandboxRequest,
     CreateSandboxRequest,
     ResizeRequest,
+    ResumeRequest,
     Sandbox,
     SandboxMetrics,
     SandboxPage,
@@ -109,6 +110,23 @@ async def restart_sandbox(settling: Settling, sandbox: SandboxReference, body: S
     it is `running` again, or `failed`."""
     return await settling.answer(
         await settling.sandboxes.stop(sandbox, body.grace_seconds if body else None, then_start=True)
+    )
+
+
+@router.post("/{sandbox}/pause", operation_id="pause_sandbox", status_code=202, responses=_ENDED)
+async def pause_sandbox(settling: Settling, sandbox: SandboxReference) -> Sandbox:
+    """Put a running sandbox on disk, its memory included; its processes go on where they stood when it is resumed, and
+    any use of it resumes it. Answers 202 at once; with `wait=true` 200 when it is `paused`, or `running` on with a
+    `failure`."""
+    return await settling.answer(await settling.sandboxes.pause(sandbox))
+
+
+@router.post("/{sandbox}/resume", operation_id="resume_sandbox", status_code=202, responses=_ENDED)
+async def resume_sandbox(settling: Settling, sandbox: SandboxReference, body: ResumeRequest | None = None) -> Sandbox:
+    """Let a paused sandbox go on where it stood. Answers 202 at once; with `wait=true` 200 when it is `running`, `paused`
+    still with a `failure`, or `failed`."""
+    return await settling.answer(
+        await settling.sandboxes.resume(sandbox, from_disk=body is not None and body.from_disk)
     )
 
 

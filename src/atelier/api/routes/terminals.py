@@ -50,7 +50,7 @@ async def open_terminal(
     services = socket.app.state.services
     assert isinstance(services, Services)
     try:
-        session = services.sessions.enter(sandbox)
+        session = await services.sessions.enter(sandbox)
         spec = ProcessSpec(
             arguments=tuple(command or _LOGIN_SHELL),
             environment={"TERM": "xterm-256color"},

@@ -45,6 +45,10 @@ class BridgeNetwork:
         return "bridge"
 
     @property
+    def attachment_kind(self) -> str:
+        return "tap"
+
+    @property
     def slot_count(self) -> int | None:
         return SLOT_COUNT
 

@@ -27,6 +27,10 @@ class FakeNetwork:
         return "fake"
 
     @property
+    def attachment_kind(self) -> str:
+        return "none"
+
+    @property
     def slot_count(self) -> int | None:
         return self._slot_count
 

@@ -17,6 +17,11 @@ class NetworkDriver(Protocol):
     def name(self) -> str: ...
 
     @property
+    def attachment_kind(self) -> str:
+        """``NetworkAttachment.kind`` of the slots that it gives now."""
+        ...
+
+    @property
     def slot_count(self) -> int | None:
         """How many slots there are; None: as many as are asked for."""
         ...

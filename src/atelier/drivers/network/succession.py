@@ -26,6 +26,10 @@ class SucceededNetwork:
         return self._present.name
 
     @property
+    def attachment_kind(self) -> str:
+        return self._present.attachment_kind
+
+    @property
     def slot_count(self) -> int | None:
         return self._present.slot_count
 

@@ -19,6 +19,10 @@ class UserNetwork:
         return "closed"
 
     @property
+    def attachment_kind(self) -> str:
+        return "user_restricted"
+
+    @property
     def slot_count(self) -> int | None:
         return None
 

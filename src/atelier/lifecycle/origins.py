@@ -1,0 +1,123 @@
+"""What a new sandbox begins from: the snapshot that was asked for, a template that fits, or its image, which boots.
+
+Used by the first step of creates. A template only saves time: where none fits, or the one that does is damaged, the image
+is booted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from atelier.db.engine import Database
+from atelier.drivers.images.interface import ImageDriver
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.vmm.interface import VmmDriver
+from atelier.lifecycle.saga_values import boot_files_to_json, restore_to_json
+from atelier.lifecycle.snapshot_checks import SnapshotChecks
+from atelier.lifecycle.snapshot_files import damaged
+from atelier.model.errors import AtelierError
+from atelier.model.image import BuildProgress, Image
+from atelier.model.machine import BootFiles
+from atelier.model.sandbox import DEFAULT_DISK_MIB, Sandbox
+from atelier.model.snapshot import Snapshot
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """``uses_templates``: False boots every sandbox that no snapshot was asked for."""
+
+    database: Database
+    images: ImageDriver
+    storage: StorageDriver
+    network: NetworkDriver
+    vmm: VmmDriver
+    checks: SnapshotChecks
+    uses_templates: bool
+
+    async def find(self, sandbox: Sandbox, report: Callable[[BuildProgress], None]) -> dict[str, Any]:
+        """The output of the step ``image``, as ``SandboxSteps`` reads it.
+
+        Raises NotFoundError, ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``), HostError
+        (``snapshot_damaged``), and what the image driver raises.
+        """
+        boot = await self.images.ensure_boot_files(report)
+        if sandbox.snapshot_id is not None:
+            with self.database.read() as connection:
+                snapshot = self.checks.rows.repository.get(connection, sandbox.snapshot_id)
+            await self.checks.check_usable(snapshot)
+            return await self._from_snapshot(snapshot, boot)
+        image = await self.images.ensure_image(sandbox.spec.image, report)
+        if (template := await self._find_template(sandbox, image, boot)) is not None:
+            return await self._from_snapshot(template, boot)
+        return {
+            "image_id": image.id,
+            "path": str(image.path),
+            "format": "raw",
+            "size_mib": image.size_mib,
+            "disk_mib": sandbox.spec.disk_mib,
+            "boot": boot_files_to_json(boot),
+        }
+
+    async def template_key(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> str:
+        """What a template must have in common with the machines that are restored from it."""
+        stamp = await self.vmm.stamp(self.network.attachment_kind)
+        parts = {
+            "image": image.id,
+            "tools": boot.tools_id,
+            "kernel": boot.kernel.name,
+            "initramfs": boot.initramfs.name,
+            "vcpu_count": sandbox.spec.vcpu_count,
+            "memory_mib": sandbox.spec.memory_mib,
+            "disk_mib": template_disk_mib(image),
+            "stamp": stamp.to_json(),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    async def _find_template(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> Snapshot | None:
+        if not self.uses_templates or sandbox.spec.disk_mib < template_disk_mib(image):
+            return None
+        key = await self.template_key(sandbox, image, boot)
+        with self.database.read() as connection:
+            template = self.checks.rows.repository.find_template(connection, key)
+        if template is None:
+            return None
+        try:
+            await self.checks.check_usable(template)
+        except AtelierError as error:
+            _logger.warning("the template %s is not used: %s", template.name, error)
+            return None
+        return template
+
+    async def _from_snapshot(self, snapshot: Snapshot, boot: BootFiles) -> dict[str, Any]:
+        disk = await self.storage.find_snapshot_disk(snapshot.id)
+        if disk is None:
+            raise damaged(self.checks.files.image(snapshot.id).memory.parent, "its disk is gone")
+        machine = snapshot.machine
+        boot = replace(
+            boot,
+            tools=self.checks.files.tools(snapshot.id),
+            tools_id=machine.tools_id,
+            kernel_release=machine.kernel_release,
+        )
+        return {
+            "image_id": snapshot.image_id,
+            "path": str(disk.top.path),
+            "format": disk.top.format,
+            "size_mib": snapshot.file_system_mib,
+            "disk_mib": snapshot.disk_mib,
+            "boot": boot_files_to_json(boot),
+            "restore": restore_to_json(self.checks.files.image(snapshot.id)),
+        }
+
+
+def template_disk_mib(image: Image) -> int:
+    """How large a template's disk is: the usual one, whose file system is then grown already."""
+    return max(DEFAULT_DISK_MIB, image.size_mib)

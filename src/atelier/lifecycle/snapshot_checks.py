@@ -1,0 +1,94 @@
+"""Whether a snapshot can be used: complete, whole, and fit for this host's machines.
+
+Used by the steps of creates and by a background loop. A damaged one is taken out of service; its siblings stay usable.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from atelier.db.engine import Connection, Database
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.vmm.interface import VmmDriver
+from atelier.lifecycle.snapshot_bake import DISK
+from atelier.lifecycle.snapshot_files import MEMORY, STATE, SnapshotFiles
+from atelier.lifecycle.snapshot_rows import SnapshotRows
+from atelier.lifecycle.transitions import Failure
+from atelier.model.errors import AtelierError, ConflictError, HostError
+from atelier.model.snapshot import Snapshot, SnapshotState
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotChecks:
+    database: Database
+    rows: SnapshotRows
+    files: SnapshotFiles
+    storage: StorageDriver
+    vmm: VmmDriver
+    network: NetworkDriver
+
+    async def check_usable(self, snapshot: Snapshot) -> None:
+        """That a machine can be restored from it here and now.
+
+        Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``: it names the field), HostError
+        (``snapshot_damaged``), after which it is out of service.
+        """
+        require_ready(snapshot)
+        present = await self.vmm.stamp(self.network.attachment_kind)
+        if difference := snapshot.machine.stamp.difference(present):
+            raise ConflictError(
+                f"the snapshot {snapshot.name} does not fit this host's machines: {difference}",
+                code="snapshot_incompatible",
+                hint="begin from its disk alone, which boots: atelier create --snapshot ... --disk-only",
+            )
+        rebooted = snapshot.boot_id != self.vmm.boot_id()
+        await self._check(snapshot, thoroughly=rebooted)
+
+    async def check_all(self) -> None:
+        """Read every snapshot through, large files included. The body of a background loop."""
+        with self.database.read() as connection:
+            ready = self.rows.repository.list_in(connection, [SnapshotState.READY])
+        for snapshot in ready:
+            try:
+                await self._check(snapshot, thoroughly=True)
+            except AtelierError as error:
+                _logger.error("snapshot %s: %s", snapshot.name, error)
+
+    async def _check(self, snapshot: Snapshot, *, thoroughly: bool) -> None:
+        try:
+            if not thoroughly:
+                await self.files.check(snapshot.id, snapshot.checksums, STATE)
+                return
+            await self.files.check(snapshot.id, snapshot.checksums, STATE, MEMORY)
+            await self.storage.verify_snapshot_disk(snapshot.id, snapshot.checksums[DISK])
+        except HostError as error:
+            failure = Failure("snapshot_damaged", error.message, error.hint)
+
+            def quarantine(connection: Connection) -> None:
+                present = self.rows.repository.find(connection, snapshot.id)
+                if present is not None and present.state is SnapshotState.READY:
+                    self.rows.fail(connection, snapshot.id, failure, SnapshotState.DAMAGED)
+
+            await self.database.write(quarantine)
+            raise
+
+        def note(connection: Connection) -> None:
+            present = self.rows.repository.find(connection, snapshot.id)
+            if present is not None and present.state is SnapshotState.READY:
+                self.rows.repository.update(connection, replace(present, boot_id=self.vmm.boot_id()))
+
+        await self.database.write(note)
+
+
+def require_ready(snapshot: Snapshot) -> None:
+    """Raises ConflictError (``snapshot_not_ready``)."""
+    if snapshot.state is not SnapshotState.READY:
+        raise ConflictError(
+            f"the snapshot {snapshot.name} is {snapshot.state}",
+            code="snapshot_not_ready",
+            hint=snapshot.failure_message or "wait until it is ready (atelier snapshots)",
+        )

@@ -1,0 +1,106 @@
+"""The files of snapshots beside their disks: memory, state, and the tools image that the memory belongs to.
+
+Used by the sagas that take, bake and use snapshots. A folder each, named by the snapshot's id, the manager's own. A folder
+without a row is never deleted by itself: an older database may have been restored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from atelier.host.checksums import file_checksum
+from atelier.host.file_pins import ensure_pinned
+from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.model.errors import HostError
+from atelier.model.machine import MemoryImage, MemoryStream
+
+MEMORY, STATE = "memory", "state"
+
+
+class SnapshotFiles:
+    """Below ``root``, one folder per snapshot."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def stream(self, snapshot_id: str) -> MemoryStream:
+        """What the machine was saved to; gone once it is baked."""
+        return MemoryStream(self._root / snapshot_id / "stream")
+
+    def image(self, snapshot_id: str) -> MemoryImage:
+        folder = self._root / snapshot_id
+        return MemoryImage(folder / MEMORY, folder / STATE)
+
+    def tools(self, snapshot_id: str) -> Path:
+        return self._root / snapshot_id / "tools"
+
+    async def prepare(self, snapshot_id: str, tools: Path) -> None:
+        """Make the folder, with ``tools`` kept in it. Raises HostError (``tools_image_missing``), DiskFullError."""
+        ensure_private_folder(self._root / snapshot_id)
+        try:
+            await asyncio.to_thread(ensure_pinned, tools, self.tools(snapshot_id))
+        except FileNotFoundError as error:
+            raise HostError(
+                f"the tools image that the sandbox runs with is gone: {tools}",
+                code="tools_image_missing",
+                hint="restart the sandbox (atelier restart), which gives it the present one",
+            ) from error
+
+    def remove_stream(self, snapshot_id: str) -> None:
+        self.stream(snapshot_id).path.unlink(missing_ok=True)
+
+    def remove_image(self, snapshot_id: str) -> None:
+        image = self.image(snapshot_id)
+        image.memory.unlink(missing_ok=True)
+        image.state.unlink(missing_ok=True)
+
+    async def remove(self, snapshot_id: str) -> None:
+        with suppress(FileNotFoundError):
+            await asyncio.to_thread(shutil.rmtree, self._root / snapshot_id)
+
+    async def checksums(self, snapshot_id: str) -> dict[str, str]:
+        """Of memory and state, by their names. Raises HostError (``snapshot_damaged``) where one is gone."""
+        image = self.image(snapshot_id)
+        return {
+            MEMORY: await self._checksum(image.memory),
+            STATE: await self._checksum(image.state),
+        }
+
+    async def check(self, snapshot_id: str, checksums: dict[str, str], *names: str) -> None:
+        """That the files named (``MEMORY``, ``STATE``) are what was written. Raises HostError (``snapshot_damaged``)."""
+        folder = self._root / snapshot_id
+        for name in names:
+            if await self._checksum(folder / name) != checksums.get(name):
+                raise damaged(folder / name, "its checksum is another")
+        if not self.tools(snapshot_id).exists():
+            raise damaged(self.tools(snapshot_id), "it is gone")
+
+    async def memory_bytes(self, snapshot_id: str) -> int:
+        """What memory and state really occupy on disk."""
+        image = self.image(snapshot_id)
+        # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
+        return sum(path.stat().st_blocks * 512 for path in (image.memory, image.state))
+
+    async def list_snapshots(self) -> list[str]:
+        """Ids of the snapshots that have a folder, sorted."""
+        if not self._root.is_dir():
+            return []
+        return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
+
+    async def _checksum(self, path: Path) -> str:
+        try:
+            with refusal_as_error(f"reading {path}"):
+                return await asyncio.to_thread(file_checksum, path)
+        except FileNotFoundError as error:
+            raise damaged(path, "it is gone") from error
+
+
+def damaged(path: Path, how: str) -> HostError:
+    return HostError(
+        f"a file of the snapshot is damaged: {path}: {how}",
+        code="snapshot_damaged",
+        hint="the snapshot serves nobody any more; others are not touched; delete it, and take it anew",
+    )
