@@ -24,7 +24,8 @@ from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandbox_create import create_saga_id
-from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
+from atelier.lifecycle.composition import LifecycleLimits
+from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.image import BuildProgress, Image
 from atelier.model.layout import DataLayout, RunLayout

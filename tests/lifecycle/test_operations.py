@@ -10,7 +10,8 @@ from tests.lifecycle.conftest import Host
 from atelier.db.sagas import list_open_sagas_of
 from atelier.db.sandboxes import SandboxRepository
 from atelier.lifecycle.admission import Capacity, RoomPolicy
-from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
+from atelier.lifecycle.composition import LifecycleLimits
+from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.errors import (
     CapacityError,
     ConflictError,

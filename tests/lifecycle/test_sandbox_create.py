@@ -8,7 +8,7 @@ import pytest
 from tests.lifecycle.conftest import Host
 
 from atelier.lifecycle.admission import Capacity, RoomPolicy
-from atelier.lifecycle.sandboxes import LifecycleLimits
+from atelier.lifecycle.composition import LifecycleLimits
 from atelier.model.errors import (
     CapacityError,
     ConflictError,

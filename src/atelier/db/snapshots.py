@@ -128,9 +128,33 @@ def _to_values(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _to_snapshot(row: Row[Any]) -> Snapshot:
-    values = dict(row._mapping)
-    del values["sequence"]
-    values["state"] = SnapshotState(row.state)
-    values["purpose"] = SnapshotPurpose(row.purpose)
-    values["machine"] = MachineRecord.from_json(row.machine)
-    return Snapshot(**values)
+    return Snapshot(
+        id=row.id,
+        name=row.name,
+        host_id=row.host_id,
+        state=SnapshotState(row.state),
+        purpose=SnapshotPurpose(row.purpose),
+        sandbox_id=row.sandbox_id,
+        sandbox_name=row.sandbox_name,
+        parent_id=row.parent_id,
+        image=row.image,
+        image_id=row.image_id,
+        vcpu_count=row.vcpu_count,
+        memory_mib=row.memory_mib,
+        disk_mib=row.disk_mib,
+        file_system_mib=row.file_system_mib,
+        environment=row.environment,
+        labels=row.labels,
+        machine=MachineRecord.from_json(row.machine),
+        checksums=row.checksums,
+        boot_id=row.boot_id,
+        memory_bytes=row.memory_bytes,
+        disk_bytes=row.disk_bytes,
+        stopped_ms=row.stopped_ms,
+        template_key=row.template_key,
+        failure_code=row.failure_code,
+        failure_message=row.failure_message,
+        failure_hint=row.failure_hint,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -37,7 +37,7 @@ from atelier.model.errors import AtelierError, ConflictError, HostError, Invalid
 from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
-from atelier.model.sandbox import Sandbox, SandboxSpec
+from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.saga.log import SagaGoneError, SagaRecord
 from atelier.saga.retry import RetryPolicies

@@ -34,8 +34,9 @@ from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.host.checks.network import check_bridge_network
 from atelier.host.memory import memory_bytes
 from atelier.lifecycle.admission import Capacity, RoomPolicy
+from atelier.lifecycle.composition import LifecycleLimits
 from atelier.lifecycle.fleet import SandboxFleet
-from atelier.lifecycle.sandboxes import LifecycleLimits, SandboxLifecycle
+from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.network_choice import choose_network
 from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
@@ -96,7 +97,7 @@ def assemble(
     return Services(
         sandboxes=sandboxes,
         networks=NetworkService(database, drivers.network, lifecycle.network_policies),
-        sessions=GuestSessions(sandboxes, drivers.guests, lifecycle.activity),
+        sessions=GuestSessions(sandboxes.get, sandboxes.wake, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),
         host=HostService(lifecycle.reclaim, fleet, end_manager),

@@ -8,19 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.lifecycle.activity import Activity
-from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError, PreconditionError
+from atelier.model.errors import AtelierError, InvalidRequestError, PreconditionError
 from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
 
 _INPUT_PIECE_BYTES = 64 * 1024
-_WAKE_SECONDS = 60.0
-"""How long somebody waits for a paused sandbox to run again."""
 _HINTS = {
     SandboxState.CREATING: "wait until it is running",
     SandboxState.STARTING: "wait until it is running",
@@ -145,10 +143,18 @@ class GuestSession:
 
 
 class GuestSessions:
-    """Opens sessions. ``sandboxes`` finds a sandbox, and wakes a paused one."""
+    """Opens sessions. ``get_sandbox`` finds a sandbox by id or name, or raises NotFoundError; ``wake`` resumes a paused
+    one and returns its row when that has ended."""
 
-    def __init__(self, sandboxes: SandboxService, driver: GuestDriver, activity: Activity) -> None:
-        self._sandboxes = sandboxes
+    def __init__(
+        self,
+        get_sandbox: Callable[[str], Sandbox],
+        wake: Callable[[Sandbox], Awaitable[Sandbox]],
+        driver: GuestDriver,
+        activity: Activity,
+    ) -> None:
+        self._get_sandbox = get_sandbox
+        self._wake = wake
         self._driver = driver
         self._activity = activity
 
@@ -157,7 +163,7 @@ class GuestSessions:
 
         Raises NotFoundError, CapacityError, or PreconditionError when the sandbox does not run.
         """
-        row = self._sandboxes.get(sandbox)
+        row = self._get_sandbox(sandbox)
         if is_use and row.state in (SandboxState.PAUSED, SandboxState.RESUMING):
             row = await self._wake(row)
         if row.state is not SandboxState.RUNNING:
@@ -168,13 +174,6 @@ class GuestSessions:
         if is_use:
             self._activity.touch(row.id)
         return GuestSession(row.id, self._driver, self._activity)
-
-    async def _wake(self, row: Sandbox) -> Sandbox:
-        if row.state is SandboxState.PAUSED:
-            with contextlib.suppress(ConflictError):  # somebody else has resumed it meanwhile
-                await self._sandboxes.resume(row.id)
-        woken, _ = await self._sandboxes.wait_settled(row.id, _WAKE_SECONDS)
-        return woken
 
 
 def check_path(path: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 from atelier.db.engine import Database
 from atelier.db.sandboxes import SandboxRepository
@@ -16,6 +17,8 @@ from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import SandboxState
 
 _NAME_TRIES = 5
+_WAKE_SECONDS = 60.0
+"""How long somebody waits for a paused sandbox to run again."""
 
 
 class SandboxService:
@@ -93,6 +96,17 @@ class SandboxService:
         Raises NotFoundError, ConflictError (``invalid_state``, ``sandbox_busy``), CapacityError.
         """
         return await self._lifecycle.resume(self.get(reference).id, from_disk=from_disk)
+
+    async def wake(self, row: Sandbox) -> Sandbox:
+        """Resume a paused sandbox because somebody uses it; its row when that has ended, well or not.
+
+        Raises NotFoundError, CapacityError.
+        """
+        if row.state is SandboxState.PAUSED:
+            with suppress(ConflictError):  # somebody else has resumed it meanwhile
+                await self._lifecycle.resume(row.id)
+        woken, _ = await self.wait_settled(row.id, _WAKE_SECONDS)
+        return woken
 
     async def resize(self, reference: str, disk_mib: int) -> Sandbox:
         """Begin to grow the disk.
