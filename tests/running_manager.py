@@ -96,6 +96,7 @@ def launch_manager(
         "ATELIER_SERVER_MODE": mode,
         # Which network there is should not hang on the machine.
         "ATELIER_NETWORK": "closed",
+        "ATELIER_TEMPLATES": "off",
         # Disks of tests stay nearly empty, and how many there may be should not hang on the machine's.
         "ATELIER_DISK_OVERCOMMIT": "20",
         **(variables or {}),

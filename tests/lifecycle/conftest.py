@@ -22,9 +22,9 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.vmm.fake import FakeVmm
+from atelier.lifecycle.composition import LifecycleLimits
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandbox_create import create_saga_id
-from atelier.lifecycle.composition import LifecycleLimits
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, ProcessStarted
 from atelier.model.image import BuildProgress, Image
@@ -65,6 +65,7 @@ class StubImages:
     async def ensure_boot_files(self, report: Callable[[BuildProgress], None]) -> BootFiles:
         await self.faults.before("ensure_boot_files")
         report(BuildProgress("kernel", "unpacked", 1.0))
+        (self.folder / "tools").touch()
         return BootFiles(self.folder / "vmlinuz", self.folder / "initramfs", self.folder / "tools", "6.1", "tools-1")
 
     async def ensure_image(self, name: str, report: Callable[[BuildProgress], None], *, refresh: bool = False) -> Image:
@@ -178,19 +179,21 @@ class Host:
     def held(self) -> list[str]:
         """Everything that sandboxes hold on this host, the kept consoles included."""
         consoles = self.data.consoles.glob("*") if self.data.consoles.exists() else ()
+        memories = self.data.paused.glob("*") if self.data.paused.exists() else ()
         return [
             *(f"vmm {each}" for each in self.vmm.running),
             *(f"run directory {each.name}" for each in self.vmm.run_directories),
             *(f"volume {each}" for each in self.storage.volumes),
             *(f"slot {each}" for each in self.network.slots),
             *(f"channel {each}" for each in self.guests.channels),
+            *(f"{each.suffix.removeprefix('.')} {each.stem}" for each in memories),
             *(f"console {each.name}" for each in consoles),
         ]
 
     def held_by(self, sandbox_id: str) -> set[str]:
-        """The kinds of resources that one sandbox holds, consoles aside."""
+        """The kinds of resources that one sandbox holds, consoles aside, and the tools image of one that was paused."""
         words = [each.rpartition(" ") for each in self.held_without_consoles()]
-        kinds = {kind for kind, _, owner in words if owner == sandbox_id}
+        kinds = {kind for kind, _, owner in words if owner == sandbox_id and kind != "tools"}
         return {"run" if kind == "run directory" else kind for kind in kinds}
 
     def held_without_consoles(self) -> list[str]:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from tests.lifecycle.sabotage import Place, bring_about, disturb
+from tests.lifecycle.sabotage import Place, bring_about, disturb, last_that_unwinds
 
 from atelier.db.engine import Database
 from atelier.drivers.guest.interface import GuestDriver
@@ -37,8 +37,10 @@ from atelier.model.machine import (
     DiskFile,
     GuestEndpoint,
     MachineSpec,
+    MachineStamp,
     NetworkAttachment,
     ProcessIdentity,
+    SavedMachine,
     VolumeRequest,
 )
 from atelier.model.network_policy import NetworkPolicy
@@ -68,7 +70,9 @@ class FileDrivers:
         return "the one boot"
 
     async def ensure_boot_files(self, report: Any) -> BootFiles:
-        return BootFiles(Path("/k"), Path("/i"), Path("/t"), "6.1", "t")
+        tools = self.folder.parent / "tools"
+        tools.touch()
+        return BootFiles(Path("/k"), Path("/i"), tools, "6.1", "t")
 
     async def ensure_image(self, name: str, report: Any, *, refresh: bool = False) -> Image:
         return Image("base-1", name, Path("/b"), 1024, 1, datetime.now(UTC))
@@ -110,6 +114,26 @@ class FileDrivers:
     async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
         self._set(f"vmm-{spec.sandbox_id}", present=True)
         return ProcessIdentity(1, _number(spec.sandbox_id), self.boot_id())
+
+    async def stamp(self, network_kind: str) -> MachineStamp:
+        return MachineStamp("file", "1", "none", "none", "", 0, network_kind, 1)
+
+    async def save(self, run_directory: Path, target: Path, **moments: Any) -> SavedMachine:
+        assert (self.folder / f"vmm-{run_directory.name}").exists()
+        target.write_bytes(b"memory")
+        return SavedMachine(stopped_ms=1.0, size_bytes=6)
+
+    async def go_on(self, run_directory: Path) -> None:
+        assert (self.folder / f"vmm-{run_directory.name}").exists()
+
+    async def open_link(self, run_directory: Path) -> None:
+        assert (self.folder / f"vmm-{run_directory.name}").exists()
+
+    async def quiesce(self, sandbox_id: str) -> None:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
+    async def thaw(self, sandbox_id: str) -> None:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
         alive = (self.folder / f"vmm-{sandbox_id}").exists()
@@ -210,12 +234,12 @@ async def main(folder: Path, kind: str, place: Place) -> None:
     destroying = kind == "destroy"
     if destroying:
         kind = sandbox_create.KIND
-    last = next(saga for saga in lifecycle.sagas if saga.kind == kind).steps[-1]
+    last = last_that_unwinds(next(saga for saga in lifecycle.sagas if saga.kind == kind))
 
     async def crash(reached: Place) -> None:
         if reached == place:
             os._exit(CRASHED)
-        if place.call == "undo" and not destroying and reached == Place(kind, last.name, "do", "after"):
+        if place.call == "undo" and not destroying and reached == Place(kind, last, "do", "after"):
             raise HostError("so that it is unwound")
 
     disturb(lifecycle, crash)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atelier.lifecycle import operations, sandbox_create
+from atelier.lifecycle import operations, sandbox_create, sandbox_pause, sandbox_resume
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import SandboxState
@@ -23,6 +23,7 @@ SAMPLES: dict[str, Any] = {"disk_mib": 8192}
 HOLDS = {
     SandboxState.RUNNING: {"slot", "volume", "run", "channel", "vmm"},
     SandboxState.STOPPED: {"slot", "volume"},
+    SandboxState.PAUSED: {"slot", "volume", "memory"},
 }
 """What a settled sandbox holds; a failed one holds what a stopped one does, or nothing at all."""
 
@@ -52,6 +53,23 @@ def places(sagas: Iterable[SagaDefinition[Any]], call: str) -> list[Place]:
         if call == "do" or step.undo is not None
         for moment in ("before", "after")
     ]
+
+
+def last_that_unwinds(saga: SagaDefinition[Any]) -> str:
+    """The last step whose failure is taken back."""
+    return saga.steps[-1 if saga.pivot is None else saga.index(saga.pivot) - 1].name
+
+
+def end_of_unwinding(place: Place, saga: SagaDefinition[Any]) -> SandboxState:
+    """Where a failure at ``place`` leaves a sandbox."""
+    if saga.kind == sandbox_pause.KIND:
+        return SandboxState.RUNNING
+    # Once its memory is given up there is only the disk left.
+    spent = [step.name for step in saga.steps].index("memory_spent") if saga.kind == sandbox_resume.KIND else -1
+    position = saga.index(place.step)
+    if position < spent or (position == spent and place.call == "do"):
+        return SandboxState.PAUSED
+    return SandboxState.FAILED
 
 
 Disturbance = Callable[[Place], Awaitable[None]]

@@ -57,6 +57,14 @@ class NetworkHome(StrEnum):
     HOST = "host"
 
 
+class TemplateChoice(StrEnum):
+    """``on``: the first create of a kind boots, and a template is made of it in the background; those after it are
+    restored from that. ``off``: every create boots."""
+
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
     host: str
@@ -86,6 +94,7 @@ class Settings:
     bridge_name: str
     recipes_dir: Path
     disk_overcommit: float
+    templates: TemplateChoice
     log_level: str
 
 
@@ -114,6 +123,7 @@ def load_settings(
         bridge_name=_bridge_name(variables.get("ATELIER_BRIDGE_NAME", "br0")),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
+        templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
     )
 

@@ -10,7 +10,7 @@ from atelier.db.engine import Connection
 from atelier.lifecycle.saga_ends import SagaEnds, failure_of
 from atelier.lifecycle.sandbox_steps import SandboxSteps
 from atelier.saga.definition import Recovery, SagaDefinition
-from atelier.saga.log import SagaRecord
+from atelier.saga.log import SagaRecord, SagaStatus
 
 KIND = "sandbox_create"
 
@@ -18,6 +18,12 @@ KIND = "sandbox_create"
 def create_saga_id(sandbox_id: str) -> str:
     """A sandbox is created once, so its saga's id needs no place of its own."""
     return f"{KIND}/{sandbox_id}"
+
+
+def has_booted(record: SagaRecord) -> bool:
+    """Whether a creation ended well with a machine that had to boot."""
+    well = record.kind == KIND and record.status is SagaStatus.COMPLETED
+    return well and "restore" not in record.outputs["image"]
 
 
 def define_create(steps: SandboxSteps) -> SagaDefinition[Connection]:

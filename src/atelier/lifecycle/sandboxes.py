@@ -30,7 +30,8 @@ from atelier.lifecycle.machines import Machines
 from atelier.lifecycle.operations import Operation
 from atelier.lifecycle.reclaim import Reclaim
 from atelier.lifecycle.saga_ends import failure_of
-from atelier.lifecycle.sandbox_create import create_saga_id
+from atelier.lifecycle.sandbox_create import create_saga_id, has_booted
+from atelier.lifecycle.templates import Templates
 from atelier.lifecycle.time_limits import TimeLimits
 from atelier.lifecycle.transitions import sandbox_topic
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
@@ -95,6 +96,17 @@ class SandboxLifecycle:
         self.network_policies = parts.network_policies
         self.snapshots = parts.snapshots
         self.snapshot_checks = parts.checks
+        self.templates = Templates(
+            database=database,
+            images=images,
+            guests=guests,
+            origins=parts.origins,
+            snapshots=parts.snapshots,
+            background=parts.background,
+            create=self.start_create,
+            settle=self.wait_settled,
+            destroy=self.destroy,
+        )
         self.sagas = parts.sagas
         """Every saga there is, for tests."""
         self._machines = Machines(
@@ -386,6 +398,7 @@ class SandboxLifecycle:
             _logger.info("found %s of %s %s", record.kind, record.subject_id, record.status)
             self._background.spawn(self._supervise(record.subject_id, record.id), f"supervise {record.id}")
         await self.reconcile()
+        self._background.spawn(self.templates.clear(), "clear templates that are half made")
         self._background.spawn(self.network_policies.enforce_pending(), "give the network policies again")
 
     async def reconcile(self) -> None:
@@ -474,7 +487,9 @@ class SandboxLifecycle:
 
     async def _supervise(self, sandbox_id: str, saga_id: str) -> None:
         """Wait for a saga's end; run the one that it has left behind, and watch the machine if there is one now."""
-        await self._executor.wait(saga_id)
+        record = await self._executor.wait(saga_id)
+        if record is not None and has_booted(record):
+            self.templates.want(self._get(sandbox_id))
         with self._database.read() as connection:
             following = [each for each in list_open_sagas_of(connection, sandbox_id) if not each.is_stuck]
         for record in following:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
-from atelier.config.settings import ServerMode, Settings
+from atelier.config.settings import ServerMode, Settings, TemplateChoice
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -73,6 +73,7 @@ class Drivers:
     network_missing: str
     room: RoomPolicy
     concurrent_boots: int | None
+    uses_templates: bool
     close: Callable[[], Awaitable[None]]
 
 
@@ -126,7 +127,11 @@ def build_lifecycle(
         installation_id=ids.installation_id,
         host_id=ids.host_id,
         room=drivers.room,
-        limits=LifecycleLimits(guest_ready_seconds=_GUEST_READY_SECONDS, concurrent_boots=drivers.concurrent_boots),
+        limits=LifecycleLimits(
+            guest_ready_seconds=_GUEST_READY_SECONDS,
+            concurrent_boots=drivers.concurrent_boots,
+            uses_templates=drivers.uses_templates,
+        ),
     )
 
 
@@ -146,6 +151,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         network_missing=chosen.missing,
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
+        uses_templates=settings.templates is TemplateChoice.ON,
         room=RoomPolicy(
             memory_available_bytes=lambda: memory_bytes("MemAvailable"),
             memory_reserve_mib=_MEMORY_RESERVE_MIB,
@@ -185,6 +191,7 @@ def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
         network_holder=None,
         network_missing="",
         concurrent_boots=None,
+        uses_templates=False,
         room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,
     )
