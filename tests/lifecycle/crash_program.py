@@ -115,7 +115,7 @@ class FileDrivers:
         self._set(f"vmm-{spec.sandbox_id}", present=True)
         return ProcessIdentity(1, _number(spec.sandbox_id), self.boot_id())
 
-    async def stamp(self, network_kind: str) -> MachineStamp:
+    async def stamp(self, boot: BootFiles, network_kind: str) -> MachineStamp:
         return MachineStamp("file", "1", "none", "none", "", 0, network_kind, 1)
 
     async def save(self, run_directory: Path, target: Path, **moments: Any) -> SavedMachine:

@@ -114,12 +114,12 @@ class MemorySteps:
                 code="volume_lost",
                 hint=f"put its file back, or let go of the sandbox: atelier rm {sandbox.name}",
             )
-        present = await steps.vmm.stamp(steps.network.attachment_kind)
-        check_stamp(saved.machine.stamp, present, sandbox.name)
-        checked = await steps.memories.check(sandbox.id, saved, steps.vmm.boot_id())
         progress = ProgressEvents(steps.database, steps.outbox, sandbox.id)
         boot = await steps.images.ensure_boot_files(progress.report)
         await progress.finish()
+        present = await steps.vmm.stamp(boot, steps.network.attachment_kind)
+        check_stamp(saved.machine.stamp, present, sandbox.name)
+        checked = await steps.memories.check(sandbox.id, saved, steps.vmm.boot_id())
         machine = saved.machine
         boot = replace(
             boot,

@@ -52,7 +52,7 @@ class Origins:
         if sandbox.snapshot_id is not None:
             with self.database.read() as connection:
                 snapshot = self.checks.rows.repository.get(connection, sandbox.snapshot_id)
-            await self.checks.check_usable(snapshot)
+            await self.checks.check_usable(snapshot, boot)
             return await self._from_snapshot(snapshot, boot)
         image = await self.images.ensure_image(sandbox.spec.image, report)
         if (template := await self._find_template(sandbox, image, boot)) is not None:
@@ -68,7 +68,9 @@ class Origins:
 
     async def template_key(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> str:
         """What a template must have in common with the machines that are restored from it."""
-        stamp = await self.vmm.stamp(self.network.attachment_kind)
+        stamp = (await self.vmm.stamp(boot, self.network.attachment_kind)).to_json()
+        # Measured anew at each boot of the host, and compared with some tolerance when it counts.
+        del stamp["tsc_khz"]
         parts = {
             "image": image.id,
             "tools": boot.tools_id,
@@ -77,7 +79,7 @@ class Origins:
             "vcpu_count": sandbox.spec.vcpu_count,
             "memory_mib": sandbox.spec.memory_mib,
             "disk_mib": template_disk_mib(image),
-            "stamp": stamp.to_json(),
+            "stamp": stamp,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -90,7 +92,7 @@ class Origins:
         if template is None:
             return None
         try:
-            await self.checks.check_usable(template)
+            await self.checks.check_usable(template, boot)
         except AtelierError as error:
             _logger.warning("the template %s is not used: %s", template.name, error)
             return None

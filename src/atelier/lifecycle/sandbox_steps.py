@@ -279,7 +279,7 @@ class SandboxSteps:
         await self.gate.enter(sandbox.id)
         async with self.network.opened(sandbox.id) as descriptor:
             identity = await self.vmm.ensure_started(spec, descriptor)
-        stamp = await self.vmm.stamp(spec.network.kind)
+        stamp = await self.vmm.stamp(boot, spec.network.kind)
         machine = MachineRecord(stamp, boot.tools, boot.tools_id, boot.kernel_release)
         return {**process_to_json(identity), "machine": machine.to_json()}
 

@@ -23,8 +23,6 @@ from atelier.saga.definition import Recovery, SagaDefinition, Step, StepContext
 from atelier.saga.log import SagaRecord
 
 KIND = "snapshot_bake"
-DISK = "disk"
-"""The disk's name among a snapshot's checksums."""
 
 _SOME_MAC = "02:00:00:00:00:01"
 
@@ -47,7 +45,7 @@ class BakeSteps:
     async def make_disk(self, context: StepContext) -> dict[str, Any]:
         snapshot = self._snapshot(context)
         made = await self.storage.ensure_snapshot_disk(snapshot.id, snapshot.sandbox_id)
-        return {"used_bytes": made.used_bytes, "checksum": made.checksum}
+        return {"used_bytes": made.used_bytes}
 
     async def remove_disk(self, context: StepContext) -> None:
         await self.storage.ensure_snapshot_disk_absent(context.subject_id)
@@ -114,7 +112,7 @@ def define_bake(bake: BakeSteps) -> SagaDefinition[Connection]:
             connection,
             record.subject_id,
             SnapshotState.READY,
-            checksums={**measured["checksums"], DISK: disk["checksum"]},
+            checksums=measured["checksums"],
             memory_bytes=measured["memory_bytes"],
             disk_bytes=disk["used_bytes"],
             boot_id=bake.vmm.boot_id(),

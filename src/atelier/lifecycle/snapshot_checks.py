@@ -12,11 +12,11 @@ from atelier.db.engine import Connection, Database
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
-from atelier.lifecycle.snapshot_bake import DISK
 from atelier.lifecycle.snapshot_files import MEMORY, STATE, SnapshotFiles
 from atelier.lifecycle.snapshot_rows import SnapshotRows
 from atelier.lifecycle.transitions import Failure
 from atelier.model.errors import AtelierError, ConflictError, HostError
+from atelier.model.machine import BootFiles
 from atelier.model.snapshot import Snapshot, SnapshotState
 
 _logger = logging.getLogger(__name__)
@@ -31,14 +31,14 @@ class SnapshotChecks:
     vmm: VmmDriver
     network: NetworkDriver
 
-    async def check_usable(self, snapshot: Snapshot) -> None:
-        """That a machine can be restored from it here and now.
+    async def check_usable(self, snapshot: Snapshot, boot: BootFiles) -> None:
+        """That a machine can be restored from it here and now; ``boot`` is what this host would boot.
 
         Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``: it names the field), HostError
         (``snapshot_damaged``), after which it is out of service.
         """
         require_ready(snapshot)
-        present = await self.vmm.stamp(self.network.attachment_kind)
+        present = await self.vmm.stamp(boot, self.network.attachment_kind)
         if difference := snapshot.machine.stamp.difference(present):
             raise ConflictError(
                 f"the snapshot {snapshot.name} does not fit this host's machines: {difference}",
@@ -64,7 +64,7 @@ class SnapshotChecks:
                 await self.files.check(snapshot.id, snapshot.checksums, STATE)
                 return
             await self.files.check(snapshot.id, snapshot.checksums, STATE, MEMORY)
-            await self.storage.verify_snapshot_disk(snapshot.id, snapshot.checksums[DISK])
+            await self.storage.verify_snapshot_disk(snapshot.id)
         except HostError as error:
             failure = Failure("snapshot_damaged", error.message, error.hint)
 
