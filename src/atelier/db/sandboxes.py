@@ -93,13 +93,7 @@ class SandboxRepository:
                 },
             )
         except IntegrityError as error:
-            if "sandboxes.name" not in str(error.orig):
-                raise
-            raise ConflictError(
-                f"there is a sandbox named {sandbox.name} already",
-                code="name_taken",
-                hint="choose another name, leave it out to have one generated, or remove the other sandbox",
-            ) from error
+            raise _as_conflict(error, sandbox.name) from error
 
     def find(self, connection: Connection, id_or_name: str) -> Sandbox | None:
         query = _FIND_BY_ID if is_sandbox_id(id_or_name) else _FIND_BY_NAME
@@ -207,6 +201,36 @@ class SandboxRepository:
                 "stop_reason": stop_reason or "",
             },
         )
+
+    def find_pooled(
+        self, connection: Connection, host_id: str, image: str, vcpu_count: int, memory_mib: int
+    ) -> list[Sandbox]:
+        """Those of a host that wait in this warm pool, or are about to, oldest first."""
+        query = _ROW.where(
+            sandboxes.c.purpose == SandboxPurpose.POOL.value,
+            sandboxes.c.host_id == host_id,
+            sandboxes.c.image == image,
+            sandboxes.c.vcpu_count == vcpu_count,
+            sandboxes.c.memory_mib == memory_mib,
+        )
+        return [_to_sandbox(row) for row in connection.execute(query.order_by(sandboxes.c.sequence))]
+
+    def give_away(self, connection: Connection, sandbox_id: str, name: str, spec: SandboxSpec, at: datetime) -> None:
+        """A pooled sandbox becomes a user's, as though it had been made for that just now. Raises ConflictError
+        (``name_taken``)."""
+        values = {
+            "name": name,
+            "purpose": SandboxPurpose.USER.value,
+            "environment": spec.environment,
+            "labels": spec.labels,
+            "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
+            "expires_at": spec.expires_at,
+            "created_at": at,
+        }
+        try:
+            connection.execute(_UPDATE, {"sandbox_id": sandbox_id, **values})
+        except IntegrityError as error:
+            raise _as_conflict(error, name) from error
 
     def set_image_id(self, connection: Connection, sandbox_id: str, image_id: str) -> None:
         connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "image_id": image_id})
@@ -319,6 +343,16 @@ class SandboxRepository:
 
     def delete(self, connection: Connection, sandbox_id: str) -> None:
         connection.execute(delete(sandboxes).where(sandboxes.c.id == sandbox_id))
+
+
+def _as_conflict(error: IntegrityError, name: str) -> Exception:
+    if "sandboxes.name" not in str(error.orig):
+        return error
+    return ConflictError(
+        f"there is a sandbox named {name} already",
+        code="name_taken",
+        hint="choose another name, leave it out to have one generated, or remove the other sandbox",
+    )
 
 
 def _to_sandbox(row: Row[Any]) -> Sandbox:

@@ -158,6 +158,16 @@ snapshots = Table(
     sqlite_autoincrement=True,
 )
 
+warm_pools = Table(
+    "warm_pools",
+    metadata,
+    Column("image", Text, primary_key=True),
+    Column("vcpu_count", Integer, primary_key=True),
+    Column("memory_mib", Integer, primary_key=True),
+    # How many sandboxes are to stand ready.
+    Column("size", Integer, nullable=False),
+)
+
 settings = Table(
     "settings",
     metadata,

@@ -27,6 +27,7 @@ from atelier.lifecycle.errors import describe_error, is_transient
 from atelier.lifecycle.memory_steps import MemorySteps
 from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.origins import Origins
+from atelier.lifecycle.sandbox_claim import define_claim
 from atelier.lifecycle.sandbox_create import define_create
 from atelier.lifecycle.sandbox_pause import define_pause
 from atelier.lifecycle.sandbox_resize import define_resize
@@ -137,8 +138,10 @@ def compose(
     def begin_bake(connection: Connection, snapshot_id: str) -> None:
         executor.insert(connection, snapshot_bake.KIND, bake_saga_id(snapshot_id), snapshot_id)
 
+    create = define_create(steps)
     sagas = (
-        define_create(steps),
+        create,
+        define_claim(steps, create.steps),
         define_start(steps),
         define_stop(steps, begin_start),
         define_resize(steps),

@@ -13,7 +13,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -307,24 +307,35 @@ class SandboxSteps:
         return {}
 
     async def _give_identity(self, context: StepContext) -> dict[str, Any]:
-        with self.database.read() as connection:
-            sandbox = self.sandboxes.get(connection, context.subject_id)
-            kept = self.sandboxes.get_secrets(connection, context.subject_id)
         attachment = network_from_json(context.outputs["network"])
-        identity = GuestIdentity(
+        identity = replace(
+            self._own_identity(context.subject_id),
+            network=attachment.guest,
+            mac_address=attachment.mac_address,
+            restored=_is_restored(context),
+        )
+        await self.while_machine_runs(context, self.guests.initialize(context.subject_id, identity))
+        return {}
+
+    async def give_new_name(self, context: StepContext) -> dict[str, Any]:
+        """To a guest that runs, and has its network already."""
+        await self.guests.initialize(context.subject_id, self._own_identity(context.subject_id))
+        return {}
+
+    def _own_identity(self, sandbox_id: str) -> GuestIdentity:
+        """As the row has it, with what must be fresh each time."""
+        with self.database.read() as connection:
+            sandbox = self.sandboxes.get(connection, sandbox_id)
+            kept = self.sandboxes.get_secrets(connection, sandbox_id)
+        return GuestIdentity(
             hostname=sandbox.name,
             machine_id=kept.machine_id,
             token=kept.token,
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             host_time_ns=time.time_ns(),
             environment=sandbox.spec.environment,
-            network=attachment.guest,
-            mac_address=attachment.mac_address,
-            restored=_is_restored(context),
             generation=str(uuid.uuid4()),
         )
-        await self.while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
-        return {}
 
     async def _thaw_guest(self, context: StepContext) -> dict[str, Any]:
         """The last of a restore: nothing of the guest's own has run so far, and nothing has left its card."""

@@ -22,7 +22,7 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
-from atelier.lifecycle import operations, sandbox_create
+from atelier.lifecycle import operations, sandbox_claim, sandbox_create
 from atelier.lifecycle.activity import Activity, utc_now
 from atelier.lifecycle.admission import HostRoom, RoomPolicy, Wish, check_admission
 from atelier.lifecycle.composition import HostDrivers, LifecycleLimits, compose
@@ -34,6 +34,7 @@ from atelier.lifecycle.sandbox_create import create_saga_id, has_booted
 from atelier.lifecycle.templates import Templates
 from atelier.lifecycle.time_limits import TimeLimits
 from atelier.lifecycle.transitions import sandbox_topic
+from atelier.lifecycle.warm_pools import WarmPools
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
@@ -96,6 +97,14 @@ class SandboxLifecycle:
         self.network_policies = parts.network_policies
         self.snapshots = parts.snapshots
         self.snapshot_checks = parts.checks
+        self.warm_pools = WarmPools(
+            database=database,
+            host_id=self._host_id,
+            transitions=self._transitions,
+            now=now,
+            create=self.start_create,
+            destroy=lambda each: self.destroy(each, wait=False),
+        )
         self.templates = Templates(
             database=database,
             images=images,
@@ -153,8 +162,32 @@ class SandboxLifecycle:
         Raises ConflictError (``name_taken``, ``snapshot_not_ready``), NotFoundError (``snapshot_not_found``),
         CapacityError, InvalidRequestError (``expiry_in_past``), PreconditionError (``network_closed``).
         """
+        if snapshot_id is None and purpose is SandboxPurpose.USER and (pooled := await self._claim(name, spec, policy)):
+            return pooled
         (sandbox,) = await self.start_creates([(name, spec)], policy, snapshot_id=snapshot_id, purpose=purpose)
         return sandbox
+
+    async def _claim(self, name: str, spec: SandboxSpec, policy: NetworkPolicy) -> Sandbox | None:
+        """One that waits in a warm pool, as if it had been created just now; None where there is none."""
+        self._check_expiry(spec)
+
+        def take(connection: Connection) -> Sandbox | None:
+            sandbox = self.warm_pools.take(connection, name, spec, policy)
+            if sandbox is not None:
+                saga_id = f"{sandbox_claim.KIND}/{sandbox.id}"
+                self._executor.insert(connection, sandbox_claim.KIND, saga_id, sandbox.id)
+            return sandbox
+
+        async def begin() -> Sandbox | None:
+            sandbox = await self._database.write(take)
+            if sandbox is not None:
+                self._go_on(sandbox.id, f"{sandbox_claim.KIND}/{sandbox.id}")
+                self._background.spawn(self.warm_pools.keep(), "fill the warm pools")
+            return sandbox
+
+        if not self.warm_pools.may_have(spec, policy):
+            return None
+        return await self._background.unless_interrupted(begin())
 
     async def start_creates(
         self,

@@ -49,8 +49,8 @@ _S = SandboxState
 
 TRANSITIONS: dict[SandboxState, frozenset[SandboxState]] = {
     _S.CREATING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),
-    # To STARTING without being stopped first: the host was rebooted.
-    _S.RUNNING: frozenset({_S.STOPPING, _S.STARTING, _S.PAUSING, _S.FAILED, _S.DESTROYING}),
+    # To STARTING without being stopped first: the host was rebooted. To CREATING: it was taken from a warm pool.
+    _S.RUNNING: frozenset({_S.STOPPING, _S.STARTING, _S.PAUSING, _S.CREATING, _S.FAILED, _S.DESTROYING}),
     _S.STOPPING: frozenset({_S.STOPPED, _S.FAILED, _S.DESTROYING}),
     _S.STOPPED: frozenset({_S.STARTING, _S.DESTROYING}),
     _S.STARTING: frozenset({_S.RUNNING, _S.FAILED, _S.DESTROYING}),

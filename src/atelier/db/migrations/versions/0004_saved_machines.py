@@ -1,4 +1,4 @@
-"""What running machines are made of, the memory of paused sandboxes, and snapshots.
+"""What running machines are made of, the memory of paused sandboxes, snapshots, and warm pools.
 
 A migration is history: it spells its columns out and never imports ``atelier.db.tables``.
 """
@@ -51,3 +51,10 @@ def upgrade() -> None:
         sqlite_autoincrement=True,
     )
     op.create_index("snapshots_by_template", "snapshots", ["template_key"])
+    op.create_table(
+        "warm_pools",
+        sa.Column("image", sa.Text, primary_key=True),
+        sa.Column("vcpu_count", sa.Integer, primary_key=True),
+        sa.Column("memory_mib", sa.Integer, primary_key=True),
+        sa.Column("size", sa.Integer, nullable=False),
+    )
