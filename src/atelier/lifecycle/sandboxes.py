@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 from atelier.db.engine import Connection, Database
 from atelier.db.sagas import list_open_sagas_of
-from atelier.db.sandbox_networks import SandboxNetworkRepository
-from atelier.db.sandboxes import GuestSecrets
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
-from atelier.lifecycle import operations, sandbox_claim, sandbox_create
+from atelier.lifecycle import operations
 from atelier.lifecycle.activity import Activity, utc_now
 from atelier.lifecycle.admission import HostRoom, RoomPolicy, Wish, check_admission
 from atelier.lifecycle.composition import HostDrivers, LifecycleLimits, compose
+from atelier.lifecycle.creation import Creation, check_expiry
 from atelier.lifecycle.machines import Machines
 from atelier.lifecycle.operations import Operation
 from atelier.lifecycle.reclaim import Reclaim
@@ -34,12 +32,9 @@ from atelier.lifecycle.sandbox_create import create_saga_id, has_booted
 from atelier.lifecycle.templates import Templates
 from atelier.lifecycle.time_limits import TimeLimits
 from atelier.lifecycle.transitions import sandbox_topic
-from atelier.lifecycle.warm_pools import WarmPools
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
-from atelier.model.ids import new_sandbox_id
 from atelier.model.layout import DataLayout, RunLayout
-from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
-from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
+from atelier.model.sandbox import Sandbox, SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.saga.log import SagaGoneError, SagaRecord
 from atelier.saga.retry import RetryPolicies
@@ -97,14 +92,23 @@ class SandboxLifecycle:
         self.network_policies = parts.network_policies
         self.snapshots = parts.snapshots
         self.snapshot_checks = parts.checks
-        self.warm_pools = WarmPools(
+        creation = Creation(
             database=database,
-            host_id=self._host_id,
+            executor=self._executor,
             transitions=self._transitions,
+            network=network,
+            network_policies=self.network_policies,
+            snapshots=self.snapshots,
+            room=self._room,
+            background=self._background,
+            host_id=self._host_id,
             now=now,
-            create=self.start_create,
-            destroy=lambda each: self.destroy(each, wait=False),
+            go_on=self._go_on,
+            destroy=self.destroy,
         )
+        self.start_create = creation.start_create
+        self.start_creates = creation.start_creates
+        self.warm_pools = creation.warm_pools
         self.templates = Templates(
             database=database,
             images=images,
@@ -112,7 +116,7 @@ class SandboxLifecycle:
             origins=parts.origins,
             snapshots=parts.snapshots,
             background=parts.background,
-            create=self.start_create,
+            create=creation.start_create,
             settle=self.wait_settled,
             destroy=self.destroy,
         )
@@ -145,99 +149,6 @@ class SandboxLifecycle:
         )
 
     # --- beginning things ---------------------------------------------------------------------------------------------
-
-    async def start_create(
-        self,
-        name: str,
-        spec: SandboxSpec,
-        policy: NetworkPolicy = OPEN_POLICY,
-        *,
-        snapshot_id: str | None = None,
-        purpose: SandboxPurpose = SandboxPurpose.USER,
-    ) -> Sandbox:
-        """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
-        ``snapshot_id``: it goes on from there instead of booting; ``spec`` then has the snapshot's sizes, and a disk of
-        that size or more.
-
-        Raises ConflictError (``name_taken``, ``snapshot_not_ready``), NotFoundError (``snapshot_not_found``),
-        CapacityError, InvalidRequestError (``expiry_in_past``), PreconditionError (``network_closed``).
-        """
-        if snapshot_id is None and purpose is SandboxPurpose.USER and (pooled := await self._claim(name, spec, policy)):
-            return pooled
-        (sandbox,) = await self.start_creates([(name, spec)], policy, snapshot_id=snapshot_id, purpose=purpose)
-        return sandbox
-
-    async def _claim(self, name: str, spec: SandboxSpec, policy: NetworkPolicy) -> Sandbox | None:
-        """One that waits in a warm pool, as if it had been created just now; None where there is none."""
-        self._check_expiry(spec)
-
-        def take(connection: Connection) -> Sandbox | None:
-            sandbox = self.warm_pools.take(connection, name, spec, policy)
-            if sandbox is not None:
-                saga_id = f"{sandbox_claim.KIND}/{sandbox.id}"
-                self._executor.insert(connection, sandbox_claim.KIND, saga_id, sandbox.id)
-            return sandbox
-
-        async def begin() -> Sandbox | None:
-            sandbox = await self._database.write(take)
-            if sandbox is not None:
-                self._go_on(sandbox.id, f"{sandbox_claim.KIND}/{sandbox.id}")
-                self._background.spawn(self.warm_pools.keep(), "fill the warm pools")
-            return sandbox
-
-        if not self.warm_pools.may_have(spec, policy):
-            return None
-        return await self._background.unless_interrupted(begin())
-
-    async def start_creates(
-        self,
-        wanted: Sequence[tuple[str, SandboxSpec]],
-        policy: NetworkPolicy = OPEN_POLICY,
-        *,
-        snapshot_id: str | None = None,
-        purpose: SandboxPurpose = SandboxPurpose.USER,
-    ) -> list[Sandbox]:
-        """Several, or none: ``wanted`` are names and specs. Raises what ``start_create`` raises; CapacityError says how
-        many would fit."""
-        for _, spec in wanted:
-            self._check_expiry(spec)
-        self.network_policies.check(policy)
-        now = self._now()
-        rows = [
-            Sandbox(
-                id=new_sandbox_id(),
-                name=name,
-                host_id=self._host_id,
-                state=SandboxState.CREATING,
-                spec=spec,
-                created_at=now,
-                updated_at=now,
-                snapshot_id=snapshot_id,
-                purpose=purpose,
-            )
-            for name, spec in wanted
-        ]
-        capacity = await self._room.measure()
-
-        def insert(connection: Connection) -> None:
-            if snapshot_id is not None:
-                self.snapshots.check_ready(connection, snapshot_id)
-            usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(capacity, usage, *(_wish(sandbox.spec) for sandbox in rows))
-            for sandbox in rows:
-                own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
-                self._transitions.begin(connection, sandbox, own)
-                SandboxNetworkRepository().set_policy(connection, sandbox.id, policy, is_pending=False)
-                self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
-                self._executor.insert(connection, sandbox_create.KIND, create_saga_id(sandbox.id), sandbox.id)
-
-        async def begin() -> None:
-            await self._database.write(insert)
-            for sandbox in rows:
-                self._go_on(sandbox.id, create_saga_id(sandbox.id))
-
-        await self._background.unless_interrupted(begin())
-        return rows
 
     async def start(self, sandbox_id: str) -> Sandbox:
         """Begin to boot a stopped or failed sandbox from its disk; its row in state ``starting``. Twice is once.
@@ -341,7 +252,7 @@ class SandboxLifecycle:
             spec = self._sandboxes.get(connection, sandbox_id).spec
             changed = change(spec)
             if changed.expires_at != spec.expires_at:
-                self._check_expiry(changed)
+                check_expiry(changed, self._now())
             self._sandboxes.set_time_limits(connection, sandbox_id, changed)
 
         await self._database.write(write)
@@ -530,14 +441,6 @@ class SandboxLifecycle:
                 self._go_on(sandbox_id, record.id)
         self._machines.watch(sandbox_id)
 
-    def _check_expiry(self, spec: SandboxSpec) -> None:
-        if spec.expires_at is not None and spec.expires_at <= self._now():
-            raise InvalidRequestError(
-                f"the sandbox cannot expire at {spec.expires_at.isoformat()}: that is in the past",
-                code="expiry_in_past",
-                hint="give a time that is still to come",
-            )
-
     def _get(self, sandbox_id: str) -> Sandbox:
         with self._database.read() as connection:
             return self._sandboxes.get(connection, sandbox_id)
@@ -545,7 +448,3 @@ class SandboxLifecycle:
     def _ids(self, *states: SandboxState) -> list[str]:
         with self._database.read() as connection:
             return self._sandboxes.list_ids(connection, states)
-
-
-def _wish(spec: SandboxSpec) -> Wish:
-    return Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1)

@@ -7,6 +7,7 @@ that all creates have, and is the first to give way when somebody else needs the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ class PoolState:
 
 
 class WarmPools:
-    """``create`` and ``destroy`` are the lifecycle's own, and return when that has begun."""
+    """``create`` begins to make one; ``destroy`` returns when nothing of one is left."""
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class WarmPools:
         self._destroy = destroy
         self._sandboxes = SandboxRepository()
         self._pools = WarmPoolRepository()
+        self._keeping = asyncio.Lock()
 
     def list_states(self) -> list[PoolState]:
         with self._database.read() as connection:
@@ -87,6 +89,10 @@ class WarmPools:
 
     async def keep(self) -> None:
         """Fill what is short, free what is too much. The body of a background loop."""
+        async with self._keeping:
+            await self._keep()
+
+    async def _keep(self) -> None:
         with self._database.read() as connection:
             pools = self._pools.list_all(connection)
             everything = [

@@ -1,0 +1,185 @@
+"""How sandboxes begin: rows and sagas in one transaction, or one that waits in a warm pool gets a name.
+
+Used by ``sandboxes``, whose ``start_create`` and ``start_creates`` these are. What comes after is the sagas' work.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+
+from atelier.db.engine import Connection, Database
+from atelier.db.sandbox_networks import SandboxNetworkRepository
+from atelier.db.sandboxes import GuestSecrets, SandboxRepository
+from atelier.drivers.network.interface import NetworkDriver
+from atelier.lifecycle import sandbox_claim, sandbox_create
+from atelier.lifecycle.admission import HostRoom, Wish, check_admission
+from atelier.lifecycle.background import BackgroundTasks
+from atelier.lifecycle.network_policies import NetworkPolicies
+from atelier.lifecycle.sandbox_create import create_saga_id
+from atelier.lifecycle.snapshots import Snapshots
+from atelier.lifecycle.transitions import Transitions
+from atelier.lifecycle.warm_pools import WarmPools
+from atelier.model.errors import CapacityError, InvalidRequestError
+from atelier.model.ids import new_sandbox_id
+from atelier.model.network_policy import OPEN_POLICY, NetworkPolicy
+from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
+from atelier.model.states import SandboxState
+from atelier.saga.executor import Executor
+
+
+class Creation:
+    """``go_on(sandbox_id, saga_id)`` runs a saga that was written; ``destroy`` returns when nothing of a sandbox is left."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        executor: Executor[Connection],
+        transitions: Transitions,
+        network: NetworkDriver,
+        network_policies: NetworkPolicies,
+        snapshots: Snapshots,
+        room: HostRoom,
+        background: BackgroundTasks,
+        host_id: str,
+        now: Callable[[], datetime],
+        go_on: Callable[[str, str], None],
+        destroy: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._database = database
+        self._executor = executor
+        self._transitions = transitions
+        self._network = network
+        self._network_policies = network_policies
+        self._snapshots = snapshots
+        self._room = room
+        self._background = background
+        self._host_id = host_id
+        self._now = now
+        self._go_on = go_on
+        self._sandboxes = SandboxRepository()
+        self.warm_pools = WarmPools(
+            database=database,
+            host_id=host_id,
+            transitions=transitions,
+            now=now,
+            create=self.start_create,
+            destroy=destroy,
+        )
+
+    async def start_create(
+        self,
+        name: str,
+        spec: SandboxSpec,
+        policy: NetworkPolicy = OPEN_POLICY,
+        *,
+        snapshot_id: str | None = None,
+        purpose: SandboxPurpose = SandboxPurpose.USER,
+    ) -> Sandbox:
+        """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
+        ``snapshot_id``: it goes on from there instead of booting; ``spec`` then has the snapshot's sizes, and a disk of
+        that size or more.
+
+        Raises ConflictError (``name_taken``, ``snapshot_not_ready``), NotFoundError (``snapshot_not_found``),
+        CapacityError, InvalidRequestError (``expiry_in_past``), PreconditionError (``network_closed``).
+        """
+        if snapshot_id is None and purpose is SandboxPurpose.USER and (pooled := await self._claim(name, spec, policy)):
+            return pooled
+        (sandbox,) = await self.start_creates([(name, spec)], policy, snapshot_id=snapshot_id, purpose=purpose)
+        return sandbox
+
+    async def _claim(self, name: str, spec: SandboxSpec, policy: NetworkPolicy) -> Sandbox | None:
+        """One that waits in a warm pool, as if it had been created just now; None where there is none."""
+        check_expiry(spec, self._now())
+
+        def take(connection: Connection) -> Sandbox | None:
+            sandbox = self.warm_pools.take(connection, name, spec, policy)
+            if sandbox is not None:
+                saga_id = f"{sandbox_claim.KIND}/{sandbox.id}"
+                self._executor.insert(connection, sandbox_claim.KIND, saga_id, sandbox.id)
+            return sandbox
+
+        async def begin() -> Sandbox | None:
+            sandbox = await self._database.write(take)
+            if sandbox is not None:
+                self._go_on(sandbox.id, f"{sandbox_claim.KIND}/{sandbox.id}")
+                self._background.spawn(self.warm_pools.keep(), "fill the warm pools")
+            return sandbox
+
+        if not self.warm_pools.may_have(spec, policy):
+            return None
+        return await self._background.unless_interrupted(begin())
+
+    async def start_creates(
+        self,
+        wanted: Sequence[tuple[str, SandboxSpec]],
+        policy: NetworkPolicy = OPEN_POLICY,
+        *,
+        snapshot_id: str | None = None,
+        purpose: SandboxPurpose = SandboxPurpose.USER,
+    ) -> list[Sandbox]:
+        """Several, or none: ``wanted`` are names and specs. Raises what ``start_create`` raises; CapacityError says how
+        many would fit."""
+        for _, spec in wanted:
+            check_expiry(spec, self._now())
+        self._network_policies.check(policy)
+        now = self._now()
+        rows = [
+            Sandbox(
+                id=new_sandbox_id(),
+                name=name,
+                host_id=self._host_id,
+                state=SandboxState.CREATING,
+                spec=spec,
+                created_at=now,
+                updated_at=now,
+                snapshot_id=snapshot_id,
+                purpose=purpose,
+            )
+            for name, spec in wanted
+        ]
+        capacity = await self._room.measure()
+
+        def insert(connection: Connection) -> None:
+            if snapshot_id is not None:
+                self._snapshots.check_ready(connection, snapshot_id)
+            usage = self._sandboxes.sum_usage(connection, self._host_id)
+            check_admission(capacity, usage, *(_wish(sandbox.spec) for sandbox in rows))
+            for sandbox in rows:
+                own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
+                self._transitions.begin(connection, sandbox, own)
+                SandboxNetworkRepository().set_policy(connection, sandbox.id, policy, is_pending=False)
+                self._sandboxes.take_lease(connection, sandbox.id, self._network.slot_count)
+                self._executor.insert(connection, sandbox_create.KIND, create_saga_id(sandbox.id), sandbox.id)
+
+        async def begin() -> None:
+            await self._database.write(insert)
+            for sandbox in rows:
+                self._go_on(sandbox.id, create_saga_id(sandbox.id))
+
+        while True:
+            try:
+                await self._background.unless_interrupted(begin())
+            except CapacityError:
+                # What only waits in a pool gives way to what is asked for.
+                if purpose is SandboxPurpose.POOL or not await self.warm_pools.give_way():
+                    raise
+                capacity = await self._room.measure()
+            else:
+                return rows
+
+
+def check_expiry(spec: SandboxSpec, now: datetime) -> None:
+    """Raises InvalidRequestError (``expiry_in_past``)."""
+    if spec.expires_at is not None and spec.expires_at <= now:
+        raise InvalidRequestError(
+            f"the sandbox cannot expire at {spec.expires_at.isoformat()}: that is in the past",
+            code="expiry_in_past",
+            hint="give a time that is still to come",
+        )
+
+
+def _wish(spec: SandboxSpec) -> Wish:
+    return Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1)
