@@ -80,7 +80,6 @@ class BakeSteps:
             network=NetworkAttachment(machine.stamp.network_kind, _SOME_MAC),
             run_directory=self.run.vmm_directory(snapshot.id),
         )
-        await self.vmm.ensure_run_directory(snapshot.id, spec.run_directory)
         await self.vmm.bake(self.files.stream(snapshot.id), spec, image)
         return {}
 
@@ -89,10 +88,6 @@ class BakeSteps:
         await self.vmm.ensure_stopped(context.subject_id, directory, None)
         await self.vmm.ensure_run_directory_absent(directory)
         self.files.remove_image(context.subject_id)
-
-    async def clear_run_directory(self, context: StepContext) -> dict[str, Any]:
-        await self.vmm.ensure_run_directory_absent(self.run.vmm_directory(context.subject_id))
-        return {}
 
     async def measure(self, context: StepContext) -> dict[str, Any]:
         return {
@@ -136,7 +131,6 @@ def define_bake(bake: BakeSteps) -> SagaDefinition[Connection]:
             Step("files", bake.nothing, bake.remove_files),
             Step("disk", bake.make_disk, bake.remove_disk),
             Step("image", bake.make_image, bake.remove_image),
-            Step("run_directory", bake.clear_run_directory),
             Step("checksums", bake.measure),
             Step("stream", bake.remove_stream),
         ),
