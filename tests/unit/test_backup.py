@@ -147,7 +147,7 @@ def events_after(machine: Machine, event_id: int) -> list[tuple[int, str]]:
 
 def test_what_is_in_a_backup(machine: Machine, tmp_path: Path) -> None:
     machine.add("first")
-    machine.data.volume(IDS["first"]).write_bytes(bytes(5000))
+    machine.data.disks.volume(IDS["first"]).write_bytes(bytes(5000))
     made = machine.back_up(tmp_path / "b.tar.gz")
     assert stat.S_IMODE(made.path.stat().st_mode) == 0o600
     assert made.size_bytes == made.path.stat().st_size
@@ -261,13 +261,13 @@ def test_disks_of_sandboxes_that_rest_come_along_to_another_machine(machine: Mac
     assert restored.without_disk == ["second"]
     assert other.start() == ["first", "second", "third"]
     assert json.loads(other.data.token_file.read_text())["api_key"] == "atl_first"
-    base = other.data.bases / BASE
+    base = other.data.disks.bases / BASE
     assert base.read_bytes() == (machine.images / BASE).read_bytes()
     assert base.stat().st_blocks * 512 < 2**20, "it has its holes again"
     # The first machine is gone; the disks stand over the base that came along.
     (machine.images / BASE).unlink()
     for number, name in ((1, "first"), (3, "third")):
-        path = other.data.volume(IDS[name])
+        path = other.data.disks.volume(IDS[name])
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         told = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", str(path)]))
         assert told["backing-filename"] == str(base)
@@ -312,7 +312,7 @@ def test_a_disk_that_changes_while_it_is_copied_is_left_out(
     assert "changed" in made.manifest.volumes[0].left_out
     other = Machine(tmp_path / "other")
     assert other.restore(made.path).disks_restored == []
-    assert not other.data.volume(IDS["first"]).exists()
+    assert not other.data.disks.volume(IDS["first"]).exists()
 
 
 # --- the restore ----------------------------------------------------------------------------------------------------
@@ -563,7 +563,7 @@ def test_a_crash_anywhere_leaves_the_old_state_or_the_new_one(machine: Machine, 
     machine.add("first")
     machine.make_disk("first", 1)
     made = machine.back_up(tmp_path / "b.tar.gz", with_disks=True)
-    machine.data.volume(IDS["first"]).unlink()
+    machine.data.disks.volume(IDS["first"]).unlink()
     machine.add("second")
     own = machine.make_disk("second", 2)
     before = own.read_bytes()
@@ -573,7 +573,7 @@ def test_a_crash_anywhere_leaves_the_old_state_or_the_new_one(machine: Machine, 
         seen.append(machine.start())
         assert own.read_bytes() == before
         if seen[-1] == ["first"]:
-            assert machine.data.volume(IDS["first"]).exists(), "its disk was there before the row was"
+            assert machine.data.disks.volume(IDS["first"]).exists(), "its disk was there before the row was"
             break
         step += 1
     else:

@@ -16,10 +16,25 @@ def test_the_data_folder() -> None:
     assert data.database == Path("/d/atelier.db")
     assert data.token_file == Path("/d/token.json")
     assert data.volumes == Path("/d/volumes")
-    assert data.bases == Path("/d/volumes/bases")
+    assert data.snapshot("bbbbbbbbbbbb") == Path("/d/snapshots/bbbbbbbbbbbb")
+    assert data.paused_machine("aaaaaaaaaaaa") == Path("/d/paused/aaaaaaaaaaaa.stream")
     assert data.consoles == Path("/d/consoles")
     assert data.logs == Path("/d/logs")
     assert data.network_plan == Path("/d/network.json")
+
+
+def test_disks_in_the_data_folder() -> None:
+    disks = DataLayout(Path("/d")).disks
+    sandbox, snapshot = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+    assert disks.volume(sandbox) == Path("/d/volumes/aaaaaaaaaaaa.qcow2")
+    assert disks.next_top(sandbox, snapshot) == Path("/d/volumes/aaaaaaaaaaaa-bbbbbbbbbbbb.qcow2.next")
+    assert disks.bases == Path("/d/volumes/bases")
+    assert disks.layer(sandbox, snapshot, 1) == Path("/d/volumes/layers/aaaaaaaaaaaa-bbbbbbbbbbbb-1.qcow2")
+    assert disks.origin(sandbox, snapshot) == Path("/d/volumes/layers/aaaaaaaaaaaa-from-bbbbbbbbbbbb.qcow2")
+    assert disks.snapshot_disk(snapshot) == Path("/d/volumes/snapshots/bbbbbbbbbbbb.qcow2")
+    assert disks.snapshot_layer(snapshot) == Path("/d/volumes/snapshots/bbbbbbbbbbbb.qcow2.layer")
+    assert disks.snapshot_checksum(snapshot) == Path("/d/volumes/snapshots/bbbbbbbbbbbb.sha256")
+    assert disks.snapshot_origin(snapshot) == Path("/d/volumes/origins/bbbbbbbbbbbb.qcow2")
 
 
 def test_the_run_folder() -> None:

@@ -20,6 +20,11 @@ _HEADER_BYTES = 4096
 _SHORTEST_HEADER_BYTES = 72
 _BACKING_FORMAT_EXTENSION = 0xE2792ACA
 _BACKING_NAME_MAX_BYTES = 1023
+_INCOMPATIBLE_FEATURES_ALLOWED = 1
+"""Only "not closed properly" (bit 0). Bit 2 says that the data lie in another file, which a program that opens this one
+would open too, whatever that is."""
+CLUSTER_BYTES = 64 * 1024
+"""What ``qemu-img`` makes qcow2 files with."""
 
 
 def is_qcow2(path: Path) -> bool:
@@ -57,6 +62,17 @@ def find_backing(disk: DiskFile) -> DiskFile | None:
     if not 0 < length <= _BACKING_NAME_MAX_BYTES or len(name) != length or not name.startswith(b"/") or b"\0" in name:
         raise _damaged(disk.path, "its backing file has no proper name")
     return DiskFile(Path(name.decode(errors="surrogateescape")), _backing_format(disk.path, header[:offset]))
+
+
+def is_empty_overlay(path: Path) -> bool:
+    """Whether nothing was ever written into a qcow2 overlay: it is as short as it was made.
+
+    Raises HostError (``disk_file_missing``, ``disk_file_damaged``).
+    """
+    # A table of the second level describes 8192 clusters. The first data lie behind the tables and one such.
+    disk_bytes = virtual_size_bytes(DiskFile(path, "qcow2"))
+    table_bytes = -(-disk_bytes // (8192 * CLUSTER_BYTES)) * 8
+    return path.stat().st_size <= (3 + -(-table_bytes // CLUSTER_BYTES)) * CLUSTER_BYTES
 
 
 def set_backing_file(overlay: Path, backing_file: Path) -> None:
@@ -113,6 +129,10 @@ def _read_header(path: Path) -> bytes:
         raise missing_disk_file(path) from error
     if len(header) < _SHORTEST_HEADER_BYTES or header[:4] != _QCOW2_MAGIC:
         raise _damaged(path, "it is not a qcow2 file")
+    version, encryption = (int.from_bytes(header[start : start + 4], "big") for start in (4, 32))
+    features = int.from_bytes(header[72:80], "big") if version >= 3 else 0
+    if version not in (2, 3) or encryption or features & ~_INCOMPATIBLE_FEATURES_ALLOWED:
+        raise _damaged(path, "it is of another kind than the ones that are made here")
     return header
 
 

@@ -125,13 +125,13 @@ class _Disks:
 
     def __init__(self, data: DataLayout, images: Path, archive: ArchiveWriter) -> None:
         self._data = data
-        self._trusted = (data.bases, images)
+        self._trusted = (data.disks.bases, images)
         self._archive = archive
         self._bases: dict[str, Path] = {}
 
     def enter(self, sandbox: StoredSandbox, *, included: bool) -> VolumeEntry | None:
         """The entry of the sandbox's volume, which is in the archive if it may be; None if it has none."""
-        path = self._data.volume(sandbox.id)
+        path = self._data.disks.volume(sandbox.id)
         try:
             found = path.lstat()
         except FileNotFoundError:

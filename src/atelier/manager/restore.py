@@ -201,7 +201,7 @@ class _Restore:
                     hint="nothing was changed; take another backup file",
                 )
             if entry.base:
-                base = self._data.bases.absolute() / entry.base
+                base = self._data.disks.bases.absolute() / entry.base
                 if base.exists() and base.stat().st_size != (self._staging / "bases" / entry.base).stat().st_size:
                     raise HostError(
                         f"{self._archive} cannot be restored: {base} is another image than the one of this name in it",
@@ -216,15 +216,15 @@ class _Restore:
         if not included:
             return
         ensure_private_folder(self._data.volumes)
-        ensure_private_folder(self._data.bases)
+        ensure_private_folder(self._data.disks.bases)
         for base in sorted({entry.base for entry in included if entry.base}):
             staged = self._staging / "bases" / base
             staged.chmod(0o444)
-            _place(staged, self._data.bases / base)
-        sync_folder(self._data.bases)
+            _place(staged, self._data.disks.bases / base)
+        sync_folder(self._data.disks.bases)
         for entry in included:
             staged = self._staging / "volumes" / f"{entry.sandbox_id}.qcow2"
-            placed = _place(staged, self._data.volume(entry.sandbox_id))
+            placed = _place(staged, self._data.disks.volume(entry.sandbox_id))
             (restored.disks_restored if placed else restored.disks_kept).append(entry.name)
         sync_folder(self._data.volumes)
 
@@ -267,9 +267,9 @@ class _Restore:
         restored.without_disk = [
             each.name
             for each in sandboxes
-            if each.state not in _WITHOUT_DISK and not self._data.volume(each.id).exists()
+            if each.state not in _WITHOUT_DISK and not self._data.disks.volume(each.id).exists()
         ]
-        owned = {self._data.volume(each.id).name for each in sandboxes}
+        owned = {self._data.disks.volume(each.id).name for each in sandboxes}
         found = {path.name for path in self._data.volumes.glob("*.qcow2")}
         restored.unowned_disks = sorted(found - owned)
 

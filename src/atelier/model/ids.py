@@ -1,6 +1,6 @@
 """Ids and names: how they are made and what a valid one looks like.
 
-A sandbox id is 12 characters of ``[a-z2-7]`` (60 random bits); an installation id is 4 of the same, made once per
+A sandbox id, as a snapshot id, is 12 characters of ``[a-z2-7]`` (60 random bits); an installation id is 4 of the same, made once per
 data folder, and stands in the name of every host resource. A name is a DNS label of at most 40 characters.
 """
 
@@ -49,6 +49,10 @@ def new_sandbox_name() -> str:
 
 
 def is_sandbox_id(text: str) -> bool:
+    return _SANDBOX_ID.fullmatch(text) is not None
+
+
+def is_snapshot_id(text: str) -> bool:
     return _SANDBOX_ID.fullmatch(text) is not None
 
 

@@ -15,6 +15,68 @@ SOCKET_PATH_MAX_BYTES = 107
 
 
 @dataclass(frozen=True, slots=True)
+class DiskLayout:
+    """Disks that are files, and what they stand over. All on one file system: many of these are hard links."""
+
+    root: Path
+
+    def volume(self, sandbox_id: str) -> Path:
+        """The root disk of a sandbox: what is written to."""
+        return self.root / f"{sandbox_id}.qcow2"
+
+    def next_top(self, sandbox_id: str, snapshot_id: str) -> Path:
+        """The empty overlay that becomes the volume when the machine was switched to it."""
+        return self.root / f"{sandbox_id}-{snapshot_id}.qcow2.next"
+
+    @property
+    def bases(self) -> Path:
+        """Images that volumes and snapshot disks stand over."""
+        return self.root / "bases"
+
+    @property
+    def layers(self) -> Path:
+        """What volumes stand over, by sandbox: what its snapshots froze, and the disk of the snapshot it came from."""
+        return self.root / "layers"
+
+    def layer(self, sandbox_id: str, snapshot_id: str, number: int) -> Path:
+        """What a sandbox's volume was until the ``number``-th attempt at this snapshot."""
+        return self.layers / f"{sandbox_id}-{snapshot_id}-{number}.qcow2"
+
+    def origin(self, sandbox_id: str, snapshot_id: str) -> Path:
+        """A second name of the disk of the snapshot that the sandbox was made from."""
+        return self.layers / f"{sandbox_id}-from-{snapshot_id}.qcow2"
+
+    def is_layer(self, path: Path) -> bool:
+        return path.parent == self.layers and not self.is_origin(path)
+
+    def is_origin(self, path: Path) -> bool:
+        return path.parent == self.layers and "-from-" in path.name
+
+    @property
+    def snapshots(self) -> Path:
+        return self.root / "snapshots"
+
+    def snapshot_disk(self, snapshot_id: str) -> Path:
+        return self.snapshots / f"{snapshot_id}.qcow2"
+
+    def snapshot_layer(self, snapshot_id: str) -> Path:
+        """A second name of the layer that the snapshot's disk is to be copied from; gone when it is made."""
+        return self.snapshots / f"{snapshot_id}.qcow2.layer"
+
+    def snapshot_checksum(self, snapshot_id: str) -> Path:
+        """SHA-256 of the snapshot's disk, in hexadecimal."""
+        return self.snapshots / f"{snapshot_id}.sha256"
+
+    @property
+    def origins(self) -> Path:
+        """Second names of snapshots' disks that disks of other snapshots stand over."""
+        return self.root / "origins"
+
+    def snapshot_origin(self, snapshot_id: str) -> Path:
+        return self.origins / f"{snapshot_id}.qcow2"
+
+
+@dataclass(frozen=True, slots=True)
 class DataLayout:
     """``ATELIER_DATA_DIR``: what must outlive a reboot."""
 
@@ -37,14 +99,27 @@ class DataLayout:
     def volumes(self) -> Path:
         return self.root / "volumes"
 
-    def volume(self, sandbox_id: str) -> Path:
-        """The root disk of a sandbox, where disks are files."""
-        return self.volumes / f"{sandbox_id}.qcow2"
+    @property
+    def disks(self) -> DiskLayout:
+        """What is in ``volumes``, where disks are files."""
+        return DiskLayout(self.volumes)
 
     @property
-    def bases(self) -> Path:
-        """Images that volumes stand over, kept beside them."""
-        return self.volumes / "bases"
+    def snapshots(self) -> Path:
+        """Saved machines: a folder per snapshot, with its memory, its state and what it says of itself."""
+        return self.root / "snapshots"
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        return self.snapshots / snapshot_id
+
+    @property
+    def paused(self) -> Path:
+        """Machines of paused sandboxes."""
+        return self.root / "paused"
+
+    def paused_machine(self, sandbox_id: str) -> Path:
+        """A machine with its memory, as one stream."""
+        return self.paused / f"{sandbox_id}.stream"
 
     @property
     def consoles(self) -> Path:

@@ -66,11 +66,21 @@ class BootFiles:
 
 @dataclass(frozen=True, slots=True)
 class VolumeRequest:
-    """What storage needs to make a sandbox's root disk."""
+    """What storage needs to make a sandbox's root disk. ``base``: an image's file, or the top of a ``SnapshotDisk``."""
 
     sandbox_id: str
     base: DiskFile
     size_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDisk:
+    """The root disk of a snapshot, which volumes are made over. ``used_bytes``: what its own file occupies;
+    ``checksum``: that file's SHA-256 in hexadecimal."""
+
+    disk: Disk
+    used_bytes: int
+    checksum: str
 
 
 @dataclass(frozen=True, slots=True)

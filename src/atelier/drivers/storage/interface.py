@@ -1,10 +1,15 @@
-"""Interface of the storage drivers: a sandbox's root volume, made from a read-only base in no time."""
+"""Interface of the storage drivers: a sandbox's root volume, made from a read-only base in no time, and its snapshots.
+
+A *layer* is the present top of a sandbox's volume, frozen for one snapshot: ``begin_layer``, the VMM is switched to the
+disk that it returns, ``end_layer``. In the background the layer becomes the *snapshot disk*, over which volumes are made
+as over an image's. One operation at a time works on a sandbox's volume, and on a snapshot.
+"""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from atelier.model.machine import Disk, VolumeRequest
+from atelier.model.machine import Disk, DiskFile, SnapshotDisk, VolumeRequest
 
 
 class StorageDriver(Protocol):
@@ -14,7 +19,8 @@ class StorageDriver(Protocol):
     def name(self) -> str: ...
 
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
-        """A copy-on-write volume over ``request.base`` of ``size_mib``; an existing one is returned as it is.
+        """A copy-on-write volume over ``request.base`` of ``size_mib``; an existing one is returned as it is. The base may
+        be deleted, with its image or its snapshot, from then on.
 
         Raises InvalidRequestError when the size is below the base's.
         """
@@ -30,20 +36,83 @@ class StorageDriver(Protocol):
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         """Grow a volume that no VMM has open to ``size_mib``; nothing if it has that size.
 
-        Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, NotFoundError (``volume_not_found``).
+        Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, NotFoundError (``volume_not_found``),
+        ConflictError (``layer_under_way``).
         """
         ...
 
-    async def ensure_volume_absent(self, sandbox_id: str) -> None: ...
+    async def shorten_volume(self, sandbox_id: str) -> None:
+        """Make one file of all that only this sandbox's volume consists of; no VMM has it open. A volume has one more
+        file after each layer and must not have more than eight (``len(disk.backing) + 1``).
+
+        May copy the whole volume. Raises NotFoundError (``volume_not_found``), ConflictError (``layer_under_way``).
+        """
+        ...
+
+    async def ensure_volume_absent(self, sandbox_id: str) -> None:
+        """Also in the middle of freezing. What snapshots need of it stays."""
+        ...
 
     async def list_volumes(self) -> list[str]:
         """Sandbox ids of the volumes of this installation that exist on disk."""
         ...
 
     async def used_bytes(self, sandbox_id: str) -> int:
-        """Bytes that the volume really occupies; 0 if there is none."""
+        """Bytes that the volume really occupies, its layers included and the snapshot that it was made from excluded,
+        unless that is deleted and nobody else has it; 0 if there is none."""
         ...
 
     async def free_bytes(self) -> int:
         """Bytes that new volumes can still take."""
+        ...
+
+    async def begin_layer(self, sandbox_id: str, snapshot_id: str) -> DiskFile:
+        """Prepare to freeze the volume: the file, an empty overlay over the volume, that the VMM is to be switched to.
+
+        The volume is used as before until the VMM is switched. Called again it returns the same file; after an ``end``
+        it begins another attempt for the same snapshot, whose layer is the one that counts. Raises NotFoundError
+        (``volume_not_found``), ConflictError (``layer_under_way`` for another snapshot, ``disk_chain_too_long``,
+        ``snapshot_exists``: it has its disk already).
+        """
+        ...
+
+    async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:
+        """``switched``: the new file is the volume now, and what was the volume is the snapshot's layer. Otherwise all is
+        as before ``begin_layer``.
+
+        Nothing where no layer of this snapshot was begun, or it was ended. Where no VMM lives ``switched=True`` is always
+        right: the new file is empty then, or holds what the guest wrote last. Raises ConflictError (``layer_in_use``) when
+        something was written to a file that was not switched to.
+        """
+        ...
+
+    async def ensure_snapshot_disk(self, snapshot_id: str, sandbox_id: str) -> SnapshotDisk:
+        """Copy the snapshot's layer, with what the sandbox has below it, into a disk of its own. The sandbox may run on, or
+        be destroyed already. Whole or absent, after a crash and with a full disk too.
+
+        Raises NotFoundError (``layer_not_found``), ConflictError (``layer_under_way``), DiskFullError.
+        """
+        ...
+
+    async def find_snapshot_disk(self, snapshot_id: str) -> Disk | None:
+        """The snapshot's disk, read-only, with its whole chain; None if it was not made yet.
+
+        Raises HostError (``disk_file_damaged``, ``disk_file_missing``).
+        """
+        ...
+
+    async def verify_snapshot_disk(self, snapshot_id: str) -> None:
+        """Read the whole file and compare it with its checksum.
+
+        Raises NotFoundError (``snapshot_disk_not_found``), HostError (``disk_file_damaged``).
+        """
+        ...
+
+    async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
+        """Remove the disk, and the hold on a layer of which none was made. Volumes and other snapshots' disks that stand
+        over it keep what they need, and its room is free when they are gone."""
+        ...
+
+    async def list_snapshot_disks(self) -> list[str]:
+        """Ids of snapshots that have a disk on this host, or hold a layer to make one of."""
         ...

@@ -1,33 +1,38 @@
 """Volumes as qcow2 overlays: a few hundred KiB at first, growing by what the guest writes, over a read-only base.
 
 Used by the lifecycle in ``local`` mode. Owns ``volumes_dir`` (mode 0700, files 0600: the VMM receives opened
-descriptors). It never writes to a base, and relies on bases never changing: they are named by their content, and kept
-beside the volumes (``pinned_bases``).
+descriptors). It never writes to a base, and relies on bases never changing: images are named by their content, and what
+volumes stand over is kept beside them (``backing_files``). Snapshots: ``layers``, ``snapshot_disks``.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from atelier.drivers.storage.pinned_bases import PinnedBases
-from atelier.host import command
+from atelier.drivers.storage.backing_files import LONGEST_CHAIN, BackingFiles
+from atelier.drivers.storage.layers import Layers
+from atelier.drivers.storage.snapshot_disks import SnapshotDisks
 from atelier.host.disk_files import find_backing, virtual_size_bytes
-from atelier.host.files import disk_full, disk_full_as_error, ensure_private_folder, free_bytes
-from atelier.model.errors import CommandError, HostError, InvalidRequestError, NotFoundError
-from atelier.model.ids import is_sandbox_id
-from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, VolumeRequest
+from atelier.host.disk_images import create_overlay, grow_image, merge_copies
+from atelier.host.files import disk_full_as_error, ensure_private_folder, free_bytes
+from atelier.model.errors import HostError, InvalidRequestError, NotFoundError
+from atelier.model.ids import is_sandbox_id, is_snapshot_id
+from atelier.model.layout import DiskLayout
+from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, SnapshotDisk, VolumeRequest
 
 _SUFFIX = ".qcow2"
 _UNFINISHED_SUFFIX = ".qcow2.new"
 _MIB = 1024 * 1024
-_LONGEST_CHAIN = 16
 
 
 class Qcow2Storage:
     def __init__(self, volumes_dir: Path) -> None:
-        self._volumes_dir = volumes_dir.absolute()
-        self._bases = PinnedBases(self._volumes_dir)
+        self._layout = DiskLayout(volumes_dir.absolute())
+        self._backings = BackingFiles(self._layout)
+        self._layers = Layers(self._layout, self._backings)
+        self._snapshots = SnapshotDisks(self._layout, self._backings)
 
     @property
     def name(self) -> str:
@@ -36,8 +41,8 @@ class Qcow2Storage:
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
         if present := await self.find_volume(request.sandbox_id):
             return present
-        ensure_private_folder(self._volumes_dir)
-        async with self._bases.pinned(request.base) as base:
+        ensure_private_folder(self._layout.root)
+        async with self._backings.pinned(request.base, self._pin_of(request)) as base:
             base_bytes = virtual_size_bytes(base)
             size_bytes = request.size_mib * _MIB
             if size_bytes < base_bytes:
@@ -48,50 +53,31 @@ class Qcow2Storage:
                     hint=f"ask for a disk of at least {-(-base_bytes // _MIB)} MiB",
                 )
             volume = DiskFile(self._volume(request.sandbox_id), "qcow2")
-            await self._create(volume.path, base, size_bytes)
-            return Disk(ROOT_DISK_SERIAL, volume, self._chain_below(volume))
-
-    async def _create(self, volume: Path, base: DiskFile, size_bytes: int) -> None:
-        unfinished = volume.with_suffix(_UNFINISHED_SUFFIX)
-        doing = f"creating the volume {volume}"
-        try:
-            with disk_full_as_error(doing):
-                unfinished.unlink(missing_ok=True)
-                # Made here, so that its mode is right from the first instant.
-                os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            # -u: do not open the base; its size is known and stated.
-            overlay = ["create", "-q", "-u", "-f", "qcow2", "-F", base.format, "-b", str(base.path)]
-            await self._run_qemu_img([*overlay, str(unfinished), str(size_bytes)], doing)
+            unfinished = volume.path.with_suffix(_UNFINISHED_SUFFIX)
+            doing = f"creating the volume {volume.path}"
+            await create_overlay(unfinished, base, size_bytes, doing=doing)
             with disk_full_as_error(doing):
                 # A volume that has its name is whole.
-                unfinished.rename(volume)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+                unfinished.rename(volume.path)
+            return Disk(ROOT_DISK_SERIAL, volume, self._backings.chain_below(volume, request.sandbox_id))
+
+    def _pin_of(self, request: VolumeRequest) -> Path:
+        path = request.base.path
+        if path.parent == self._layout.snapshots:
+            return self._layout.origin(request.sandbox_id, _check_snapshot(path.name.removesuffix(_SUFFIX)))
+        return self._layout.bases / path.name
 
     async def find_volume(self, sandbox_id: str) -> Disk | None:
         volume = DiskFile(self._volume(sandbox_id), "qcow2")
         if not volume.path.exists():
             return None
-        return Disk(ROOT_DISK_SERIAL, volume, self._chain_below(volume))
-
-    def _chain_below(self, volume: DiskFile) -> tuple[DiskFile, ...]:
-        chain: list[DiskFile] = []
-        file = volume
-        while found := find_backing(file):
-            if len(chain) == _LONGEST_CHAIN:
-                raise HostError(
-                    f"{volume.path} has a chain of more than {_LONGEST_CHAIN} files", code="disk_file_damaged"
-                )
-            self._bases.check(found)
-            chain.append(found)
-            file = found
-        return tuple(chain)
+        return Disk(ROOT_DISK_SERIAL, volume, self._backings.chain_below(volume, sandbox_id))
 
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         volume = self._volume(sandbox_id)
         if not volume.exists():
             raise NotFoundError(f"there is no volume of sandbox {sandbox_id}", code="volume_not_found")
+        self._layers.check_none_under_way(sandbox_id)
         present_bytes = virtual_size_bytes(DiskFile(volume, "qcow2"))
         size_bytes = size_mib * _MIB
         if size_bytes < present_bytes:
@@ -101,43 +87,90 @@ class Qcow2Storage:
                 hint="a disk only grows",
             )
         if size_bytes > present_bytes:
-            await self._run_qemu_img(
-                ["resize", "-q", "-f", "qcow2", str(volume), str(size_bytes)], f"growing the volume {volume}"
-            )
+            await grow_image(volume, size_bytes, doing=f"growing the volume {volume}")
 
-    async def _run_qemu_img(self, arguments: list[str], doing: str) -> None:
-        try:
-            await command.run(["qemu-img", *arguments], environment={"LC_ALL": "C"}, package_hint="qemu-utils")
-        except CommandError as error:
-            if "No space left on device" in error.message or "Disk quota exceeded" in error.message:
-                raise disk_full(doing) from error
-            raise
+    async def shorten_volume(self, sandbox_id: str) -> None:
+        volume = DiskFile(self._volume(sandbox_id), "qcow2")
+        if not volume.path.exists():
+            raise NotFoundError(f"there is no volume of sandbox {sandbox_id}", code="volume_not_found")
+        self._layers.check_none_under_way(sandbox_id)
+        chain = self._backings.chain_below(volume, sandbox_id)
+        private = [file for file in chain if self._layout.is_layer(file.path)]
+        if private:
+            unfinished = volume.path.with_suffix(_UNFINISHED_SUFFIX)
+            doing = f"merging the files of the volume {volume.path}"
+            await merge_copies([volume, *private], chain[len(private) :][:1], unfinished, doing=doing)
+            with disk_full_as_error(doing):
+                unfinished.rename(volume.path)
+        self._backings.drop_unused(of_sandbox=sandbox_id)
 
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
         volume = self._volume(sandbox_id)
+        for next_top in self._layers.next_tops(sandbox_id):
+            next_top.unlink(missing_ok=True)
         volume.unlink(missing_ok=True)
-        volume.with_suffix(_UNFINISHED_SUFFIX).unlink(missing_ok=True)
-        self._bases.drop_unused()
+        for unfinished in volume.parent.glob(f"{sandbox_id}{_UNFINISHED_SUFFIX}*"):
+            unfinished.unlink(missing_ok=True)
+        self._backings.drop_unused()
 
     async def list_volumes(self) -> list[str]:
-        if not self._volumes_dir.is_dir():
+        if not self._layout.root.is_dir():
             return []
-        names = (entry.name for entry in os.scandir(self._volumes_dir))
+        names = (entry.name for entry in os.scandir(self._layout.root))
         ids = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
         return sorted(sandbox_id for sandbox_id in ids if is_sandbox_id(sandbox_id))
 
     async def used_bytes(self, sandbox_id: str) -> int:
-        try:
-            # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
-            return self._volume(sandbox_id).stat().st_blocks * 512
-        except FileNotFoundError:
-            return 0
+        file = DiskFile(self._volume(sandbox_id), "qcow2")
+        count = 0
+        with suppress(FileNotFoundError, HostError):
+            for _ in range(LONGEST_CHAIN):
+                found = file.path.stat()
+                # The disk of a snapshot is this sandbox's when nobody else has it any more.
+                if not self._layout.is_origin(file.path) or found.st_nlink == 1:
+                    # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
+                    count += found.st_blocks * 512
+                below = find_backing(file)
+                if below is None or below.path.parent != self._layout.layers:
+                    break
+                file = below
+        return count
 
     async def free_bytes(self) -> int:
-        ensure_private_folder(self._volumes_dir)
-        return free_bytes(self._volumes_dir)
+        ensure_private_folder(self._layout.root)
+        return free_bytes(self._layout.root)
+
+    async def begin_layer(self, sandbox_id: str, snapshot_id: str) -> DiskFile:
+        self._volume(sandbox_id)
+        return await self._layers.begin(sandbox_id, _check_snapshot(snapshot_id))
+
+    async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:
+        self._volume(sandbox_id)
+        await self._layers.end(sandbox_id, _check_snapshot(snapshot_id), switched=switched)
+
+    async def ensure_snapshot_disk(self, snapshot_id: str, sandbox_id: str) -> SnapshotDisk:
+        self._volume(sandbox_id)
+        return await self._snapshots.ensure(_check_snapshot(snapshot_id), sandbox_id)
+
+    async def find_snapshot_disk(self, snapshot_id: str) -> Disk | None:
+        return self._snapshots.find(_check_snapshot(snapshot_id))
+
+    async def verify_snapshot_disk(self, snapshot_id: str) -> None:
+        await self._snapshots.verify(_check_snapshot(snapshot_id))
+
+    async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
+        self._snapshots.ensure_absent(_check_snapshot(snapshot_id))
+
+    async def list_snapshot_disks(self) -> list[str]:
+        return self._snapshots.list()
 
     def _volume(self, sandbox_id: str) -> Path:
         if not is_sandbox_id(sandbox_id):
             raise InvalidRequestError(f"{sandbox_id!r} is not a sandbox id", code="invalid_id")
-        return self._volumes_dir / f"{sandbox_id}{_SUFFIX}"
+        return self._layout.volume(sandbox_id)
+
+
+def _check_snapshot(snapshot_id: str) -> str:
+    if not is_snapshot_id(snapshot_id):
+        raise InvalidRequestError(f"{snapshot_id!r} is not a snapshot id", code="invalid_id")
+    return snapshot_id

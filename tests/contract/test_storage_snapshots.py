@@ -1,0 +1,286 @@
+"""What every storage driver keeps to where a sandbox's volume is frozen and its snapshots become disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.real_machines import missing_programs
+
+from atelier.drivers.storage.fake import FakeStorage
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.storage.qcow2 import Qcow2Storage
+from atelier.model.errors import ConflictError, HostError, InvalidRequestError, NotFoundError
+from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, SnapshotDisk, VolumeRequest
+
+SANDBOX, CHILD = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+FIRST, SECOND = "ssssssssssss", "tttttttttttt"
+BASE_MIB = 8
+NO_QEMU_IMG = missing_programs("qemu-img")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> DiskFile:
+    path = tmp_path / "base.img"
+    with path.open("wb") as file:
+        file.truncate(BASE_MIB * 1024 * 1024)
+    path.chmod(0o444)
+    return DiskFile(path, "raw")
+
+
+def make_storage(kind: str, volumes: Path) -> StorageDriver:
+    if kind == "qcow2":
+        return Qcow2Storage(volumes)
+    volumes.mkdir(exist_ok=True)
+    return FakeStorage(base_size_mib=BASE_MIB, folder=volumes if kind == "fake in files" else None)
+
+
+KINDS = [
+    pytest.param("qcow2", marks=pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)),
+    "fake",
+    "fake in files",
+]
+
+
+@pytest.fixture(params=KINDS)
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> StorageDriver:
+    return make_storage(request.param, tmp_path / "volumes")
+
+
+async def freeze(storage: StorageDriver, sandbox_id: str, snapshot_id: str) -> None:
+    await storage.begin_layer(sandbox_id, snapshot_id)
+    await storage.end_layer(sandbox_id, snapshot_id, switched=True)
+
+
+async def snapshot(storage: StorageDriver, sandbox_id: str, snapshot_id: str) -> SnapshotDisk:
+    await freeze(storage, sandbox_id, snapshot_id)
+    return await storage.ensure_snapshot_disk(snapshot_id, sandbox_id)
+
+
+async def found(storage: StorageDriver, sandbox_id: str) -> Disk:
+    disk = await storage.find_volume(sandbox_id)
+    assert disk is not None
+    return disk
+
+
+async def test_a_frozen_volume_has_one_file_more(storage: StorageDriver, base: DiskFile) -> None:
+    before = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    next_top = await storage.begin_layer(SANDBOX, FIRST)
+    assert next_top.format == "qcow2"
+    assert next_top.path != before.top.path
+    assert await storage.begin_layer(SANDBOX, FIRST) == next_top
+    assert await storage.find_volume(SANDBOX) == before, "the volume is what it was until the VMM is switched"
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    after = await found(storage, SANDBOX)
+    assert after.top == before.top
+    assert after.backing[1:] == before.backing
+    assert SANDBOX in after.backing[0].path.name
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    await storage.end_layer(SANDBOX, FIRST, switched=False)
+    assert await storage.find_volume(SANDBOX) == after
+    assert await storage.list_volumes() == [SANDBOX]
+
+
+async def test_freezing_that_is_given_up_leaves_all_as_it_was(storage: StorageDriver, base: DiskFile) -> None:
+    before = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.end_layer(SANDBOX, FIRST, switched=False)
+    await storage.begin_layer(SANDBOX, FIRST)
+    await storage.end_layer(SANDBOX, FIRST, switched=False)
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    assert await storage.find_volume(SANDBOX) == before
+    assert await storage.list_snapshot_disks() == []
+    with pytest.raises(NotFoundError) as refusal:
+        await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+    assert refusal.value.code == "layer_not_found"
+    await storage.grow_volume(SANDBOX, 96)
+    assert (await snapshot(storage, SANDBOX, FIRST)).disk.read_only
+
+
+async def test_one_snapshot_at_a_time_freezes_a_volume(storage: StorageDriver, base: DiskFile) -> None:
+    with pytest.raises(NotFoundError) as absent:
+        await storage.begin_layer(SANDBOX, FIRST)
+    assert absent.value.code == "volume_not_found"
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.begin_layer(SANDBOX, FIRST)
+    for refused in (
+        storage.begin_layer(SANDBOX, SECOND),
+        storage.grow_volume(SANDBOX, 96),
+        storage.shorten_volume(SANDBOX),
+        storage.ensure_snapshot_disk(FIRST, SANDBOX),
+    ):
+        with pytest.raises(ConflictError) as refusal:
+            await refused
+        assert refusal.value.code == "layer_under_way"
+    await storage.end_layer(SANDBOX, SECOND, switched=True)
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    await freeze(storage, SANDBOX, SECOND)
+
+
+async def test_a_snapshot_becomes_a_disk_of_its_own(storage: StorageDriver, base: DiskFile) -> None:
+    volume = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    assert await storage.find_snapshot_disk(FIRST) is None
+    await freeze(storage, SANDBOX, FIRST)
+    assert await storage.find_snapshot_disk(FIRST) is None
+    assert await storage.list_snapshot_disks() == [FIRST], "what holds a layer can be found"
+    made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+    assert made.disk.serial == ROOT_DISK_SERIAL
+    assert made.disk.read_only
+    assert made.disk.backing == volume.backing, "the layer is in it, not below it"
+    assert made.used_bytes > 0
+    assert len(bytes.fromhex(made.checksum)) == 32
+    assert await storage.ensure_snapshot_disk(FIRST, SANDBOX) == made
+    assert await storage.find_snapshot_disk(FIRST) == made.disk
+    await storage.verify_snapshot_disk(FIRST)
+    with pytest.raises(ConflictError) as taken:
+        await storage.begin_layer(SANDBOX, FIRST)
+    assert taken.value.code == "snapshot_exists"
+    await storage.ensure_snapshot_disk_absent(FIRST)
+    await storage.ensure_snapshot_disk_absent(FIRST)
+    assert await storage.find_snapshot_disk(FIRST) is None
+    assert await storage.list_snapshot_disks() == []
+    with pytest.raises(NotFoundError):
+        await storage.verify_snapshot_disk(FIRST)
+
+
+async def test_a_snapshot_outlives_its_sandbox_at_every_stage(storage: StorageDriver, base: DiskFile) -> None:
+    for stage in range(3):
+        await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+        if stage > 0:
+            await freeze(storage, SANDBOX, SECOND)
+        await freeze(storage, SANDBOX, FIRST)
+        if stage == 2:
+            await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+        await storage.ensure_volume_absent(SANDBOX)
+        made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+        assert len(made.disk.backing) == 1
+        await storage.verify_snapshot_disk(FIRST)
+        await storage.ensure_snapshot_disk_absent(FIRST)
+        await storage.ensure_snapshot_disk_absent(SECOND)
+        assert await storage.list_snapshot_disks() == []
+
+
+async def test_destroying_in_the_middle_of_freezing(storage: StorageDriver, base: DiskFile) -> None:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.begin_layer(SANDBOX, FIRST)
+    await storage.ensure_volume_absent(SANDBOX)
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    await storage.end_layer(SANDBOX, FIRST, switched=False)
+    await storage.ensure_snapshot_disk_absent(FIRST)
+    assert await storage.list_volumes() == []
+    assert await storage.list_snapshot_disks() == []
+    assert await storage.used_bytes(SANDBOX) == 0
+
+
+async def test_another_attempt_for_the_same_snapshot(storage: StorageDriver, base: DiskFile) -> None:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await freeze(storage, SANDBOX, FIRST)
+    await freeze(storage, SANDBOX, FIRST)
+    disk = await found(storage, SANDBOX)
+    assert len({disk.top.path, *(file.path for file in disk.backing)}) == 4
+    made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+    assert made.disk.backing == disk.backing[2:]
+
+
+async def test_volumes_over_a_snapshot(storage: StorageDriver, base: DiskFile) -> None:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    made = await snapshot(storage, SANDBOX, FIRST)
+    with pytest.raises(InvalidRequestError) as small:
+        await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 63))
+    assert small.value.code == "disk_too_small"
+    child = await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64))
+    assert len(child.backing) == 2
+    assert child.backing[1:] == made.disk.backing
+    assert await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64)) == child
+    assert await storage.find_volume(CHILD) == child
+    await storage.ensure_snapshot_disk_absent(FIRST)
+    await storage.ensure_volume_absent(SANDBOX)
+    assert await storage.find_volume(CHILD) == child, "a volume keeps what it stands over"
+    with pytest.raises(HostError) as gone:
+        await storage.ensure_volume(VolumeRequest(SANDBOX, made.disk.top, 64))
+    assert gone.value.code == "disk_file_missing"
+    await storage.ensure_volume_absent(CHILD)
+
+
+async def test_chains_stay_short(storage: StorageDriver, base: DiskFile) -> None:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    names = [f"{letter * 12}" for letter in "cdefghij"]
+    for name in names[:6]:
+        await freeze(storage, SANDBOX, name)
+    assert len((await found(storage, SANDBOX)).backing) + 1 == 8
+    with pytest.raises(ConflictError) as full:
+        await storage.begin_layer(SANDBOX, names[6])
+    assert full.value.code == "disk_chain_too_long"
+    await storage.shorten_volume(SANDBOX)
+    short = await found(storage, SANDBOX)
+    assert len(short.backing) == 1
+    await storage.shorten_volume(SANDBOX)
+    assert await storage.find_volume(SANDBOX) == short
+    await freeze(storage, SANDBOX, names[6])
+    for name in names[:7]:
+        made = await storage.ensure_snapshot_disk(name, SANDBOX)
+        assert made.disk.backing == short.backing
+    with pytest.raises(NotFoundError):
+        await storage.shorten_volume(CHILD)
+
+
+async def test_snapshots_of_snapshots_stay_short(storage: StorageDriver, base: DiskFile) -> None:
+    source, lengths = base, list[int]()
+    for sandbox_id, snapshot_id in zip("cdefghi", "nopqrst", strict=True):
+        await storage.ensure_volume(VolumeRequest(sandbox_id * 12, source, 64))
+        made = await snapshot(storage, sandbox_id * 12, snapshot_id * 12)
+        await storage.ensure_volume_absent(sandbox_id * 12)
+        source = made.disk.top
+        lengths.append(1 + len(made.disk.backing))
+    assert lengths == [2, 3, 4, 2, 3, 4, 2]
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], "fake in files"])
+async def test_snapshots_outlive_the_driver(kind: str, base: DiskFile, tmp_path: Path) -> None:
+    volumes = tmp_path / "volumes"
+    first = make_storage(kind, volumes)
+    await first.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    made = await snapshot(first, SANDBOX, FIRST)
+    await first.begin_layer(SANDBOX, SECOND)
+    again = make_storage(kind, volumes)
+    assert await again.find_snapshot_disk(FIRST) == made.disk
+    assert await again.ensure_snapshot_disk(FIRST, SANDBOX) == made
+    with pytest.raises(ConflictError):
+        await again.ensure_snapshot_disk(SECOND, SANDBOX)
+    await again.end_layer(SANDBOX, SECOND, switched=True)
+    third = make_storage(kind, volumes)
+    assert await third.find_volume(SANDBOX) == await again.find_volume(SANDBOX)
+    assert await third.list_snapshot_disks() == [FIRST, SECOND]
+    assert (await third.ensure_snapshot_disk(SECOND, SANDBOX)).disk.backing == made.disk.backing
+    for snapshot_id in (FIRST, SECOND):
+        await third.ensure_snapshot_disk_absent(snapshot_id)
+    assert await make_storage(kind, volumes).list_snapshot_disks() == []
+
+
+@pytest.mark.parametrize("name", ["../escape", "", "aaaaaaaaaaaa.qcow2", "AAAAAAAAAAAA"])
+async def test_what_is_no_id_is_refused(storage: StorageDriver, base: DiskFile, name: str) -> None:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    for refused in (
+        storage.begin_layer(SANDBOX, name),
+        storage.begin_layer(name, FIRST),
+        storage.end_layer(SANDBOX, name, switched=True),
+        storage.end_layer(name, FIRST, switched=True),
+        storage.ensure_snapshot_disk(name, SANDBOX),
+        storage.ensure_snapshot_disk(FIRST, name),
+        storage.find_snapshot_disk(name),
+        storage.verify_snapshot_disk(name),
+        storage.ensure_snapshot_disk_absent(name),
+        storage.shorten_volume(name),
+    ):
+        with pytest.raises(InvalidRequestError) as refusal:
+            await refused
+        assert refusal.value.code == "invalid_id"
+
+
+async def test_the_fake_tells_of_a_damaged_snapshot(base: DiskFile) -> None:
+    storage = FakeStorage()
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await snapshot(storage, SANDBOX, FIRST)
+    storage.damaged_snapshots.add(FIRST)
+    with pytest.raises(HostError) as damage:
+        await storage.verify_snapshot_disk(FIRST)
+    assert damage.value.code == "disk_file_damaged"
