@@ -11,6 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from atelier.lifecycle.saga_values import (
     process_from_json,
     process_to_json,
 )
+from atelier.lifecycle.ssh_host_key import make_ssh_host_key
 from atelier.lifecycle.transitions import Transitions
 from atelier.model.errors import (
     AtelierError,
@@ -277,6 +279,7 @@ class SandboxSteps:
         with self.database.read() as connection:
             sandbox = self.sandboxes.get(connection, context.subject_id)
             kept = self.sandboxes.get_secrets(connection, context.subject_id)
+        network = network_from_json(context.outputs["network"])
         identity = GuestIdentity(
             hostname=sandbox.name,
             machine_id=kept.machine_id,
@@ -284,7 +287,10 @@ class SandboxSteps:
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             host_time_ns=time.time_ns(),
             environment=sandbox.spec.environment,
-            network=network_from_json(context.outputs["network"]).guest,
+            network=network.guest,
+            mac_address="" if network.kind == "none" else network.mac_address,
+            host_key=make_ssh_host_key(),
+            generation=str(uuid.uuid4()),
         )
         await self._while_machine_runs(context, self.guests.initialize(sandbox.id, identity))
         return {}
