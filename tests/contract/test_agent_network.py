@@ -17,12 +17,12 @@ from atelier.guest_agent import network
 network.RESOLV_CONF = sys.argv[1]
 settings = network.NetworkSettings({
     "address": "10.9.3.7", "prefixLength": 16, "gateway": "10.9.0.1", "nameserver": "10.9.0.2",
-    "macAddress": "02:00:00:00:00:07",
 })
+mac = network.parse_mac_address("02:00:00:00:00:07")
 def show(*words):
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
 try:
-    network.apply(settings)
+    network.apply(settings, mac)
 except Exception as error:
     assert "no network card" in str(error), error
 else:
@@ -30,15 +30,33 @@ else:
 tap = os.open("/dev/net/tun", os.O_RDWR)
 fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"card0", 0x1002))  # TUNSETIFF, IFF_TAP | IFF_NO_PI
 for _ in range(2):
-    network.apply(settings)
+    network.apply(settings, mac)
     link, address, routes = show("link", "show", "card0"), show("addr", "show", "card0"), show("route")
     assert "02:00:00:00:00:07" in link and ",UP" in link, link
     assert "10.9.3.7/16" in address, address
     assert "default via 10.9.0.1 dev card0" in routes, routes
     assert Path(sys.argv[1]).read_text() == "nameserver 10.9.0.2\\n"
+moved = network.NetworkSettings({
+    "address": "10.9.3.8", "prefixLength": 16, "gateway": "10.9.0.9", "nameserver": "10.9.0.2",
+})
+network.apply(moved, network.parse_mac_address("02:00:00:00:00:08"))
+network.apply(moved, None)
+link, address, routes = show("link", "show", "card0"), show("addr", "show", "card0"), show("route")
+assert "02:00:00:00:00:08" in link and ",UP" in link, link
+assert "10.9.3.8/16" in address and "10.9.3.7" not in address, address
+assert routes.count("default") == 1 and "default via 10.9.0.9 dev card0" in routes, routes
+network.apply(None, mac)
+link, address = show("link", "show", "card0"), show("addr", "show", "card0")
+assert "02:00:00:00:00:07" in link and ",UP" in link and "10.9.3.8/16" in address, (link, address)
+network.apply(settings, mac)
+other = network.NetworkSettings({
+    "address": "10.9.3.7", "prefixLength": 16, "gateway": "10.9.0.9", "nameserver": "10.9.0.2",
+})
+network.apply(other, mac)
+assert show("route").count("default via 10.9.0.9 dev card0") == 1, "the same card, another way out"
 os.unlink(sys.argv[1])
 os.symlink("/nonexistent/stub", sys.argv[1])
-network.apply(settings)
+network.apply(settings, mac)
 assert os.path.islink(sys.argv[1]), "a resolver of the image's own is left alone"
 """
 

@@ -13,6 +13,8 @@ from atelier.guest_agent.program import Options, parse_options
 from atelier.guest_agent.running_process import end_event
 from atelier.guest_protocol.connect import ConnectError
 
+PRIVATE_KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA+/==\n-----END OPENSSH PRIVATE KEY-----\n"
+PUBLIC_KEY = "ssh-ed25519 AAAA+/=="
 NETWORK = {"address": "10.1.2.3", "prefixLength": 16, "gateway": "10.1.0.1", "nameserver": "10.1.0.1"}
 
 
@@ -34,13 +36,19 @@ def test_an_identity_holds_what_was_sent_and_nothing_else() -> None:
                 "prefixLength": 16,
                 "gateway": "10.1.0.1",
                 "nameserver": "10.1.0.2",
-                "macAddress": "02:00:00:00:00:07",
             },
+            "macAddress": "02:00:00:00:00:07",
+            "hostKey": {"privateKey": PRIVATE_KEY, "publicKey": PUBLIC_KEY},
+            "generation": "0190f9c3-0000-7000-8000-000000000001",
+            "restored": True,
         }
     )
     assert full.network is not None
     assert (full.network.address, full.network.gateway) == (bytes([10, 1, 2, 3]), bytes([10, 1, 0, 1]))
-    assert (full.network.prefix_length, full.network.mac_address) == (16, bytes([2, 0, 0, 0, 0, 7]))
+    assert (full.network.prefix_length, full.mac_address) == (16, bytes([2, 0, 0, 0, 0, 7]))
+    assert full.host_key is not None
+    assert (full.host_key.private, full.host_key.public) == (PRIVATE_KEY, PUBLIC_KEY + "\n")
+    assert (full.generation, full.is_restored) == ("0190f9c3-0000-7000-8000-000000000001", True)
     assert (full.token, full.environment, full.entropy) == ("t", {"A": "b"}, bytes(64))
     assert full.time_ns == 1_700_000_000_000_000_001
 
@@ -63,8 +71,24 @@ def test_e2b_s_timestamp_is_understood() -> None:
         {"network": {**NETWORK, "prefixLength": 0}},
         {"network": {**NETWORK, "prefixLength": 33}},
         {"network": {**NETWORK, "prefixLength": True}},
-        {"network": {**NETWORK, "macAddress": "02:00"}},
-        {"network": {**NETWORK, "macAddress": "xyz"}},
+        {"macAddress": "02:00"},
+        {"macAddress": "xyz"},
+        {"macAddress": 2},
+        {"macAddress": "03:00:00:00:00:07"},
+        {"macAddress": "00:00:00:00:00:00"},
+        {"restored": 1},
+        {"restored": "true"},
+        {"generation": ""},
+        {"generation": "A"},
+        {"generation": "0\n"},
+        {"generation": "0" * 65},
+        {"machineId": "0" * 32, "hostKey": 1},
+        {"machineId": "0" * 32, "hostKey": {}},
+        {"machineId": "0" * 32, "hostKey": {"privateKey": PRIVATE_KEY, "publicKey": f"{PUBLIC_KEY}\nssh-rsa A"}},
+        {"machineId": "0" * 32, "hostKey": {"privateKey": PRIVATE_KEY, "publicKey": "ssh-rsa AAAA"}},
+        {"machineId": "0" * 32, "hostKey": {"privateKey": f"x{PRIVATE_KEY}", "publicKey": PUBLIC_KEY}},
+        {"machineId": "0" * 32, "hostKey": {"privateKey": PRIVATE_KEY.replace("A", "\0"), "publicKey": PUBLIC_KEY}},
+        {"hostKey": {"privateKey": PRIVATE_KEY, "publicKey": PUBLIC_KEY}},
         {"envVars": []},
         {"envVars": {"A": 1}},
         {"envVars": {"A=B": "c"}},

@@ -3,7 +3,8 @@
 The rule: a clock that is behind by more than 0.5 s is stepped forward at once, one that is ahead by more than 60 s is
 stepped back at once; all else is slewed, at most 5 % faster or slower than the host, so that time never jumps back for
 a little and never stands still. The kernel slews by itself up to 0.2 s at a time and ends so by itself: an agent that
-is killed meanwhile leaves no clock behind that runs wrong. Stepping at a restore is ``identity.set_clock``.
+is killed meanwhile leaves no clock behind that runs wrong. After a restore a clock that is behind is stepped however
+little that is (``catch_up``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import time
 from typing import Final
 
 from atelier.guest_protocol.connect import ConnectError
@@ -79,6 +81,15 @@ def correct(offset_ns: int) -> None:
     _give(first_ns)
     if first_ns != -offset_ns:
         _slewing = asyncio.get_running_loop().create_task(_slew_on(-offset_ns, first_ns))
+
+
+def catch_up(time_ns: int) -> None:
+    """Have the clock show ``time_ns`` (ns since the epoch) after the machine stood still for an unknown time: forward
+    at once, back as ``correct`` does it. Raises ConnectError."""
+    offset_ns = time.time_ns() - time_ns
+    correct(max(offset_ns, 0))
+    if offset_ns < 0:
+        _step(-offset_ns)
 
 
 async def _slew_on(remaining_ns: int, given_ns: int) -> None:

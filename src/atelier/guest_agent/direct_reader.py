@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from atelier.guest_agent.gate import Gate
 from atelier.guest_protocol.connect import ConnectError
 
 _LINE_MAX_BYTES: Final = 256
@@ -102,27 +103,42 @@ class DirectReader(asyncio.StreamReader):
     _intake: BodyIntake | None = None
     _poured: asyncio.Future[None] | None = None
 
-    async def pour(self, intake: BodyIntake) -> None:
-        """Return when ``intake`` has its whole body. Raises ConnectionResetError when the connection ends before, and
-        what ``intake`` raises; the connection is then good for nothing more."""
-        if self._buffer and not intake.is_complete:
-            with memoryview(self._buffer) as view:
-                used = intake.feed(view)
-            del self._buffer[:used]
-            self._maybe_resume_transport()
-        if intake.is_complete:
-            return
-        if self.at_eof():
-            raise ConnectionResetError("the client went away inside a request's body")
-        error = self.exception()
-        if error is not None:
-            raise error
+    async def pour(self, intake: BodyIntake, gate: Gate | None = None) -> None:
+        """Return when ``intake`` has its whole body; while ``gate`` is closed it gets nothing. Raises
+        ConnectionResetError when the connection ends before, and what ``intake`` raises; the connection is then good
+        for nothing more."""
+        while True:
+            if gate is not None:
+                await gate.opened()
+            if self._buffer and not intake.is_complete:
+                with memoryview(self._buffer) as view:
+                    used = intake.feed(view)
+                del self._buffer[:used]
+                self._maybe_resume_transport()
+            if intake.is_complete:
+                return
+            if self.at_eof():
+                raise ConnectionResetError("the client went away inside a request's body")
+            error = self.exception()
+            if error is not None:
+                raise error
+            await self._pour_on(intake, gate)
+
+    async def _pour_on(self, intake: BodyIntake, gate: Gate | None) -> None:
+        """Let ``intake`` have what arrives, until it is complete or the gate closes."""
         self._intake = intake
         self._poured = asyncio.get_running_loop().create_future()
+        if gate is not None:
+            gate.on_close.add(self._pause)
         try:
             await self._poured
         finally:
+            if gate is not None:
+                gate.on_close.discard(self._pause)
             self._intake = self._poured = None
+
+    def _pause(self) -> None:
+        self._finish(None)
 
     def _finish(self, error: BaseException | None) -> None:
         self._intake = None

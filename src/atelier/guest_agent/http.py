@@ -9,14 +9,17 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from atelier.guest_agent.direct_reader import BodyIntake, DirectReader, Take
+from atelier.guest_agent.gate import Gate
 from atelier.guest_protocol.connect import (
     CONTENT_TYPE_UNARY,
     ConnectError,
     encode_json,
 )
+
+_T = TypeVar("_T")
 
 MAX_HEAD_BYTES: Final = 16 * 1024
 MAX_HEADERS: Final = 100
@@ -192,14 +195,16 @@ STREAM: Final = 2
 
 
 class Route:
-    """One endpoint. ``form`` (PLAIN, UNARY, STREAM) is how its errors are written; ``is_public``: no token is asked."""
+    """One endpoint. ``form`` (PLAIN, UNARY, STREAM) is how its errors are written; ``is_public``: no token is asked;
+    ``is_still``: it writes to no disk and starts nothing, so it is served while the guest is quiesced, too."""
 
-    __slots__ = ("endpoint", "form", "is_public")
+    __slots__ = ("endpoint", "form", "is_public", "is_still")
 
-    def __init__(self, endpoint: Endpoint, form: int, is_public: bool) -> None:
+    def __init__(self, endpoint: Endpoint, form: int, is_public: bool, is_still: bool) -> None:
         self.endpoint = endpoint
         self.form = form
         self.is_public = is_public
+        self.is_still = is_still
 
 
 class Router:
@@ -209,11 +214,20 @@ class Router:
         self._routes: dict[str, dict[str, Route]] = {}
         self._later: list[Callable[[], None]] = []
 
-    def add(self, method: str, path: str, endpoint: Endpoint, *, is_public: bool = False, form: int = PLAIN) -> None:
+    def add(
+        self,
+        method: str,
+        path: str,
+        endpoint: Endpoint,
+        *,
+        is_public: bool = False,
+        is_still: bool = False,
+        form: int = PLAIN,
+    ) -> None:
         routes = self._routes.setdefault(path, {})
         if method in routes:
             raise ValueError(f"{method} {path} has an endpoint already")
-        routes[method] = Route(endpoint, form, is_public)
+        routes[method] = Route(endpoint, form, is_public, is_still)
 
     def register_later(self, register: Callable[[], None]) -> None:
         """``register`` adds routes (and imports what they need) at ``load_rest``, or when an unknown path is asked for."""
@@ -241,12 +255,14 @@ class Router:
 class Connection:
     """What has been read of a connection and not been used yet, and the way to more."""
 
-    __slots__ = ("buffer", "is_broken", "owes_continue", "reader", "writer")
+    __slots__ = ("buffer", "gate", "is_broken", "owes_continue", "reader", "writer")
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
         self.buffer = bytearray()
+        self.gate: Gate | None = None
+        """Set while a request is served that must keep still while it is closed: its body waits there, its end too."""
         self.owes_continue = False
         self.is_broken = False
         """The framing of the request is lost: nothing more may be read as a request."""
@@ -256,9 +272,17 @@ class Connection:
         if self.owes_continue:
             self.owes_continue = False
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = await self.reader.read(READ_BYTES)
+        data = await self._gated(self.reader.read(READ_BYTES))
         self.buffer += data
         return bool(data)
+
+    async def _gated(self, reading: Awaitable[_T]) -> _T:
+        """What ``reading`` gives or raises, but not before the gate is open."""
+        try:
+            return await reading
+        finally:
+            if self.gate is not None and not self.gate.is_open:
+                await self.gate.opened()
 
     async def pour(self, intake: BodyIntake) -> None:
         if self.owes_continue:
@@ -269,10 +293,10 @@ class Connection:
                 used = intake.feed(view)
             del self.buffer[:used]
         if isinstance(self.reader, DirectReader):
-            await self.reader.pour(intake)
+            await self._gated(self.reader.pour(intake, self.gate))
             return
         while not intake.is_complete:
-            piece = await self.reader.read(READ_BYTES)
+            piece = await self._gated(self.reader.read(READ_BYTES))
             if not piece:
                 raise ConnectionResetError("the client went away inside a request's body")
             used = intake.feed(memoryview(piece))
@@ -288,7 +312,7 @@ class Connection:
         if self.owes_continue:
             self.owes_continue = False
             self.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        piece = await self.reader.read(limit)
+        piece = await self._gated(self.reader.read(limit))
         if not piece:
             raise ConnectionResetError("the client went away inside a request's body")
         return piece
@@ -298,7 +322,7 @@ class Connection:
         if not self.buffer and not self.owes_continue:
             # The way of large bodies in chunks: what follows the line stays in the reader and is copied once less.
             try:
-                line = await self.reader.readuntil(b"\n")
+                line = await self._gated(self.reader.readuntil(b"\n"))
             except asyncio.IncompleteReadError:
                 raise ConnectionResetError("the client went away inside a request's body") from None
             except asyncio.LimitOverrunError:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Final
 
+from atelier.guest_agent.gate import Gate
 from atelier.guest_agent.http import (
     MAX_HEAD_BYTES,
     MAX_HEADERS,
@@ -68,11 +69,14 @@ _REASONS: Final = {
 
 class HttpServer:
     """Serves connections. ``authorize`` raises a ConnectError for a request that may not enter a route that is not
-    public; None lets all in."""
+    public; None lets all in. While ``gate`` is closed only the routes that are still are served, the others wait."""
 
-    def __init__(self, router: Router, authorize: Callable[[Request], None] | None = None) -> None:
+    def __init__(
+        self, router: Router, authorize: Callable[[Request], None] | None = None, gate: Gate | None = None
+    ) -> None:
         self._router = router
         self._authorize = authorize
+        self._gate = gate
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request after the other until the client closes; then close ``writer``."""
@@ -102,6 +106,9 @@ class HttpServer:
             form = route.form
             if self._authorize is not None and not route.is_public:
                 self._authorize(request)
+            if not route.is_still:
+                connection.gate = self._gate
+                await _enter(connection)
             response = await route.endpoint(request)
         except ConnectError as error:
             response = _error_response(error, form)
@@ -116,9 +123,19 @@ class HttpServer:
             is_aligned = False
         keep_alive = keep_alive and is_aligned
         await _send(connection, response, keep_alive=keep_alive)
+        connection.gate = None
         if not is_aligned:
             await _linger(connection)
         return keep_alive
+
+
+async def _enter(connection: Connection) -> None:
+    """Wait until the connection's gate is open. Raises ConnectionResetError when the client has gone meanwhile: in a
+    machine that was restored, nobody of before is to be served."""
+    if connection.gate is not None and not connection.gate.is_open:
+        await connection.gate.opened()
+        if connection.writer.transport.is_closing() or connection.reader.at_eof():
+            raise ConnectionResetError("the client went away while the guest stood still")
 
 
 async def _read_head(connection: Connection) -> bytes | None:
@@ -215,8 +232,13 @@ async def _send(connection: Connection, response: Response, *, keep_alive: bool)
         return
     writer.write(raw_head)
     if isinstance(body, FilePart):
-        with body.file:
+        try:
             await _while_watched(connection, _send_file(writer, body))
+        finally:
+            if connection.gate is not None:
+                # Closing a file that was removed meanwhile writes to its file system.
+                await connection.gate.opened()
+            body.file.close()
         return
     try:
         await _while_watched(connection, _send_pieces(writer, body, chunked))

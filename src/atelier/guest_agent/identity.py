@@ -6,14 +6,13 @@ Called by ``control`` on ``/init`` only, inside a guest, as root. Plain system c
 
 from __future__ import annotations
 
-import asyncio
 import os
+import re
 import socket
 import struct
-import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from atelier.guest_protocol.connect import ConnectError
 
@@ -26,13 +25,28 @@ SSH_FOLDER: Final = "/etc/ssh"
 _RNDADDENTROPY: Final = 0x40085203
 _RNDRESEEDCRNG: Final = 0x5207
 
-_SSHD: Final = "/usr/sbin/sshd"
-_SSH_KEYGEN: Final = "/usr/bin/ssh-keygen"
-_HOST_KEY_DELAY_SECONDS: Final = 3.0
+_PRIVATE_KEY: Final = re.compile(
+    "-----BEGIN OPENSSH PRIVATE KEY-----\n(?:[A-Za-z0-9+/=]{1,80}\n){1,200}-----END OPENSSH PRIVATE KEY-----\n"
+)
+_PUBLIC_KEY: Final = re.compile("ssh-ed25519 [A-Za-z0-9+/=]{1,200}(?: [ -~]{0,100})?")
+_HOST_KEY: Final = f"{SSH_FOLDER}/ssh_host_ed25519_key"
+
+
+class HostKey:
+    """A checked ``hostKey`` object of ``/init``: an Ed25519 key in OpenSSH's own forms."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        private, public = fields.get("privateKey"), fields.get("publicKey")
+        if not isinstance(private, str) or not _PRIVATE_KEY.fullmatch(private):
+            raise ConnectError("invalid_argument", "hostKey: privateKey must be a key in OpenSSH's form")
+        if not isinstance(public, str) or not _PUBLIC_KEY.fullmatch(public):
+            raise ConnectError("invalid_argument", "hostKey: publicKey must be a line of OpenSSH's for Ed25519")
+        self.private = private
+        self.public = f"{public}\n"
 
 
 def set_clock(time_ns: int) -> None:
-    """Step the wall clock to ``time_ns`` (ns since the epoch)."""
+    """Step the wall clock to ``time_ns`` (ns since the epoch), as a boot needs it."""
     try:
         time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
     except OSError as error:
@@ -40,7 +54,8 @@ def set_clock(time_ns: int) -> None:
 
 
 def add_entropy(entropy: bytes) -> None:
-    """Credit ``entropy`` to the kernel's pool and have its generator use it now."""
+    """Credit ``entropy`` to the kernel's pool and have its generator use it now. (Newer kernels do so in a moment, by a
+    worker of theirs; a guest whose processes stand still is thawed by a later request.)"""
     import fcntl
 
     # struct rand_pool_info {int entropy_count (bits); int buf_size (bytes); __u32 buf[];}
@@ -72,42 +87,31 @@ def hosts_with(hosts: str, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def set_machine_id(machine_id: str) -> None:
-    """Write /etc/machine-id; a guest that was somebody else before, or has none yet, gets new SSH host keys."""
+def become(machine_id: str, host_key: HostKey | None) -> None:
+    """Write /etc/machine-id. A guest that was somebody else before, or has no SSH host key yet, gets ``host_key`` in
+    place of all that it has; else it keeps its own, so that people who know it by its key go on knowing it."""
     try:
         before = _read(MACHINE_ID_PATH).strip()
+        if host_key is not None and os.path.isdir(SSH_FOLDER):
+            present = list(Path(SSH_FOLDER).glob("ssh_host_*_key"))
+            if not present or before != machine_id:
+                _set_host_key(host_key, present)
+        # Last: a guest that is cut off before is still somebody else, and gets its key at the next try.
         _write_if_changed(MACHINE_ID_PATH, f"{machine_id}\n")
     except OSError as error:
-        raise _failed("set the machine-id", error) from None
-    if os.access(_SSHD, os.X_OK) and os.access(_SSH_KEYGEN, os.X_OK):
-        asyncio.get_running_loop().call_later(
-            _HOST_KEY_DELAY_SECONDS, _ensure_host_keys, before not in ("", "uninitialized", machine_id)
-        )
+        raise _failed("set machine-id and SSH host key", error) from None
 
 
-def _ensure_host_keys(is_somebody_else: bool) -> None:
-    """Start ssh-keygen in the background. Only Ed25519: an RSA key takes an emulated CPU many seconds."""
-    keys = list(Path(SSH_FOLDER).glob("ssh_host_*_key"))
-    if keys and not is_somebody_else:
-        return
-    try:
-        for key in keys:
-            key.unlink(missing_ok=True)
-            key.with_name(key.name + ".pub").unlink(missing_ok=True)
-        command = [_SSH_KEYGEN, "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", f"{SSH_FOLDER}/ssh_host_ed25519_key"]
-        pid = os.posix_spawn(command[0], command, {"PATH": "/usr/bin:/bin"}, setsid=True, setsigmask=())
-        descriptor = os.pidfd_open(pid)
-    except OSError as error:
-        print(f"guest agent: cannot make SSH host keys: {error}", file=sys.stderr, flush=True)
-        return
-    loop = asyncio.get_running_loop()
-
-    def reap() -> None:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-        os.waitpid(pid, os.WNOHANG)
-
-    loop.add_reader(descriptor, reap)
+def _set_host_key(key: HostKey, present: list[Path]) -> None:
+    for path in present:
+        if str(path) != _HOST_KEY:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.pub").unlink(missing_ok=True)
+    for name, content, mode in ((_HOST_KEY, key.private, 0o600), (f"{_HOST_KEY}.pub", key.public, 0o644)):
+        descriptor = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(content)
+        os.replace(f"{name}.new", name)
 
 
 def _read(path: str) -> str:

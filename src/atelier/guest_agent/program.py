@@ -2,7 +2,7 @@
 
 Called by ``__main__``. In a guest it opens the guest channel and serves the streams to port 49983. With
 ``--listen 127.0.0.1:PORT`` or ``unix:/path`` (tests, development) it serves there instead; control services
-(``/init``, shutdown) are then offered with ``--development`` only. The file services are imported after the channel is
+(``/init``, quiesce, shutdown) are then offered with ``--development`` only. The file services are imported after the channel is
 open: boot and restore do not ask for them first.
 """
 
@@ -95,11 +95,17 @@ async def serve(options: Options) -> None:
     """Serve until cancelled. Raises OSError, ValueError if the place to serve at cannot be used."""
     state = AgentState(token=options.token, default_user=options.default_user, touches_system=options.touches_system)
     router = build_router(state, with_control=options.listen is None or options.is_development)
-    server = HttpServer(router, state.authorize)
+    server = HttpServer(router, state.authorize, state.gate)
     asyncio.get_running_loop().call_later(_LOAD_REST_SECONDS, router.load_rest)
     if options.listen is None:
         from atelier.guest_agent.channel import run_channel
+        from atelier.guest_agent.freezer import MARK_PATH, Freezer
 
+        if os.path.exists(MARK_PATH):
+            # The one before this agent has ended while the guest stood still.
+            state.gate.close()
+        elif options.touches_system:
+            Freezer().join()
         await run_channel(options.channel, {GUEST_AGENT_PORT: server.serve}, state.set_token)
         return
     if options.listen.startswith("unix:"):

@@ -36,12 +36,12 @@ STREAM_HEADERS: Final = {"content-type": CONTENT_TYPE_STREAM}
 _MAX_TIMEOUT_DIGITS: Final = 10
 
 
-def add_unary(router: Router, path: str, procedure: UnaryProcedure) -> None:
+def add_unary(router: Router, path: str, procedure: UnaryProcedure, *, is_still: bool = False) -> None:
     async def endpoint(request: Request) -> Response:
         _check_type(request, CONTENT_TYPE_UNARY)
         return json_response(await procedure(decode_json(await request.read(MAX_MESSAGE_BYTES)), request))
 
-    router.add("POST", path, endpoint, form=UNARY)
+    router.add("POST", path, endpoint, is_still=is_still, form=UNARY)
 
 
 def add_server_stream(router: Router, path: str, procedure: ServerStreamProcedure) -> None:

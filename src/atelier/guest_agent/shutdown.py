@@ -12,6 +12,8 @@ import os
 import signal
 from typing import Final
 
+from atelier.guest_agent.quiesce import Quiesce
+
 _ANSWER_SECONDS: Final = 0.1
 _TERM_SECONDS: Final = 2.0
 _REMOUNT_SECONDS: Final = 0.3
@@ -21,16 +23,18 @@ _RB_AUTOBOOT: Final = 0x01234567
 _ending: asyncio.Task[None] | None = None
 
 
-def begin() -> None:
+def begin(quiesce: Quiesce) -> None:
     """Start the end, and return at once, so that the request can still be answered. A second call changes nothing,
     unless the first one failed."""
     global _ending
     if _ending is None or _ending.done():
-        _ending = asyncio.get_running_loop().create_task(_end())
+        _ending = asyncio.get_running_loop().create_task(_end(quiesce))
 
 
-async def _end() -> None:
+async def _end(quiesce: Quiesce) -> None:
     await asyncio.sleep(_ANSWER_SECONDS)
+    # Nobody can be ended, and nothing written, while the guest stands still.
+    await quiesce.end()
     if os.path.isdir("/run/systemd/system"):
         os.kill(1, signal.SIGRTMIN + 5)  # systemd: start reboot.target. Source: systemd(1)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 from _operator import _compare_digest  # pyright: ignore[reportPrivateUsage]
 from typing import Final
 
+from atelier.guest_agent.gate import Gate
 from atelier.guest_agent.http import HttpError, Request
 from atelier.guest_agent.users import User, UserDirectory, basic_user, resolve_path
 
@@ -33,6 +34,7 @@ class AgentState:
         self.environment: dict[str, str] = {}
         self.touches_system = touches_system
         self.users = users or UserDirectory()
+        self.gate = Gate()
         self._token = token
 
     @property

@@ -78,6 +78,6 @@ def register(router: Router, state: AgentState) -> None:
     async def environment(request: Request) -> Response:
         return json_response(state.environment)
 
-    router.add("GET", "/health", health, is_public=True)
-    router.add("GET", "/metrics", metrics)
+    router.add("GET", "/health", health, is_public=True, is_still=True)
+    router.add("GET", "/metrics", metrics, is_still=True)
     router.add("GET", "/envs", environment)

@@ -44,6 +44,7 @@ from atelier.lifecycle.saga_values import (
     restore_from_json,
 )
 from atelier.lifecycle.saved_memories import SavedMemories
+from atelier.lifecycle.ssh_host_key import make_ssh_host_key
 from atelier.lifecycle.transitions import Transitions
 from atelier.model.errors import (
     AtelierError,
@@ -311,7 +312,7 @@ class SandboxSteps:
         identity = replace(
             self._own_identity(context.subject_id),
             network=attachment.guest,
-            mac_address=attachment.mac_address,
+            mac_address="" if attachment.kind == "none" else attachment.mac_address,
             restored=_is_restored(context),
         )
         await self.while_machine_runs(context, self.guests.initialize(context.subject_id, identity))
@@ -334,6 +335,7 @@ class SandboxSteps:
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             host_time_ns=time.time_ns(),
             environment=sandbox.spec.environment,
+            host_key=make_ssh_host_key(),
             generation=str(uuid.uuid4()),
         )
 

@@ -10,6 +10,14 @@ from atelier.model.machine import GuestAddress
 
 
 @dataclass(frozen=True, slots=True)
+class SshHostKey:
+    """An Ed25519 key in OpenSSH's forms: the private key's file, and the public key's line without its end."""
+
+    private_key: str = field(repr=False)
+    public_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class GuestIdentity:
     """Who the guest is. ``entropy`` is fresh random bytes (>= 32) that reseed the guest kernel;
     ``host_time_ns`` is the host's wall clock (ns since the epoch), taken just before it is sent."""
@@ -21,7 +29,15 @@ class GuestIdentity:
     host_time_ns: int
     environment: dict[str, str] = field(default_factory=dict[str, str])
     network: GuestAddress | None = None
-    """None: the guest's card stays as it is."""
+    """None: the guest's card keeps the addresses that it has."""
+    mac_address: str = ""
+    """Empty: the guest's card keeps the one that it has, or there is no card."""
+    host_key: SshHostKey | None = None
+    """Taken by a guest that had another ``machine_id`` before, or has no host key yet; else it keeps its own."""
+    generation: str = ""
+    """A fresh UUID for each boot and each restore, for the guest's own programs; empty: it keeps what it has."""
+    restored: bool = False
+    """The machine comes from a snapshot and stands still: it is told who it is before its processes go on."""
 
 
 @dataclass(frozen=True, slots=True)

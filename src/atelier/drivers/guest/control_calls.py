@@ -1,4 +1,4 @@
-"""What the host asks of a guest as a whole: is it there, who it is, what time it is, and that it stops.
+"""What the host asks of a guest as a whole: is it there, who it is, what time it is, that it stands still or stops.
 
 Used by ``agent``. The guest's side is ``guest_agent.control``. What a guest answers decides about itself only.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Final
 
 from atelier.drivers.guest.guest_http import GuestHttp
-from atelier.drivers.guest.messages import Message, clock_time_ns
+from atelier.drivers.guest.messages import GAVE_UP, Message, clock_time_ns
 from atelier.guest_protocol import connect
 from atelier.model.errors import AtelierError, GuestError, TimeoutExceededError, TransientError
 from atelier.model.guest import GuestIdentity
-from atelier.model.machine import GuestAddress
 
 _READY_PAUSE_SECONDS: Final = 0.025
 _READY_OVERLAP_SECONDS: Final = 0.25
@@ -74,39 +75,66 @@ async def _is_healthy(guest: GuestHttp) -> AtelierError | None:
     return None
 
 
-def _network_fields(network: GuestAddress | None) -> Message:
-    if network is None:
-        return {}
-    return {
-        "network": {
+def _identity_fields(identity: GuestIdentity) -> Message:
+    fields: Message = {
+        "hostname": identity.hostname,
+        "machineId": identity.machine_id,
+        "accessToken": identity.token,
+        "entropy": base64.b64encode(identity.entropy).decode(),
+        "hostTimeNs": str(identity.host_time_ns),
+        "envVars": identity.environment,
+        "restored": identity.restored,
+    }
+    if (network := identity.network) is not None:
+        fields["network"] = {
             "address": network.address,
             "prefixLength": network.prefix_length,
             "gateway": network.gateway,
             "nameserver": network.nameserver,
         }
-    }
+    if (key := identity.host_key) is not None:
+        fields["hostKey"] = {"privateKey": key.private_key, "publicKey": key.public_key}
+    if identity.mac_address:
+        fields["macAddress"] = identity.mac_address
+    if identity.generation:
+        fields["generation"] = identity.generation
+    return fields
 
 
 async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
-    await guest.ask(
-        "initializing the guest",
-        "POST",
-        "/init",
-        headers={"content-type": connect.CONTENT_TYPE_UNARY},
-        body=connect.encode_json(
-            {
-                "hostname": identity.hostname,
-                "machineId": identity.machine_id,
-                "accessToken": identity.token,
-                "entropy": base64.b64encode(identity.entropy).decode(),
-                "hostTimeNs": str(identity.host_time_ns),
-                "envVars": identity.environment,
-                **_network_fields(identity.network),
-            }
-        ),
-        expected=(200, 204),
-    )
+    with _renamed(
+        "restore_hook_failed", "mend the hook in the sandbox that the snapshot was made of, and snapshot it anew"
+    ):
+        await guest.ask(
+            "initializing the guest",
+            "POST",
+            "/init",
+            headers={"content-type": connect.CONTENT_TYPE_UNARY},
+            body=connect.encode_json(_identity_fields(identity)),
+            expected=(200, 204),
+        )
     guest.token = identity.token
+
+
+async def quiesce(guest: GuestHttp) -> None:
+    # It and its opposite change nothing when they are asked twice, so they may be repeated on a new connection.
+    with _renamed("quiesce_failed", "see what keeps the guest busy, and try again"):
+        await guest.call("quiescing", _CONTROL + "Quiesce", {}, absent="not_found", is_question=True)
+
+
+async def thaw(guest: GuestHttp) -> None:
+    await guest.call("thawing", _CONTROL + "Thaw", {}, absent="not_found", is_question=True)
+
+
+@contextmanager
+def _renamed(code: str, hint: str) -> Generator[None]:
+    """An operation that the guest has given up gets a code and a remedy of its own."""
+    try:
+        yield
+    except GuestError as error:
+        if error.code != GAVE_UP:
+            raise
+        raise GuestError(error.message, code=code, hint=hint) from error
 
 
 async def synchronize_clock(guest: GuestHttp) -> float:

@@ -2,19 +2,23 @@
 
 Made by ``manager.wiring`` in mock mode. Passes the same contract suite as the real driver. Faults come from ``faults``;
 ``boot_delay_seconds`` is how long a guest takes from ``ensure_channel`` until it answers, ``never_ready`` makes it
-never do so. It starts no process and touches no file of the host.
+never do so. It starts no process and touches no file of the host. ``dump`` and ``load`` are for the fake VMM, which
+writes a machine's memory into its files and restores it from there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from atelier.drivers.faults import Faults
 from atelier.drivers.guest.fake_files import FakeFiles
-from atelier.drivers.guest.fake_processes import FakeProcess
+from atelier.drivers.guest.fake_processes import FakeMovement, FakeProcess
 from atelier.model.errors import GuestUnreachableError, InvalidRequestError, NotFoundError, TimeoutExceededError
 from atelier.model.guest import (
     FileEntry,
@@ -31,6 +35,7 @@ _PIECE_BYTES = 256 * 1024
 _FIRST_PID = 100
 _ENDED_KEPT = 16
 _MIB = 1024 * 1024
+_SERVED_WHILE_STILL = frozenset({"initialize", "metrics", "quiesce", "shut_down", "synchronize_clock", "thaw"})
 
 
 @dataclass(slots=True)
@@ -45,6 +50,7 @@ class _Guest:
     next_pid: int = _FIRST_PID
     running: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
     ended: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
+    movement: FakeMovement = field(default_factory=FakeMovement)
 
     @property
     def files(self) -> FakeFiles:
@@ -53,13 +59,52 @@ class _Guest:
         return self.own_files
 
     def start(self, spec: ProcessSpec) -> FakeProcess:
-        process = FakeProcess(self.next_pid, spec, self.files, self._note_end)
+        process = FakeProcess(self.next_pid, spec, self.files, self.movement, self._note_end)
         self.running[process.pid] = process
         self.next_pid += 1
         return process
 
+    def thaw(self) -> None:
+        self.movement.go_on()
+        for process in list(self.running.values()):
+            process.go_on()
+
+    def dump(self) -> bytes:
+        """What a machine's memory and disk hold. Who the guest is goes along; a restored guest is told anew."""
+        identity = self.identity
+        content = {
+            "hostname": identity.hostname if identity else "",
+            "machine_id": identity.machine_id if identity else "",
+            "environment": identity.environment if identity else {},
+            "files": self.files.dump(),
+            "next_pid": self.next_pid,
+            "running": [process.dump() for process in self.running.values()],
+            "is_still": self.movement.is_still,
+        }
+        return json.dumps(content).encode()
+
+    def load(self, memory: bytes) -> None:
+        """Become what ``memory`` says; the token stays the new host's."""
+        content = json.loads(memory)
+        before, self.running, self.ended = self.running, {}, {}
+        for process in before.values():
+            process.send_signal(signal.SIGKILL)
+        self.identity = GuestIdentity(
+            content["hostname"], content["machine_id"], self.token, b"", 0, content["environment"]
+        )
+        self.own_files = FakeFiles.load(content["files"])
+        self.next_pid = content["next_pid"]
+        self.movement = FakeMovement(is_still=content["is_still"])
+        for item in content["running"]:
+            process = FakeProcess(
+                item["pid"], _spec(item["spec"]), self.files, self.movement, self._note_end, memory=item
+            )
+            self.running[process.pid] = process
+
     def _note_end(self, process: FakeProcess) -> None:
-        self.running.pop(process.pid, None)
+        if self.running.get(process.pid) is not process:
+            return  # of the memory before this one
+        del self.running[process.pid]
         self.ended[process.pid] = process
         if len(self.ended) > _ENDED_KEPT:
             del self.ended[next(iter(self.ended))]
@@ -69,6 +114,14 @@ class _Guest:
         if process is None:
             raise NotFoundError(f"no process with the pid {pid} runs", code="process_not_found")
         return process
+
+
+def _spec(dumped: dict[str, Any]) -> ProcessSpec:
+    fields = dict(dumped)
+    fields["arguments"] = tuple(dumped["arguments"])
+    if dumped["terminal"] is not None:
+        fields["terminal"] = TerminalSize(**dumped["terminal"])
+    return ProcessSpec(**fields)
 
 
 class FakeGuests:
@@ -87,6 +140,7 @@ class FakeGuests:
         self.on_shut_down: Callable[[str], None] | None = None
         self.ignores_shut_down = False
         self._guests: dict[str, _Guest] = {}
+        self._restored: dict[str, bytes] = {}
 
     @property
     def sandbox_ids(self) -> list[str]:
@@ -106,14 +160,35 @@ class FakeGuests:
         for sandbox_id in list(self._guests):
             await self._end(sandbox_id)
 
+    def dump(self, sandbox_id: str) -> bytes:
+        """What the guest's machine holds in its memory and on its disk. Raises GuestUnreachableError for one that does
+        not exist."""
+        guest = self._guests.get(sandbox_id)
+        if guest is None:
+            raise GuestUnreachableError(f"sandbox {sandbox_id} has no fake guest")
+        return guest.dump()
+
+    def load(self, sandbox_id: str, memory: bytes) -> None:
+        """The sandbox's machine was restored with this in it: its guest answers at once, and stands still if it did.
+        Before ``ensure_channel`` it waits for that. ``memory`` is what ``dump`` gave."""
+        guest = self._guests.get(sandbox_id)
+        if guest is None:
+            self._restored[sandbox_id] = memory
+            return
+        guest.load(memory)
+        guest.answers_at = asyncio.get_running_loop().time()
+
     async def _guest(self, sandbox_id: str, operation: str) -> _Guest:
         await self.faults.before(operation)
         guest = self._guests.get(sandbox_id)
         if guest is None or self.never_ready or asyncio.get_running_loop().time() < guest.answers_at:
             raise GuestUnreachableError(f"the fake guest of sandbox {sandbox_id} does not answer")
+        if operation not in _SERVED_WHILE_STILL:
+            await guest.movement.wait()
         return guest
 
     async def _end(self, sandbox_id: str) -> None:
+        self._restored.pop(sandbox_id, None)
         guest = self._guests.pop(sandbox_id, None)
         if guest is not None:
             for process in list(guest.running.values()):
@@ -128,6 +203,8 @@ class FakeGuests:
             answers_at = asyncio.get_running_loop().time() + self.boot_delay_seconds
             guest = self._guests[sandbox_id] = _Guest(answers_at, token)
         guest.token = token
+        if (memory := self._restored.pop(sandbox_id, None)) is not None:
+            self.load(sandbox_id, memory)
 
     async def ensure_channel_absent(self, sandbox_id: str) -> None:
         await self.faults.before("ensure_channel_absent")
@@ -155,6 +232,12 @@ class FakeGuests:
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
         (await self._guest(sandbox_id, "initialize")).identity = identity
 
+    async def quiesce(self, sandbox_id: str) -> None:
+        (await self._guest(sandbox_id, "quiesce")).movement.stop()
+
+    async def thaw(self, sandbox_id: str) -> None:
+        (await self._guest(sandbox_id, "thaw")).thaw()
+
     async def synchronize_clock(self, sandbox_id: str) -> float:
         guest = await self._guest(sandbox_id, "synchronize_clock")
         offset_seconds, guest.clock_offset_seconds = guest.clock_offset_seconds, 0.0
@@ -164,6 +247,7 @@ class FakeGuests:
         guest = await self._guest(sandbox_id, "shut_down")
         if self.ignores_shut_down:
             return
+        guest.thaw()
         for process in list(guest.running.values()):
             await process.close()
         if self.on_shut_down is not None:
@@ -255,8 +339,10 @@ class FakeGuests:
         yield len(content), _pieces(content, offset, end)
 
     async def write_file(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> FileEntry:
-        files = await self._files(sandbox_id, "write_file")
+        guest = await self._guest(sandbox_id, "write_file")
         content = b"".join([chunk async for chunk in chunks])
+        await guest.movement.wait()
+        files = guest.files
         return files.write(files.resolve(path, user), content)
 
     @asynccontextmanager
@@ -266,8 +352,10 @@ class FakeGuests:
         yield _pieces(content, 0, len(content))
 
     async def write_archive(self, sandbox_id: str, path: bytes, chunks: AsyncIterator[bytes], user: str = "") -> None:
-        files = await self._files(sandbox_id, "write_archive")
+        guest = await self._guest(sandbox_id, "write_archive")
         content = b"".join([chunk async for chunk in chunks])
+        await guest.movement.wait()
+        files = guest.files
         files.unpack(files.resolve(path, user), content)
 
 

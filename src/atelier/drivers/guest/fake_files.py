@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from atelier.model.errors import AtelierError, ConflictError, GuestError, InvalidRequestError, NotFoundError
 from atelier.model.guest import EntryType, FileEntry
@@ -48,6 +49,33 @@ class FakeFiles:
         self._nodes: dict[bytes, _Node] = {}
         for folder in _FOLDERS:
             self._nodes[folder] = _Node(EntryType.DIRECTORY)
+
+    def dump(self) -> list[dict[str, Any]]:
+        """All of it in JSON's kinds of values, for ``load``."""
+        return [
+            {
+                "path": path.hex(),
+                "type": node.type.value,
+                "content": node.content.hex(),
+                "mode": node.mode,
+                "modified_at": node.modified_at.isoformat(),
+            }
+            for path, node in self._nodes.items()
+        ]
+
+    @classmethod
+    def load(cls, dumped: list[dict[str, Any]]) -> FakeFiles:
+        files = cls()
+        files._nodes = {
+            bytes.fromhex(item["path"]): _Node(
+                EntryType(item["type"]),
+                bytes.fromhex(item["content"]),
+                item["mode"],
+                datetime.fromisoformat(item["modified_at"]),
+            )
+            for item in dumped
+        }
+        return files
 
     @property
     def used_bytes(self) -> int:

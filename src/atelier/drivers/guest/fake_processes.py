@@ -2,7 +2,8 @@
 
 Used by ``fake`` only. ``true``, ``false``, ``echo``, ``cat``, ``sleep`` and ``exit`` are known, by bare name or by path;
 anything else writes that it was not found to stderr and ends with 127. Signals, time limits, stdin and the echo of a
-terminal behave as in a real guest.
+terminal behave as in a real guest. While the guest stands still no program takes a step, and its state can be dumped and
+begun again from there, in another fake guest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from atelier.drivers.guest.fake_files import FakeFiles
 from atelier.model.errors import AtelierError, InvalidRequestError
@@ -29,6 +32,40 @@ _READER_BYTES = 256 * 1024
 _IGNORED_SIGNALS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH})
 _END_OF_INPUT = 0x04
 _INTERRUPT = 0x03
+
+
+class FakeMovement:
+    """Whether a fake guest moves or stands still, and for how long it has moved. Made inside a running loop."""
+
+    def __init__(self, *, is_still: bool = False) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._moving = asyncio.Event()
+        self._moved_seconds = 0.0
+        self._since = self._loop.time()
+        if not is_still:
+            self._moving.set()
+
+    @property
+    def is_still(self) -> bool:
+        return not self._moving.is_set()
+
+    @property
+    def moved_seconds(self) -> float:
+        return self._moved_seconds + (0.0 if self.is_still else self._loop.time() - self._since)
+
+    def stop(self) -> None:
+        self._moved_seconds = self.moved_seconds
+        self._moving.clear()
+
+    def go_on(self) -> None:
+        if self.is_still:
+            self._since = self._loop.time()
+            self._moving.set()
+
+    async def wait(self) -> None:
+        """Return once it moves."""
+        while self.is_still:
+            await self._moving.wait()
 
 
 class _Exit(Exception):
@@ -74,12 +111,22 @@ class _Reader:
 class FakeProcess:
     """One process. Made inside a running loop; its program begins at once."""
 
-    def __init__(self, pid: int, spec: ProcessSpec, files: FakeFiles, on_end: Callable[[FakeProcess], None]) -> None:
+    def __init__(
+        self,
+        pid: int,
+        spec: ProcessSpec,
+        files: FakeFiles,
+        movement: FakeMovement,
+        on_end: Callable[[FakeProcess], None],
+        memory: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``memory``: what ``dump`` gave; the program goes on from there."""
         self.pid = pid
         self.spec = spec
         self.terminal_size = spec.terminal
         self.ended: ProcessEnded | None = None
         self._files = files
+        self._movement = movement
         self._on_end = on_end
         self._readers: list[_Reader] = []
         self._ring: deque[ProcessOutput] = deque()
@@ -90,11 +137,55 @@ class FakeProcess:
         self._input_arrived = asyncio.Event()
         self._signal = 0
         self._timed_out = False
+        self._arguments_done = 0
+        self._status = 0
+        self._lived_before_seconds = 0.0
+        self._moved_at_begin = movement.moved_seconds
+        if memory is not None:
+            self._remember(memory)
         limit = spec.timeout_seconds
-        self._timer = asyncio.get_running_loop().call_later(limit, self._time_is_over) if limit else None
+        self._timer: asyncio.TimerHandle | None = None
+        if limit:
+            left = limit - self._lived_before_seconds
+            self._timer = asyncio.get_running_loop().call_later(left, self._time_is_over)
         self._task = asyncio.create_task(self._run(), name=f"fake-process-{pid}")
         # Not within the task: one that is cancelled before its first step runs none of its lines.
         self._task.add_done_callback(self._ended)
+
+    def dump(self) -> dict[str, Any]:
+        """The state between two steps of its program, in JSON's kinds of values."""
+        size = self.terminal_size
+        return {
+            "pid": self.pid,
+            "spec": asdict(self.spec),
+            "terminal_size": None if size is None else asdict(size),
+            "ring": [[output.stream, output.data.hex()] for output in self._ring],
+            "input": [piece.hex() for piece in self._input],
+            "line": self._line.hex(),
+            "input_ended": self._input_ended,
+            "signal": self._signal,
+            "arguments_done": self._arguments_done,
+            "status": self._status,
+            "lived_seconds": self._lived_seconds,
+        }
+
+    def _remember(self, memory: Mapping[str, Any]) -> None:
+        if memory["terminal_size"] is not None:
+            self.terminal_size = TerminalSize(**memory["terminal_size"])
+        self._ring.extend(ProcessOutput(stream, bytes.fromhex(data)) for stream, data in memory["ring"])
+        self._ring_bytes = sum(len(output.data) for output in self._ring)
+        self._input.extend(bytes.fromhex(piece) for piece in memory["input"])
+        self._line = bytes.fromhex(memory["line"])
+        self._input_ended = memory["input_ended"]
+        self._signal = memory["signal"]
+        self._arguments_done = memory["arguments_done"]
+        self._status = memory["status"]
+        self._lived_before_seconds = memory["lived_seconds"]
+
+    @property
+    def _lived_seconds(self) -> float:
+        """How long it has run, while its guest moved."""
+        return self._lived_before_seconds + self._movement.moved_seconds - self._moved_at_begin
 
     @property
     def summary(self) -> ProcessSummary:
@@ -138,6 +229,13 @@ class FakeProcess:
     def send_signal(self, number: int) -> None:
         if self.ended is None and number not in _IGNORED_SIGNALS:
             self._signal = number
+            # What stands still sees its signals when it goes on, but for the one that nobody sees.
+            if not self._movement.is_still or number == signal.SIGKILL:
+                self._task.cancel()
+
+    def go_on(self) -> None:
+        """The guest moves again."""
+        if self.ended is None and self._signal:
             self._task.cancel()
 
     def resize(self, size: TerminalSize) -> None:
@@ -194,6 +292,7 @@ class FakeProcess:
             await reader.room.wait()
 
     async def _print(self, data: bytes, *, to_stderr: bool = False) -> None:
+        await self._movement.wait()
         if self.spec.terminal is not None:
             await self._write("pty", data.replace(b"\n", b"\r\n"))
         else:
@@ -201,17 +300,20 @@ class FakeProcess:
 
     async def _read(self) -> bytes:
         """The next piece of input, empty at its end."""
+        await self._movement.wait()
         while not self._input:
             if self._input_ended:
                 return b""
             self._input_arrived.clear()
             await self._input_arrived.wait()
+            await self._movement.wait()
         return self._input.popleft()
 
     # The program.
 
     async def _run(self) -> None:
         name = self.spec.arguments[0].rpartition("/")[2]
+        await self._movement.wait()
         await _PROGRAMS.get(name, _unknown)(self)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -244,24 +346,33 @@ class FakeProcess:
         if words and words[0] == "-n":
             del words[0]
             ending = ""
-        await self._print((" ".join(words) + ending).encode(errors="surrogateescape"))
+        if await self._next_argument(0):
+            await self._print((" ".join(words) + ending).encode(errors="surrogateescape"))
 
     async def cat(self) -> None:
-        status = 0
-        for name in self.spec.arguments[1:] or ("-",):
+        for index, name in enumerate(self.spec.arguments[1:] or ("-",)):
             if name == "-":
-                while piece := await self._read():
+                while index >= self._arguments_done and (piece := await self._read()):
                     await self._print(piece)
-                continue
-            path = self._files.resolve(name.encode(errors="surrogateescape"), self.spec.user)
-            try:
-                content = self._files.read(path)
-            except AtelierError as error:
-                await self.say(error.message)
-                status = 1
-            else:
-                await self._print(content)
-        raise _Exit(status)
+                await self._next_argument(index)
+            elif await self._next_argument(index):
+                path = self._files.resolve(name.encode(errors="surrogateescape"), self.spec.user)
+                try:
+                    content = self._files.read(path)
+                except AtelierError as error:
+                    self._status = 1
+                    await self.say(error.message)
+                else:
+                    await self._print(content)
+        raise _Exit(self._status)
+
+    async def _next_argument(self, index: int) -> bool:
+        """Whether the argument at ``index`` is still to be dealt with, which it counts as from now on. Until the
+        program waits again it takes this step and no other, so that a dump never falls in between."""
+        await self._movement.wait()
+        is_next = index == self._arguments_done
+        self._arguments_done = max(self._arguments_done, index + 1)
+        return is_next
 
     async def sleep(self) -> None:
         try:
@@ -269,7 +380,9 @@ class FakeProcess:
         except ValueError:
             await self.say("seconds are wanted")
             raise _Exit(1) from None
-        await asyncio.sleep(seconds)
+        while (left := seconds - self._lived_seconds) > 0:
+            await asyncio.sleep(left)
+            await self._movement.wait()
 
     async def exit(self) -> None:
         words = self.spec.arguments[1:]

@@ -42,7 +42,27 @@ class GuestDriver(Protocol):
         ...
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
-        """Set who the guest is: hostname, machine-id, clock, entropy, token, default environment."""
+        """Set who the guest is: hostname, machine-id, clock, entropy, token, default environment, card, SSH host key,
+        generation file.
+
+        With ``identity.restored`` the machine was restored quiesced, whoever it was before: its root file system takes
+        writes again, the tools image is mounted if it is not, its clock goes forward only, and the hooks of its owner
+        are run (/etc/atelier/on-restore.d); its processes stand still until ``thaw``. May be asked again. Raises
+        GuestError (``restore_hook_failed``) naming a hook that failed.
+        """
+        ...
+
+    async def quiesce(self, sandbox_id: str) -> None:
+        """Return when the guest stands still, for a snapshot: all processes but PID 1 and the guest agent, and its root
+        file system, with everything on its disk. Idempotent. Until ``thaw`` the guest answers ``wait_ready``,
+        ``metrics``, ``initialize``, ``synchronize_clock`` and ``shut_down``; every other call waits.
+
+        Raises GuestError (``quiesce_failed``) after about 10 s, or when the guest cannot; then nothing stands still.
+        """
+        ...
+
+    async def thaw(self, sandbox_id: str) -> None:
+        """Let everything go on. Idempotent, and nothing where nothing stands still."""
         ...
 
     async def synchronize_clock(self, sandbox_id: str) -> float:

@@ -37,6 +37,8 @@ from atelier.model.guest import (
 
 MESSAGE_MAX_BYTES: Final = connect.MAX_MESSAGE_BYTES
 ERROR_MAX_BYTES: Final = 64 * 1024
+GAVE_UP: Final = "guest_gave_up"
+"""The code of a GuestError: the guest began what it was asked for, and undid it."""
 _ERROR_TEXT_MAX: Final = 500
 _PROCESSES_MAX: Final = 100_000
 _ARGUMENTS_MAX: Final = 100_000
@@ -178,6 +180,8 @@ def error_from(code: str, message: str, *, absent: str) -> AtelierError:
             return TimeoutExceededError(text)
         case "unavailable":
             return GuestUnreachableError(text)
+        case "aborted":
+            return GuestError(text, code=GAVE_UP)
         case "unauthenticated":
             return GuestError(
                 f"the guest does not take this manager's token: {text}",
