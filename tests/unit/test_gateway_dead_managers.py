@@ -7,13 +7,13 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from tests.gateway_program import SANDBOX, Gateway, until
+from tests.dead_clients import ask_and_die
+from tests.gateway_program import SANDBOX, Gateway
 
 _KILLED_AT = """
 import os, pathlib, signal, sys
@@ -50,27 +50,17 @@ def channel_files(gateway: Gateway) -> list[str]:
     return sorted(path.name for path in gateway.layout.channels.iterdir() if path.name != "gateway.lock")
 
 
-async def ask_and_die(gateway: Gateway, request: dict[str, str]) -> None:
-    """What a client asks that is dead before the gateway comes to it."""
-    process = gateway.process
-    assert process is not None
-    process.send_signal(signal.SIGSTOP)
-    await until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(gateway.layout.gateway_socket))
-        client.sendall(json.dumps(request).encode() + b"\n")
-    process.send_signal(signal.SIGCONT)
-
-
 async def test_a_dead_manager_attaches_and_detaches_nothing(gateway: Gateway) -> None:
     await gateway.start()
-    await ask_and_die(gateway, attach_request(gateway))
+    assert gateway.process is not None
+    pid, control = gateway.process.pid, gateway.layout.gateway_socket
+    ask_and_die(pid, control, **attach_request(gateway))
     # Two rounds: whatever came before them has been served by then.
     for _ in range(2):
         assert (await gateway.ask(operation="list"))["channels"] == []
     assert channel_files(gateway) == []
     await gateway.attach(gateway.layout.root / "vmm.sock")
-    await ask_and_die(gateway, {"operation": "detach", "sandbox_id": SANDBOX})
+    ask_and_die(pid, control, operation="detach", sandbox_id=SANDBOX)
     for _ in range(2):
         assert (await gateway.channel())["sandbox_id"] == SANDBOX
     assert channel_files(gateway) == [f"{SANDBOX}.json", f"{SANDBOX}.sock"]
