@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from atelier.host.disk_files import find_backing, is_qcow2, missing_disk_file
@@ -26,11 +26,18 @@ from atelier.model.layout import DiskLayout
 from atelier.model.machine import DiskFile
 
 
+@dataclass(slots=True)
+class _Use:
+    """Of a pin: how many work with it now, of whom one at a time may make it."""
+
+    count: int = 0
+    pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class BackingFiles:
     def __init__(self, layout: DiskLayout) -> None:
         self._layout = layout
-        self._in_use: Counter[Path] = Counter()
-        self._pinning = asyncio.Lock()
+        self._in_use: dict[Path, _Use] = {}
 
     @asynccontextmanager
     async def pinned(self, source: DiskFile, pin: Path) -> AsyncGenerator[DiskFile]:
@@ -39,9 +46,10 @@ class BackingFiles:
 
         Raises HostError (``disk_file_missing``), DiskFullError.
         """
-        self._in_use[pin] += 1
+        use = self._in_use.setdefault(pin, _Use())
+        use.count += 1
         try:
-            async with self._pinning:
+            async with use.pinning:
                 ensure_private_folder(pin.parent)
                 try:
                     await run_in_thread(lambda given_up: ensure_pinned(source.path, pin, given_up=given_up))
@@ -55,8 +63,8 @@ class BackingFiles:
         self._release(pin)
 
     def _release(self, pin: Path) -> None:
-        self._in_use[pin] -= 1
-        if not self._in_use[pin]:
+        self._in_use[pin].count -= 1
+        if not self._in_use[pin].count:
             del self._in_use[pin]
 
     def drop_unused(self, *, of_sandbox: str = "") -> None:
@@ -97,18 +105,35 @@ class BackingFiles:
     def _backings(self) -> Iterator[tuple[Path | None, Path | None]]:
         """Every disk file below the volumes' folder, folders that somebody else made there included, and what it stands
         over; an entry without a path for what cannot be looked into."""
-        unreadable: list[OSError] = []
-        for folder, _, names in os.walk(self._layout.root, onerror=unreadable.append):
-            for name in names:
-                path = Path(folder, name)
-                try:
-                    if is_qcow2(path):
-                        backing = find_backing(DiskFile(path, "qcow2"))
-                        yield path, backing.path if backing else None
-                except (OSError, HostError):
-                    yield None, None
-        if unreadable:
-            yield None, None
+        folders = [self._layout.root]
+        while folders:
+            seen: dict[int, Path | None] = {}
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(Path(entry.path))
+                            continue
+                        # Many names have few files: that of one snapshot's disk, for each sandbox that was made from it.
+                        if entry.inode() not in seen:
+                            seen[entry.inode()] = _find_backing(Path(entry.path))
+                        yield Path(entry.path), seen[entry.inode()]
+            except (OSError, HostError):
+                yield None, None
+
+
+def _find_backing(path: Path) -> Path | None:
+    """What a disk file stands over; None also for a file that is none."""
+    try:
+        backing = find_backing(DiskFile(path, "qcow2"))
+    except HostError:
+        try:
+            if is_qcow2(path):
+                raise
+        except FileNotFoundError:
+            pass  # gone since it was listed
+        return None
+    return backing.path if backing else None
 
 
 def _entries(folder: Path) -> list[Path]:
