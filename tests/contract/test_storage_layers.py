@@ -1,29 +1,28 @@
-"""Layers and snapshot disks as qcow2 files: what is in them, what stays and goes, what is refused, and what a crash or a
-full disk leaves."""
+"""Layers and snapshot disks as qcow2 files: what is in them, what stays and goes, what is refused, and what a full disk
+leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.qcow2_disks import IMAGE_NAME, content_of, files_in, find_volume, freeze, holds, make_image, qemu_io, write
 from tests.real_machines import missing_programs
 
 from atelier.drivers.storage.qcow2 import Qcow2Storage
 from atelier.model.errors import ConflictError, DiskFullError, HostError
 from atelier.model.layout import DiskLayout
-from atelier.model.machine import Disk, DiskFile, SnapshotDisk, VolumeRequest
+from atelier.model.machine import DiskFile, SnapshotDisk, VolumeRequest
 
 NO_QEMU_IMG = missing_programs("qemu-img", "qemu-io")
 pytestmark = pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)
 
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 FIRST, SECOND = "ssssssssssss", "tttttttttttt"
-BASE_NAME = "base-0123456789abcdef.ext4"
 
 
 @pytest.fixture
@@ -38,57 +37,7 @@ def storage(layout: DiskLayout) -> Qcow2Storage:
 
 @pytest.fixture
 def base(tmp_path: Path) -> DiskFile:
-    """8 MiB, each full of the byte 1."""
-    path = tmp_path / "cache" / BASE_NAME
-    path.parent.mkdir()
-    path.write_bytes(b"\1" * 8 * 2**20)
-    path.chmod(0o444)
-    return DiskFile(path, "raw")
-
-
-def write(path: Path, byte: int, at_mib: int) -> None:
-    """One MiB full of ``byte``, as a guest would write it."""
-    qemu_io(path, f"write -P {byte} {at_mib}M 1M", "flush")
-
-
-def qemu_io(path: Path, *commands: str, read_only: bool = False) -> None:
-    words = [word for each in commands for word in ("-c", each)]
-    options = ["-r"] if read_only else []
-    done = subprocess.run(["qemu-io", "-f", "qcow2", *options, *words, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed" not in done.stdout, done.stdout
-
-
-def holds(path: Path, *expected: int | None) -> bool:
-    """Whether the disk's MiB, from the first on, are full of these bytes. None: whatever."""
-    content = subprocess.run(["qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", "bs=1M", f"count={len(expected)}",
-                              f"if={path}", f"of={path}.raw"], capture_output=True)  # fmt: skip
-    assert content.returncode == 0, content.stderr
-    raw = Path(f"{path}.raw")
-    pieces = raw.read_bytes()
-    raw.unlink()
-    return all(
-        byte is None or pieces[number << 20 : (number + 1) << 20] == bytes([byte]) * 2**20
-        for number, byte in enumerate(expected)
-    )
-
-
-def raw_copy(path: Path, target: Path) -> bytes:
-    subprocess.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(target)], check=True)
-    content = target.read_bytes()
-    target.unlink()
-    return content
-
-
-async def freeze(storage: Qcow2Storage, sandbox_id: str, snapshot_id: str) -> None:
-    await storage.begin_layer(sandbox_id, snapshot_id)
-    await storage.end_layer(sandbox_id, snapshot_id, switched=True)
-
-
-async def found(storage: Qcow2Storage, sandbox_id: str) -> Disk:
-    disk = await storage.find_volume(sandbox_id)
-    assert disk is not None
-    return disk
+    return make_image(tmp_path / "cache")
 
 
 async def test_a_snapshot_has_what_was_written_before_and_nothing_after(
@@ -108,7 +57,7 @@ async def test_a_snapshot_has_what_was_written_before_and_nothing_after(
     assert holds(volume.top.path, 1, 4, 3, 4, 5, 6, 1, 1, 0)
     subprocess.run(["qemu-img", "check", "-q", str(made.disk.top.path)], check=True)
 
-    layer = (await found(storage, SANDBOX)).backing[0].path
+    layer = (await find_volume(storage, SANDBOX)).backing[0].path
     assert made.disk.top.path.stat().st_ino != layer.stat().st_ino, "the parent's VMM may still write to the layer"
     assert made.disk.top.path.stat().st_mode & 0o777 == 0o400
     assert layer.stat().st_mode & 0o777 == 0o400
@@ -177,17 +126,17 @@ async def test_chains_are_merged_without_a_changed_byte(
             await storage.grow_volume(SANDBOX, 96)
             write(volume, 7, at_mib=90)
     write(volume, 9, at_mib=50)
-    before = raw_copy(volume, tmp_path / "raw")
+    before = content_of(volume)
     used = await storage.used_bytes(SANDBOX)
     made = await storage.ensure_snapshot_disk("h" * 12, SANDBOX)
     expected = bytearray(before)
     expected[50 * 2**20 : 51 * 2**20] = bytes(2**20)
-    assert raw_copy(made.disk.top.path, tmp_path / "raw") == bytes(expected)
+    assert content_of(made.disk.top.path) == bytes(expected)
     for snapshot_id in "cdefg":
         await storage.ensure_snapshot_disk_absent(snapshot_id * 12)
     await storage.shorten_volume(SANDBOX)
-    assert raw_copy(volume, tmp_path / "raw") == before
-    assert (await found(storage, SANDBOX)).backing == (DiskFile(layout.bases / BASE_NAME, "raw"),)
+    assert content_of(volume) == before
+    assert (await find_volume(storage, SANDBOX)).backing == (DiskFile(layout.bases / IMAGE_NAME, "raw"),)
     assert await storage.used_bytes(SANDBOX) < used
     assert not layout.layers.exists(), "nobody needs the layers any more"
     assert volume.stat().st_mode & 0o777 == 0o600
@@ -271,10 +220,10 @@ async def test_headers_that_were_tampered_with_reach_nobody_elses_data(
     grandchild = (await storage.ensure_snapshot_disk("uuuuuuuuuuuu", "cccccccccccc")).disk
     origin = grandchild.backing[0].path
     assert origin.parent == layout.origins
-    own = await found(storage, SANDBOX)
+    own = await find_volume(storage, SANDBOX)
     for named in (
         secret.top.path,
-        (await found(storage, OTHER)).backing[0].path,
+        (await find_volume(storage, OTHER)).backing[0].path,
         child.backing[0].path,
         origin,
         layout.volume(OTHER),
@@ -312,7 +261,7 @@ async def test_data_in_another_file_is_refused(storage: Qcow2Storage, base: Disk
     """A program of ours that opens such a file would open the other one, too."""
     volume = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
     await freeze(storage, SANDBOX, FIRST)
-    tamper((await found(storage, SANDBOX)).backing[0].path, features=features)
+    tamper((await find_volume(storage, SANDBOX)).backing[0].path, features=features)
     with pytest.raises(HostError) as refusal:
         await storage.ensure_snapshot_disk(FIRST, SANDBOX)
     assert refusal.value.code == "disk_file_damaged"
@@ -334,12 +283,8 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def entries(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_ino for path in folder.rglob("*") if path.is_file()}
-
-
 async def test_a_full_disk_is_said_and_leaves_nothing(small_file_system: Path, tmp_path: Path) -> None:
-    small_base = tmp_path / BASE_NAME
+    small_base = tmp_path / IMAGE_NAME
     small_base.write_bytes(bytes(2**20))
     small_base.chmod(0o444)
     storage = Qcow2Storage(small_file_system / "volumes")
@@ -354,28 +299,22 @@ async def test_a_full_disk_is_said_and_leaves_nothing(small_file_system: Path, t
     # Full at once; while the second file is copied; while they are merged.
     for room_mib in (0, 5, 9):
         filler.write_bytes(bytes(max(0, await storage.free_bytes() - room_mib * 2**20)))
-        before = entries(small_file_system)
+        before = files_in(small_file_system)
         with pytest.raises(DiskFullError) as refusal:
             await storage.ensure_snapshot_disk(SECOND, SANDBOX)
         assert refusal.value.hint
         with pytest.raises(DiskFullError):
             await storage.shorten_volume(SANDBOX)
-        assert entries(small_file_system) == before
+        assert files_in(small_file_system) == before
         if room_mib == 0:
             with pytest.raises(DiskFullError):
                 await storage.begin_layer(SANDBOX, "uuuuuuuuuuuu")
             await storage.end_layer(SANDBOX, "uuuuuuuuuuuu", switched=False)
-            assert entries(small_file_system) == before
-        assert holds_in(tmp_path, volume, 2, 2, 2, 3, 3, 3, 3)
+            assert files_in(small_file_system) == before
+        assert holds(volume, 2, 2, 2, 3, 3, 3, 3)
         filler.unlink()
     made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
-    assert holds_in(tmp_path, made.disk.top.path, 2, 2, 2, 2)
-
-
-def holds_in(folder: Path, path: Path, *expected: int) -> bool:
-    """As ``holds``, with its copy where there is room."""
-    content = raw_copy(path, folder / "raw")
-    return content[: len(expected) << 20] == b"".join(bytes([byte]) * 2**20 for byte in expected)
+    assert holds(made.disk.top.path, 2, 2, 2, 2)
 
 
 async def test_a_copy_that_is_given_up_leaves_nothing(
@@ -385,7 +324,7 @@ async def test_a_copy_that_is_given_up_leaves_nothing(
     qemu_io(volume, "write -P 2 0 100M")
     await freeze(storage, SANDBOX, SECOND)
     await freeze(storage, SANDBOX, FIRST)
-    before = entries(layout.root)
+    before = files_in(layout.root)
     for pause_seconds in (0, 0.005, 0.02, 0.05, 0.1):
         copying = asyncio.create_task(storage.ensure_snapshot_disk(FIRST, SANDBOX))
         await asyncio.sleep(pause_seconds)
@@ -394,142 +333,6 @@ async def test_a_copy_that_is_given_up_leaves_nothing(
         if isinstance(ended, SnapshotDisk):  # it was quicker
             await storage.ensure_snapshot_disk_absent(FIRST)
             return
-        left = entries(layout.root)
+        left = files_in(layout.root)
         left.pop(f"snapshots/{FIRST}.sha256", None)
         assert left == before
-
-
-CRASHING = """
-import asyncio, os, sys
-from pathlib import Path
-from atelier.drivers.storage.qcow2 import Qcow2Storage
-
-CHANGES = {"os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "open", "subprocess.Popen"}
-volumes, countdown, operation, *arguments = sys.argv[1:]
-left = int(countdown)
-
-def end_before_a_change(event, values):
-    global left
-    if event not in CHANGES or not any(volumes in str(value) for value in values):
-        return
-    if event == "open" and isinstance(values[2], int) and not values[2] & (os.O_WRONLY | os.O_RDWR):
-        return
-    left -= 1
-    if left < 0:
-        os._exit(77)
-
-storage = Qcow2Storage(Path(volumes))
-words = {"True": {"switched": True}, "False": {"switched": False}}.get(arguments[-1], {})
-sys.addaudithook(end_before_a_change)
-asyncio.run(getattr(storage, operation)(*(arguments[:-1] if words else arguments), **words))
-"""
-
-
-def crash_at(volumes: Path, number: int, *words: str) -> bool:
-    """Do it in a process that ends itself before its ``number``-th change of a file; whether it came to its end."""
-    done = subprocess.run([sys.executable, "-c", CRASHING, str(volumes), str(number), *words], capture_output=True)
-    assert done.returncode in (0, 77), done.stderr.decode()
-    return done.returncode == 0
-
-
-@pytest.mark.parametrize("switched", [True, False])
-async def test_a_crash_at_any_change_of_a_file_while_freezing(base: DiskFile, tmp_path: Path, switched: bool) -> None:
-    finished = crashes = 0
-    while finished < 2:
-        volumes = tmp_path / f"volumes{crashes}"
-        storage, layout = Qcow2Storage(volumes), DiskLayout(volumes)
-        volume = (await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))).top.path
-        write(volume, 2, at_mib=1)
-        old = await found(storage, SANDBOX)
-        # First through ``begin``, then, that whole, through ``end``.
-        operation = ["begin_layer", SANDBOX, FIRST]
-        if finished == 1:
-            next_top = await storage.begin_layer(SANDBOX, FIRST)
-            if switched:
-                write(next_top.path, 3, at_mib=2)
-            operation = ["end_layer", SANDBOX, FIRST, str(switched)]
-        through = crash_at(volumes, crashes, *operation)
-        again = Qcow2Storage(volumes)
-        if finished == 0:
-            assert await again.find_volume(SANDBOX) == old
-            assert holds(volume, 1, 2, 1)
-            if crashes % 2:
-                await again.begin_layer(SANDBOX, FIRST)
-            await again.end_layer(SANDBOX, FIRST, switched=False)
-            assert entries(volumes).keys() == {volume.name, f"bases/{BASE_NAME}"}
-            write((await again.begin_layer(SANDBOX, FIRST)).path, 3, at_mib=2)
-        else:
-            await again.end_layer(SANDBOX, FIRST, switched=switched)
-            if not switched:
-                assert await again.find_volume(SANDBOX) == old
-                assert entries(volumes).keys() == {volume.name, f"bases/{BASE_NAME}"}
-                assert volume.stat().st_mode & 0o777 == 0o600
-                assert holds(volume, 1, 2, 1)
-        if finished == 0 or switched:
-            await again.end_layer(SANDBOX, FIRST, switched=True)
-            new = await found(again, SANDBOX)
-            assert len(new.backing) == 2
-            assert holds(volume, 1, 2, 3)
-            assert holds((await again.ensure_snapshot_disk(FIRST, SANDBOX)).disk.top.path, 1, 2, 1)
-            assert not list(again_left_overs(layout))
-        crashes += 1
-        if through:
-            assert crashes > (4 if finished == 0 else 1), "there were changes to crash at"
-            finished, crashes = finished + 1, 0
-            for folder in tmp_path.glob("volumes*"):
-                subprocess.run(["rm", "-r", str(folder)], check=True)
-
-
-def again_left_overs(layout: DiskLayout) -> Iterator[Path]:
-    yield from layout.root.rglob("*.new*")
-    yield from layout.root.rglob("*.next")
-    yield from layout.root.rglob("*.layer")
-
-
-async def test_a_crash_at_any_change_of_a_file_while_a_disk_is_made(base: DiskFile, tmp_path: Path) -> None:
-    through, crashes = False, 0
-    while not through:
-        volumes = tmp_path / f"volumes{crashes}"
-        storage, layout = Qcow2Storage(volumes), DiskLayout(volumes)
-        volume = (await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))).top.path
-        write(volume, 2, at_mib=1)
-        await freeze(storage, SANDBOX, SECOND)
-        write(volume, 3, at_mib=2)
-        await freeze(storage, SANDBOX, FIRST)
-        through = crash_at(volumes, crashes, "ensure_snapshot_disk", FIRST, SANDBOX)
-        again = Qcow2Storage(volumes)
-        whole = await again.find_snapshot_disk(FIRST)
-        if whole is not None:
-            await again.verify_snapshot_disk(FIRST)
-            assert holds(whole.top.path, 1, 2, 3, 1)
-        if crashes % 2:
-            assert holds((await again.ensure_snapshot_disk(FIRST, SANDBOX)).disk.top.path, 1, 2, 3, 1)
-        await again.ensure_snapshot_disk_absent(FIRST)
-        assert holds((await again.ensure_snapshot_disk(SECOND, SANDBOX)).disk.top.path, 1, 2, 1, 1)
-        assert holds(volume, 1, 2, 3, 1)
-        assert not list(again_left_overs(layout))
-        subprocess.run(["rm", "-r", str(volumes)], check=True)
-        crashes += 1
-    assert crashes > 8, "there were changes to crash at"
-
-
-async def test_a_crash_at_any_change_of_a_file_while_merging(base: DiskFile, tmp_path: Path) -> None:
-    through, crashes = False, 0
-    while not through:
-        volumes = tmp_path / f"volumes{crashes}"
-        storage = Qcow2Storage(volumes)
-        volume = (await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))).top.path
-        write(volume, 2, at_mib=1)
-        await freeze(storage, SANDBOX, FIRST)
-        write(volume, 3, at_mib=2)
-        await storage.ensure_snapshot_disk_absent(FIRST)
-        through = crash_at(volumes, crashes, "shorten_volume", SANDBOX)
-        again = Qcow2Storage(volumes)
-        assert await again.find_volume(SANDBOX) is not None
-        assert holds(volume, 1, 2, 3, 1)
-        await again.shorten_volume(SANDBOX)
-        assert holds(volume, 1, 2, 3, 1)
-        assert entries(volumes).keys() == {volume.name, f"bases/{BASE_NAME}"}
-        subprocess.run(["rm", "-r", str(volumes)], check=True)
-        crashes += 1
-    assert crashes > 4, "there were changes to crash at"

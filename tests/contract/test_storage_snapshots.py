@@ -171,6 +171,21 @@ async def test_destroying_in_the_middle_of_freezing(storage: StorageDriver, base
     assert await storage.used_bytes(SANDBOX) == 0
 
 
+async def test_a_snapshot_that_is_given_up_before_its_volume_is_frozen(storage: StorageDriver, base: DiskFile) -> None:
+    """As when the one undo runs before the other: the volume goes on over its layer, and nothing holds that."""
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await storage.begin_layer(SANDBOX, FIRST)
+    assert await storage.list_snapshot_disks() == [FIRST]
+    await storage.ensure_snapshot_disk_absent(FIRST)
+    await storage.end_layer(SANDBOX, FIRST, switched=True)
+    assert len((await found(storage, SANDBOX)).backing) == 2
+    assert await storage.list_snapshot_disks() == []
+    with pytest.raises(NotFoundError):
+        await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+    await storage.shorten_volume(SANDBOX)
+    assert len((await found(storage, SANDBOX)).backing) == 1
+
+
 async def test_another_attempt_for_the_same_snapshot(storage: StorageDriver, base: DiskFile) -> None:
     await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
     await freeze(storage, SANDBOX, FIRST)

@@ -279,6 +279,52 @@ def test_disks_of_sandboxes_that_rest_come_along_to_another_machine(machine: Mac
 
 
 @needs_qemu_img
+def test_disks_of_several_files_come_along_as_one(machine: Machine, tmp_path: Path) -> None:
+    """Of a sandbox that was snapshotted, and of one that was made from the snapshot; the snapshot itself stays here."""
+
+    async def take_snapshot() -> None:
+        await machine.storage.begin_layer(IDS["first"], "s" * 12)
+        await machine.storage.end_layer(IDS["first"], "s" * 12, switched=True)
+        snapshot = await machine.storage.ensure_snapshot_disk("s" * 12, IDS["first"])
+        await machine.storage.ensure_volume(VolumeRequest(IDS["second"], snapshot.disk.top, 128))
+
+    for name in ("first", "second"):
+        machine.add(name)
+    paths = [machine.make_disk("first", 1)]
+    (machine.images / BASE).chmod(0o444)
+    asyncio.run(take_snapshot())
+    paths.append(machine.data.disks.volume(IDS["second"]))
+    for number, path in enumerate(paths, start=5):
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -P {number} 9M 1M", str(path)], check=True)
+    before = contents(machine.data.root)
+    made = machine.back_up(tmp_path / "b.tar.gz", with_disks=True)
+    assert contents(machine.data.root) == before
+    assert [entry.left_out for entry in made.manifest.volumes] == ["", ""]
+    with tarfile.open(made.path) as archive:
+        volumes = [f"volumes/{path.name}" for path in paths]
+        assert [name for name in archive.getnames() if "/" in name] == [f"bases/{BASE}", *volumes]
+
+    other = Machine(tmp_path / "other")
+    assert sorted(other.restore(made.path).disks_restored) == ["first", "second"]
+    for number, name in ((5, "first"), (6, "second")):
+        disk = asyncio.run(other.storage.find_volume(IDS[name]))
+        assert disk is not None
+        assert [file.path for file in disk.backing] == [other.data.disks.bases / BASE]
+        reading = ["-c", "read -P 1 8M 1M", "-c", f"read -P {number} 9M 1M", "-c", "read -v 0 22"]
+        shown = subprocess.check_output(["qemu-io", "-f", "qcow2", "-r", *reading, str(disk.top.path)], text=True)
+        assert "Pattern verification failed" not in shown
+        assert "the.base.s.first" in shown
+
+    # Names of others' layers are obeyed no more than those of other files.
+    stolen = machine.data.disks.layer(IDS["first"], "s" * 12, 1)
+    rebasing = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", str(stolen), str(paths[1])]
+    subprocess.run(rebasing, check=True)
+    tampered = machine.back_up(tmp_path / "c.tar.gz", with_disks=True)
+    assert [bool(entry.left_out) for entry in tampered.manifest.volumes] == [False, True]
+    assert str(stolen) in tampered.manifest.volumes[1].left_out
+
+
+@needs_qemu_img
 def test_a_header_that_names_a_file_of_the_host_is_not_obeyed(machine: Machine, tmp_path: Path) -> None:
     """A VMM that was taken over can write its disk's header."""
     machine.add("first")

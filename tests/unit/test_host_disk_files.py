@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from tests.real_machines import missing_programs
 
-from atelier.host.disk_files import find_backing, set_backing_file, virtual_size_bytes
+from atelier.host.disk_files import find_backing, is_empty_overlay, set_backing_file, virtual_size_bytes
 from atelier.model.errors import HostError
 from atelier.model.machine import DiskFile
 
-NO_QEMU_IMG = missing_programs("qemu-img")
+NO_QEMU_IMG = missing_programs("qemu-img", "qemu-io")
 MIB = 1024 * 1024
 needs_qemu_img = pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)
 
@@ -115,3 +115,38 @@ def test_every_header_cut_short_is_refused_or_read(tmp_path: Path) -> None:
             assert find_backing(disk) == DiskFile(Path("/base.raw"), "raw")
         except HostError as error:
             assert error.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
+    """Whose data lie in another file, say: a program that opens the one opens the other."""
+    plain = overlay(tmp_path / "plain", backing_format="qcow2")
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={tmp_path}/d", tmp_path / "data", "5M"]
+    )
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "extended_l2=on", tmp_path / "extended", "5M"])
+    encrypted, newer = tmp_path / "encrypted", tmp_path / "newer"
+    for path, position in ((encrypted, 35), (newer, 7)):
+        path.write_bytes(plain.path.read_bytes())
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(b"\4")
+    for name in ("data", "extended", "encrypted", "newer"):
+        for read in (find_backing, virtual_size_bytes):
+            with pytest.raises(HostError) as refused:
+                read(DiskFile(tmp_path / name, "qcow2"))
+            assert refused.value.code == "disk_file_damaged"
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("size", ["1M", "600M", "16T"])
+def test_an_overlay_is_empty_until_something_is_written(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "one"
+    create = ["qemu-img", "create", "-qu", "-f", "qcow2", "-F", "raw", "-b", "/base.raw", str(path), size]
+    subprocess.run(create, check=True)
+    assert is_empty_overlay(path)
+    file = f'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{path}"}},"backing":null}}'
+    for written, expected in (("read 0 512", True), ("write -z 0 64k", False), ("write 0 64k", False)):
+        subprocess.run(create, check=True)
+        subprocess.run(["qemu-io", "-c", written, file], check=True, stdout=subprocess.DEVNULL)
+        assert is_empty_overlay(path) is expected, written

@@ -30,10 +30,15 @@ async def create_overlay(path: Path, backing: DiskFile, size_bytes: int, *, doin
         with disk_full_as_error(doing):
             path.unlink(missing_ok=True)
             # Made here, so that its mode is right from the first instant.
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         # -u: do not open what is below; the size is known and stated.
         overlay = ["create", "-q", "-u", "-f", "qcow2", "-F", backing.format, "-b", str(backing.path)]
-        await _run_qemu_img([*overlay, str(path), str(size_bytes)], doing)
+        try:
+            # Open, not by its name: one that comes to it after this process's death must not make the file again.
+            arguments = [*overlay, f"/proc/self/fd/{descriptor}", str(size_bytes)]
+            await _run_qemu_img(arguments, doing, pass_descriptors=[descriptor])
+        finally:
+            os.close(descriptor)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -87,11 +92,14 @@ async def _copy(source: Path, target: Path) -> None:
     await run_in_thread(lambda given_up: copy_file(source, target, mode=0o600, given_up=given_up))
 
 
-async def _run_qemu_img(arguments: list[str], doing: str, *, timeout_seconds: float = 60.0) -> None:
+async def _run_qemu_img(
+    arguments: list[str], doing: str, *, pass_descriptors: Sequence[int] = (), timeout_seconds: float = 60.0
+) -> None:
     try:
         await command.run(
             ["qemu-img", *arguments],
             environment={"LC_ALL": "C"},
+            pass_descriptors=pass_descriptors,
             package_hint="qemu-utils",
             timeout_seconds=timeout_seconds,
         )

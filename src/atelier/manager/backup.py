@@ -6,6 +6,7 @@ the data folder's lock. The file gets its name when it is whole and on the disk.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import tempfile
@@ -18,7 +19,9 @@ from pathlib import Path
 from atelier import __version__
 from atelier.db.closed_files import StoredSandbox, copy_database, read_sandboxes
 from atelier.db.examination import examine
+from atelier.host.disk_chains import chain_below
 from atelier.host.disk_files import find_backing
+from atelier.host.disk_images import merge_copies
 from atelier.host.files import refusal_as_error, sync_folder
 from atelier.host.sparse_files import read_sparsely
 from atelier.manager.backup_archive import (
@@ -32,7 +35,7 @@ from atelier.manager.backup_archive import (
     VolumeEntry,
 )
 from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
-from atelier.model.layout import DataLayout
+from atelier.model.layout import DataLayout, DiskLayout
 from atelier.model.machine import DiskFile
 from atelier.model.states import SandboxState
 
@@ -80,7 +83,7 @@ def take_backup(data: DataLayout, images: Path, target: Path, *, with_disks: boo
             _add_file(archive, DATABASE, database)
             if holds_key := data.token_file.exists():
                 _add_file(archive, TOKEN, data.token_file)
-            disks = _Disks(data, images, archive)
+            disks = _Disks(data, images, archive, folder)
             volumes = [entry for each in sandboxes if (entry := disks.enter(each, included=with_disks)) is not None]
             manifest = Manifest(
                 format_version=FORMAT_VERSION,
@@ -121,10 +124,13 @@ def _add_file(archive: ArchiveWriter, name: str, path: Path) -> None:
 
 
 class _Disks:
-    """Puts volumes and the bases that they need into the archive, each base once."""
+    """Puts volumes and the images that they need into the archive, each image once. A volume that consists of several
+    files, or stands over a snapshot's disk, is made one file over its image first, in ``folder``."""
 
-    def __init__(self, data: DataLayout, images: Path, archive: ArchiveWriter) -> None:
+    def __init__(self, data: DataLayout, images: Path, archive: ArchiveWriter, folder: Path) -> None:
         self._data = data
+        self._layout = DiskLayout(data.volumes.absolute())
+        self._folder = folder
         self._trusted = (data.disks.bases, images)
         self._archive = archive
         self._bases: dict[str, Path] = {}
@@ -150,11 +156,39 @@ class _Disks:
             reason = f"it is {sandbox.state}"
         else:
             try:
-                base = self._add_base(path)
-                reason = self._add_volume(sandbox, path)
+                base, reason = self._add(sandbox, path)
             except AtelierError as error:
                 reason = error.message
         return entry.model_copy(update={"base": base, "left_out": reason})
+
+    def _add(self, sandbox: StoredSandbox, volume: Path) -> tuple[str, str]:
+        """The name of the volume's base, and why the copy is not to be used; that is empty if it is whole."""
+        with _open_regular(volume) as descriptor:
+            before = os.fstat(descriptor)
+            backing = find_backing(DiskFile(volume, "qcow2"))
+            if backing is None or backing.path.parent != self._layout.layers:
+                base = self._add_base(volume)
+                self._add_volume(volume)
+            else:
+                merged = self._folder / volume.name
+                try:
+                    asyncio.run(self._merge(sandbox, volume, merged))
+                    base = self._add_base(merged)
+                    self._add_volume(merged)
+                finally:
+                    merged.unlink(missing_ok=True)
+            after = os.fstat(descriptor)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            return base, _CHANGED
+        # A start may have begun meanwhile, and not have written yet.
+        now = {each.id: each.state for each in read_sandboxes(self._data.database)}
+        return base, "" if now.get(sandbox.id) in _AT_REST else _CHANGED
+
+    async def _merge(self, sandbox: StoredSandbox, volume: Path, merged: Path) -> None:
+        top = DiskFile(volume, "qcow2")
+        chain = chain_below(self._layout, top, sandbox.id)
+        private = [file for file in chain if self._layout.is_layer(file.path)]
+        await merge_copies([top, *private], chain[len(private) :], merged, doing=f"copying the volume {volume}")
 
     def _add_base(self, volume: Path) -> str:
         backing = find_backing(DiskFile(volume, "qcow2"))
@@ -172,18 +206,8 @@ class _Disks:
             self._bases[base.name] = base
         return base.name
 
-    def _add_volume(self, sandbox: StoredSandbox, path: Path) -> str:
-        """Why the copy that was made is not to be used; empty if it is whole."""
-        with _open_regular(path) as descriptor:
-            before = os.fstat(descriptor)
-            pieces = read_sparsely(descriptor, before.st_size)
-            self._archive.add(f"volumes/{path.name}", before.st_size, pieces, modified_at=before.st_mtime)
-            after = os.fstat(descriptor)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            return _CHANGED
-        # A start may have begun meanwhile, and not have written yet.
-        now = {each.id: each.state for each in read_sandboxes(self._data.database)}
-        return "" if now.get(sandbox.id) in _AT_REST else _CHANGED
+    def _add_volume(self, path: Path) -> None:
+        _add_file(self._archive, f"volumes/{path.name}", path)
 
 
 @contextmanager

@@ -4,10 +4,6 @@ Used by ``qcow2``, ``layers`` and ``snapshot_disks``. Owns ``bases`` and ``origi
 volumes that are gone. Images and the disks of snapshots are kept under second names, so the image cache may be emptied
 and a snapshot deleted at any time.
 
-A VMM that was broken out of can write what it likes into the header of its own volume and layers. So a name has to be
-earned: these may stand over layers of the same sandbox (its id is in their names) and images; the disk of a snapshot
-that it was made from is reached under such a name, too. Only snapshot disks, which no VMM writes, may name others'.
-
 One manager at a time works on a data folder, so what is under way is known here and needs no lock on disk.
 """
 
@@ -15,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
-import stat
-from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from atelier.host.disk_files import find_backing, is_qcow2, missing_disk_file
@@ -31,17 +25,19 @@ from atelier.model.ids import SANDBOX_ID_LENGTH
 from atelier.model.layout import DiskLayout
 from atelier.model.machine import DiskFile
 
-LONGEST_CHAIN = 8
-"""Files of one disk, the one that is written to included."""
-_CONTENT_NAME = re.compile(r"[a-z0-9][a-z0-9-]*-[0-9a-f]{16}\.ext4")
-"""How an image's file is named in the cache."""
+
+@dataclass(slots=True)
+class _Use:
+    """Of a pin: how many work with it now, of whom one at a time may make it."""
+
+    count: int = 0
+    pinning: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class BackingFiles:
     def __init__(self, layout: DiskLayout) -> None:
         self._layout = layout
-        self._in_use: Counter[Path] = Counter()
-        self._pinning = asyncio.Lock()
+        self._in_use: dict[Path, _Use] = {}
 
     @asynccontextmanager
     async def pinned(self, source: DiskFile, pin: Path) -> AsyncGenerator[DiskFile]:
@@ -50,9 +46,10 @@ class BackingFiles:
 
         Raises HostError (``disk_file_missing``), DiskFullError.
         """
-        self._in_use[pin] += 1
+        use = self._in_use.setdefault(pin, _Use())
+        use.count += 1
         try:
-            async with self._pinning:
+            async with use.pinning:
                 ensure_private_folder(pin.parent)
                 try:
                     await run_in_thread(lambda given_up: ensure_pinned(source.path, pin, given_up=given_up))
@@ -66,52 +63,9 @@ class BackingFiles:
         self._release(pin)
 
     def _release(self, pin: Path) -> None:
-        self._in_use[pin] -= 1
-        if not self._in_use[pin]:
+        self._in_use[pin].count -= 1
+        if not self._in_use[pin].count:
             del self._in_use[pin]
-
-    def chain_below(self, file: DiskFile, owner: str) -> tuple[DiskFile, ...]:
-        """What ``file`` stands over, nearest first. ``owner``: the sandbox whose volume or layer it is; empty for the
-        disk of a snapshot.
-
-        Raises HostError (``disk_file_missing``, ``disk_file_damaged``).
-        """
-        chain: list[DiskFile] = []
-        lower = file
-        while found := find_backing(lower):
-            if len(chain) == LONGEST_CHAIN - 1:
-                raise HostError(f"{file.path} has a chain of more than {LONGEST_CHAIN} files", code="disk_file_damaged")
-            self._check(found, owner)
-            if self._layout.is_origin(found.path):
-                owner = ""
-            chain.append(found)
-            lower = found
-        if chain and self._layout.is_layer(chain[-1].path):
-            raise HostError(f"{file.path} stands over no image in the end", code="disk_file_damaged")
-        return tuple(chain)
-
-    def _check(self, file: DiskFile, owner: str) -> None:
-        try:
-            found = file.path.lstat()
-        except FileNotFoundError as error:
-            raise missing_disk_file(file.path) from error
-        folder, name = file.path.parent, file.path.name
-        is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
-        is_read_only = not found.st_mode & 0o222
-        if owner and folder == self._layout.layers:
-            # One that is just being frozen may still be written to.
-            earned = is_ours and file.format == "qcow2" and name.startswith(f"{owner}-")
-        elif folder == self._layout.origins:
-            earned = is_ours and is_read_only and not owner
-        else:
-            # Volumes stood over the cache itself before images were kept.
-            earned = is_ours and is_read_only and (folder == self._layout.bases or bool(_CONTENT_NAME.fullmatch(name)))
-        if not earned:
-            raise HostError(
-                f"{file.path} is named as what a disk stands over, and is none of its layers and no image's file",
-                code="disk_file_damaged",
-                hint="the disk was tampered with; do not use it",
-            )
 
     def drop_unused(self, *, of_sandbox: str = "") -> None:
         """Remove bases and origins that nothing stands over, and such layers of volumes that are gone, and of
@@ -151,18 +105,35 @@ class BackingFiles:
     def _backings(self) -> Iterator[tuple[Path | None, Path | None]]:
         """Every disk file below the volumes' folder, folders that somebody else made there included, and what it stands
         over; an entry without a path for what cannot be looked into."""
-        unreadable: list[OSError] = []
-        for folder, _, names in os.walk(self._layout.root, onerror=unreadable.append):
-            for name in names:
-                path = Path(folder, name)
-                try:
-                    if is_qcow2(path):
-                        backing = find_backing(DiskFile(path, "qcow2"))
-                        yield path, backing.path if backing else None
-                except (OSError, HostError):
-                    yield None, None
-        if unreadable:
-            yield None, None
+        folders = [self._layout.root]
+        while folders:
+            seen: dict[int, Path | None] = {}
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(Path(entry.path))
+                            continue
+                        # Many names have few files: that of one snapshot's disk, for each sandbox that was made from it.
+                        if entry.inode() not in seen:
+                            seen[entry.inode()] = _find_backing(Path(entry.path))
+                        yield Path(entry.path), seen[entry.inode()]
+            except (OSError, HostError):
+                yield None, None
+
+
+def _find_backing(path: Path) -> Path | None:
+    """What a disk file stands over; None also for a file that is none."""
+    try:
+        backing = find_backing(DiskFile(path, "qcow2"))
+    except HostError:
+        try:
+            if is_qcow2(path):
+                raise
+        except FileNotFoundError:
+            pass  # gone since it was listed
+        return None
+    return backing.path if backing else None
 
 
 def _entries(folder: Path) -> list[Path]:

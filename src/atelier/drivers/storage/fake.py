@@ -149,8 +149,11 @@ class FakeStorage:
                     code="disk_chain_too_long",
                 )
             self._take_room("freezing the volume")
+            size_mib = self.sizes_mib[sandbox_id]
+            below = (_next_layer(sandbox_id, snapshot_id, disk), *disk.backing)
+            self._set_snapshot(snapshot_id, FakeSnapshot(below, size_mib))
             self.freezing[sandbox_id] = snapshot_id
-            self._keep_volume(sandbox_id, disk.backing, self.sizes_mib[sandbox_id])
+            self._keep_volume(sandbox_id, disk.backing, size_mib)
         return DiskFile(_NAMES.next_top(sandbox_id, snapshot_id), "qcow2")
 
     async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:
@@ -161,13 +164,11 @@ class FakeStorage:
         del self.freezing[sandbox_id]
         disk, size_mib = self.volumes[sandbox_id], self.sizes_mib[sandbox_id]
         if switched:
-            number = 1
-            while (layer := DiskFile(_NAMES.layer(sandbox_id, snapshot_id, number), "qcow2")) in disk.backing:
-                number += 1
-            self._set_snapshot(snapshot_id, FakeSnapshot((layer, *disk.backing), size_mib))
+            layer = _next_layer(sandbox_id, snapshot_id, disk)
             self._set_volume(sandbox_id, (layer, *disk.backing), size_mib)
         else:
             self._keep_volume(sandbox_id, disk.backing, size_mib)
+            self._remove_snapshot(snapshot_id)
 
     async def ensure_snapshot_disk(self, snapshot_id: str, sandbox_id: str) -> SnapshotDisk:
         await self.faults.before("ensure_snapshot_disk")
@@ -206,11 +207,7 @@ class FakeStorage:
 
     async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
         await self.faults.before("ensure_snapshot_disk_absent")
-        _snapshot(snapshot_id)
-        if self._folder is not None:
-            (self._folder / f"{snapshot_id}{_SNAPSHOT_SUFFIX}").unlink(missing_ok=True)
-        self.snapshots.pop(snapshot_id, None)
-        self.damaged_snapshots.discard(snapshot_id)
+        self._remove_snapshot(_snapshot(snapshot_id))
 
     async def list_snapshot_disks(self) -> list[str]:
         await self.faults.before("list_snapshot_disks")
@@ -250,6 +247,12 @@ class FakeStorage:
         self._keep(f"{snapshot_id}{_SNAPSHOT_SUFFIX}", words)
         self.snapshots[snapshot_id] = snapshot
 
+    def _remove_snapshot(self, snapshot_id: str) -> None:
+        if self._folder is not None:
+            (self._folder / f"{snapshot_id}{_SNAPSHOT_SUFFIX}").unlink(missing_ok=True)
+        self.snapshots.pop(snapshot_id, None)
+        self.damaged_snapshots.discard(snapshot_id)
+
     def _keep_volume(self, sandbox_id: str, backing: tuple[DiskFile, ...], size_mib: int) -> None:
         freezing = self.freezing.get(sandbox_id)
         self._keep(f"{sandbox_id}{_SUFFIX}", {"backing": _to_json(backing), "size_mib": size_mib, "freezing": freezing})
@@ -283,6 +286,13 @@ class FakeStorage:
         files = sum(1 + self._layers_of(disk) for disk in self.volumes.values())
         files += len(self.freezing) + sum(snapshot.made for snapshot in self.snapshots.values())
         return max(0, self.capacity_bytes - files * _FILE_BYTES)
+
+
+def _next_layer(sandbox_id: str, snapshot_id: str, disk: Disk) -> DiskFile:
+    number = 1
+    while (layer := DiskFile(_NAMES.layer(sandbox_id, snapshot_id, number), "qcow2")) in disk.backing:
+        number += 1
+    return layer
 
 
 def _to_json(files: tuple[DiskFile, ...]) -> list[list[str]]:

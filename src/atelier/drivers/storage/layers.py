@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from atelier.drivers.storage.backing_files import LONGEST_CHAIN, BackingFiles
+from atelier.host.disk_chains import LONGEST_CHAIN, chain_below
 from atelier.host.disk_files import is_empty_overlay, virtual_size_bytes
 from atelier.host.disk_images import create_overlay
 from atelier.host.files import disk_full_as_error, ensure_private_folder, sync_folder
@@ -23,9 +23,8 @@ from atelier.model.machine import DiskFile
 
 
 class Layers:
-    def __init__(self, layout: DiskLayout, backings: BackingFiles) -> None:
+    def __init__(self, layout: DiskLayout) -> None:
         self._layout = layout
-        self._backings = backings
 
     async def begin(self, sandbox_id: str, snapshot_id: str) -> DiskFile:
         """The overlay that the VMM is to be switched to; see ``StorageDriver.begin_layer``."""
@@ -38,7 +37,7 @@ class Layers:
             return next_top
         if self._layout.snapshot_disk(snapshot_id).exists():
             raise ConflictError(f"snapshot {snapshot_id} has its disk already", code="snapshot_exists")
-        if len(self._backings.chain_below(volume, sandbox_id)) + 2 > LONGEST_CHAIN:
+        if len(chain_below(self._layout, volume, sandbox_id)) + 2 > LONGEST_CHAIN:
             raise ConflictError(
                 f"the disk of sandbox {sandbox_id} consists of {LONGEST_CHAIN} files, as many as there may be",
                 code="disk_chain_too_long",

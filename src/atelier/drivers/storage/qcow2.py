@@ -7,16 +7,18 @@ volumes stand over is kept beside them (``backing_files``). Snapshots: ``layers`
 
 from __future__ import annotations
 
+import asyncio
 import os
 from contextlib import suppress
 from pathlib import Path
 
-from atelier.drivers.storage.backing_files import LONGEST_CHAIN, BackingFiles
+from atelier.drivers.storage.backing_files import BackingFiles
 from atelier.drivers.storage.layers import Layers
 from atelier.drivers.storage.snapshot_disks import SnapshotDisks
+from atelier.host.disk_chains import LONGEST_CHAIN, chain_below
 from atelier.host.disk_files import find_backing, virtual_size_bytes
 from atelier.host.disk_images import create_overlay, grow_image, merge_copies
-from atelier.host.files import disk_full_as_error, ensure_private_folder, free_bytes
+from atelier.host.files import disk_full_as_error, ensure_private_folder, free_bytes, sync_folder
 from atelier.model.errors import HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import is_sandbox_id, is_snapshot_id
 from atelier.model.layout import DiskLayout
@@ -31,7 +33,7 @@ class Qcow2Storage:
     def __init__(self, volumes_dir: Path) -> None:
         self._layout = DiskLayout(volumes_dir.absolute())
         self._backings = BackingFiles(self._layout)
-        self._layers = Layers(self._layout, self._backings)
+        self._layers = Layers(self._layout)
         self._snapshots = SnapshotDisks(self._layout, self._backings)
 
     @property
@@ -59,7 +61,7 @@ class Qcow2Storage:
             with disk_full_as_error(doing):
                 # A volume that has its name is whole.
                 unfinished.rename(volume.path)
-            return Disk(ROOT_DISK_SERIAL, volume, self._backings.chain_below(volume, request.sandbox_id))
+            return Disk(ROOT_DISK_SERIAL, volume, chain_below(self._layout, volume, request.sandbox_id))
 
     def _pin_of(self, request: VolumeRequest) -> Path:
         path = request.base.path
@@ -71,7 +73,7 @@ class Qcow2Storage:
         volume = DiskFile(self._volume(sandbox_id), "qcow2")
         if not volume.path.exists():
             return None
-        return Disk(ROOT_DISK_SERIAL, volume, self._backings.chain_below(volume, sandbox_id))
+        return Disk(ROOT_DISK_SERIAL, volume, chain_below(self._layout, volume, sandbox_id))
 
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         volume = self._volume(sandbox_id)
@@ -94,7 +96,7 @@ class Qcow2Storage:
         if not volume.path.exists():
             raise NotFoundError(f"there is no volume of sandbox {sandbox_id}", code="volume_not_found")
         self._layers.check_none_under_way(sandbox_id)
-        chain = self._backings.chain_below(volume, sandbox_id)
+        chain = chain_below(self._layout, volume, sandbox_id)
         private = [file for file in chain if self._layout.is_layer(file.path)]
         if private:
             unfinished = volume.path.with_suffix(_UNFINISHED_SUFFIX)
@@ -102,6 +104,8 @@ class Qcow2Storage:
             await merge_copies([volume, *private], chain[len(private) :][:1], unfinished, doing=doing)
             with disk_full_as_error(doing):
                 unfinished.rename(volume.path)
+                # Before what it stood over goes.
+                await asyncio.to_thread(sync_folder, self._layout.root)
         self._backings.drop_unused(of_sandbox=sandbox_id)
 
     async def ensure_volume_absent(self, sandbox_id: str) -> None:

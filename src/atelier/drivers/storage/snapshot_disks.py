@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atelier.drivers.storage.backing_files import BackingFiles
 from atelier.drivers.storage.layers import is_same_file
+from atelier.host.disk_chains import chain_below
 from atelier.host.disk_images import merge_copies
 from atelier.host.file_copies import sha256_of_file
 from atelier.host.files import disk_full_as_error, sync_folder, write_atomically
@@ -54,7 +55,7 @@ class SnapshotDisks:
         return SnapshotDisk(disk, path.stat().st_blocks * 512, self._read_checksum(snapshot_id))
 
     async def _make(self, path: Path, layer: DiskFile, sandbox_id: str) -> None:
-        chain = self._backings.chain_below(layer, sandbox_id)
+        chain = chain_below(self._layout, layer, sandbox_id)
         private = [file for file in chain if self._layout.is_layer(file.path)]
         below = chain[len(private) :]
         if not below:
@@ -86,7 +87,7 @@ class SnapshotDisks:
         top = DiskFile(self._layout.snapshot_disk(snapshot_id), "qcow2")
         if not top.path.exists():
             return None
-        return Disk(ROOT_DISK_SERIAL, top, self._backings.chain_below(top, ""), read_only=True)
+        return Disk(ROOT_DISK_SERIAL, top, chain_below(self._layout, top, ""), read_only=True)
 
     async def verify(self, snapshot_id: str) -> None:
         path = self._layout.snapshot_disk(snapshot_id)
