@@ -351,6 +351,9 @@ def _connect(lab: NetworkLab) -> None:
         ),
     ):
         lab.in_internet(*command.split())
+    # Packets come faster than a peer may be told of what is refused, which is not what is tried.
+    for run in (lab.in_host, lab.in_internet):
+        run("sh", "-c", "echo 0 >/proc/sys/net/ipv4/icmp_ratelimit")
     # A port that the host publishes from behind it, as Docker does.
     lab.in_host(
         "nft",
