@@ -41,6 +41,8 @@ _SCTP = 132
 """Its ports stand where those of UDP and TCP do."""
 _PACKET_OUTGOING = 4
 LISTENING_PORT = 7777
+_ANSWERING_PORT = 7778
+"""Another, so that no other row's packet comes to who answers, late as it may be."""
 _FIRST_PORT, _PORTS = 20000, 40000
 _MARK, _FENCE = re.compile(rb"mark-(\d{8})"), re.compile(rb"fence-\d{8}")
 _ARRIVES_SECONDS = 2.0
@@ -422,11 +424,11 @@ def _answered_late(stage: Stage) -> None:
     """By a program there, which hears of the neighbour too before it answers the guest."""
     guests = ((stage.guest, stage.mark), (stage.neighbour, b"the neighbour's"))
     with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
-        program.bind((INTERNET, LISTENING_PORT))
+        program.bind((INTERNET, _ANSWERING_PORT))
         program.settimeout(5)
         heard: list[tuple[str, int]] = []
         for guest, content in guests:
-            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, LISTENING_PORT, content))
+            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, _ANSWERING_PORT, content))
             guest.send(ethernet(stage.gateway_mac, guest.mac, frames.IPV4, packet))
             with suppress(TimeoutError):
                 heard.append(program.recvfrom(2000)[1])
