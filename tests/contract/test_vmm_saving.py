@@ -9,7 +9,8 @@ import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from atelier.drivers.network.user import UserNetwork
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.host import processes
-from atelier.model.errors import ConflictError, HostError, VmmError
+from atelier.host.unconnected_tap import unconnected_tap
+from atelier.model.errors import CommandError, ConflictError, HostError, VmmError
 from atelier.model.machine import (
     ROOT_DISK_SERIAL,
     BootFiles,
@@ -63,6 +65,24 @@ done
 SIGN = re.compile(r"COUNT (\d+) disk (\d+) memory (\w+) link (\d)\r?\n")
 
 
+@asynccontextmanager
+async def card_for(spec: MachineSpec) -> AsyncIterator[int | None]:
+    if spec.network.kind != "tap":
+        yield None
+        return
+    async with unconnected_tap() as descriptor:
+        yield descriptor
+
+
+async def best_network() -> NetworkAttachment:
+    """A TAP, whose card can do more than any other, where one can be made here."""
+    try:
+        async with unconnected_tap():
+            return NetworkAttachment("tap", "02:00:00:00:00:01")
+    except CommandError:
+        return await UserNetwork().ensure_slot(PARENT, 0)
+
+
 class Stage(ABC):
     """A driver with one running machine, which lasts for all tests; each leaves it running, its link open."""
 
@@ -99,7 +119,8 @@ class Stage(ABC):
 
     async def start(self, spec: MachineSpec) -> None:
         await self.vmm.ensure_run_directory(spec.sandbox_id, spec.run_directory)
-        await self.vmm.ensure_started(spec)
+        async with card_for(spec) as descriptor:
+            await self.vmm.ensure_started(spec, descriptor)
 
     async def stop(self, sandbox_id: str) -> None:
         await self.vmm.ensure_stopped(sandbox_id, self.folder / sandbox_id, None)
@@ -125,8 +146,7 @@ class QemuStage(Stage):
 
     async def begin(self) -> None:
         boot = with_init(await get_boot_files(), COUNTS, self.folder)
-        network = await UserNetwork().ensure_slot(PARENT, 0)
-        self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=network)
+        self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
         self.layers = [self.parent.root.top, *self.parent.root.backing]
         self.frozen = list(self.layers)
         await self.start(self.parent)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from atelier.drivers.vmm.qemu_arguments import EmptyDisk, OpenMemory
@@ -22,8 +22,9 @@ from atelier.drivers.vmm.run_folder import RunFolder
 from atelier.host import processes
 from atelier.host.files import free_bytes, refusal_as_error, sync_folder
 from atelier.host.piped_file import piped_file
+from atelier.host.unconnected_tap import unconnected_tap
 from atelier.model.errors import DiskFullError, VmmError
-from atelier.model.machine import MachineSpec, MemoryImage, MemoryStream, NetworkAttachment
+from atelier.model.machine import MachineSpec, MemoryImage, MemoryStream
 
 BAKING = "bake-"
 """What stands before the id in a baking machine's process name."""
@@ -39,15 +40,17 @@ async def bake_image(host: QemuHost, stream: MemoryStream, spec: MachineSpec, im
     """As ``VmmDriver.bake``, in a run directory that is there and with no process of this name."""
     with _memory_file(image.memory, spec.memory_mib * _MIB) as memory:
         async with piped_file(_unfinished(image.state), limit_bytes=_STATE_LIMIT_BYTES, mode=0o400) as state:
-            identity = await launch(
-                host,
-                BAKING + spec.sandbox_id,
-                replace(spec, network=_without_tap(spec.network)),
-                disks=[EmptyDisk(disk.serial, disk.read_only) for disk in (spec.root, spec.tools)],
-                limits=FileLimits(_CONSOLE_LIMIT_BYTES, _CONSOLE_LIMIT_BYTES),
-                memory=OpenMemory(memory.descriptor, shared=True),
-                boots=False,
-            )
+            async with _card_for(spec) as network_descriptor:
+                identity = await launch(
+                    host,
+                    BAKING + spec.sandbox_id,
+                    spec,
+                    disks=[EmptyDisk(disk.serial, disk.read_only) for disk in (spec.root, spec.tools)],
+                    limits=FileLimits(_CONSOLE_LIMIT_BYTES, _CONSOLE_LIMIT_BYTES),
+                    memory=OpenMemory(memory.descriptor, shared=True),
+                    network_descriptor=network_descriptor,
+                    boots=False,
+                )
             try:
                 socket = RunFolder(spec.run_directory).control_socket
                 async with await QmpConnection.open(socket, timeout_seconds=_LOAD_SECONDS) as control:
@@ -105,6 +108,11 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def _without_tap(network: NetworkAttachment) -> NetworkAttachment:
-    """A card of the same kind with nobody's TAP behind it."""
-    return replace(network, kind="user_restricted") if network.kind == "tap" else network
+@asynccontextmanager
+async def _card_for(spec: MachineSpec) -> AsyncGenerator[int | None]:
+    """A saved card is only loaded into one that can do the same, which a TAP decides."""
+    if spec.network.kind != "tap":
+        yield None
+        return
+    async with unconnected_tap() as descriptor:
+        yield descriptor
