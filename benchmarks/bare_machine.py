@@ -6,18 +6,18 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from atelier.drivers.network.addresses import mac_address_of
 from atelier.drivers.vmm.qemu_arguments import (
     GUEST_PORT_NAME,
     AcceleratorKind,
-    OpenDisk,
     kernel_command_line,
     machine_arguments,
 )
-from atelier.drivers.vmm.run_folder import RunFolder, opened, opened_machine
+from atelier.drivers.vmm.qemu_disks import open_disk
+from atelier.drivers.vmm.run_folder import RunFolder, opened_machine
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.image import Image
 from atelier.model.machine import (
@@ -87,10 +87,7 @@ def bare_machine(
         tsc_khz = cached_tsc_khz(ingredients.cache_dir / "tsc.json")
     with contextlib.ExitStack() as stack:
         descriptors = stack.enter_context(opened_machine(run_folder, ingredients.boot))
-        disks = [
-            OpenDisk(root, (_open(stack, overlay, writable=True), _open(stack, base.path))),
-            OpenDisk(tools, (_open(stack, tools.top.path),)),
-        ]
+        disks = [open_disk(disk, stack) for disk in (root, tools)]
         arguments = machine_arguments(
             Path(QEMU),
             f"bench-{folder.name}",
@@ -105,7 +102,7 @@ def bare_machine(
         )
         if with_raw_port:
             _add_raw_port(arguments, raw_socket)
-        inherited = [*asdict(descriptors).values(), *(number for disk in disks for number in disk.descriptors)]
+        inherited = [*descriptors.all, *(number for disk in disks for number in disk.descriptors)]
         if network_descriptor is not None:
             inherited.append(network_descriptor)
         with run_folder.stderr.open("wb") as stderr:
@@ -120,10 +117,6 @@ def bare_machine(
         for name in folder.iterdir():
             name.unlink()
         folder.rmdir()
-
-
-def _open(stack: contextlib.ExitStack, path: Path, *, writable: bool = False) -> int:
-    return stack.enter_context(opened(path, 2 if writable else 0))
 
 
 def _add_raw_port(arguments: list[str], raw_socket: Path) -> None:

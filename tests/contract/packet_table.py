@@ -7,11 +7,13 @@ Used by ``test_network_packets``.
 from __future__ import annotations
 
 import os
+import re
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -39,8 +41,14 @@ _SCTP = 132
 """Its ports stand where those of UDP and TCP do."""
 _PACKET_OUTGOING = 4
 LISTENING_PORT = 7777
+_ANSWERING_PORT = 7778
+"""Another, so that no other row's packet comes to who answers, late as it may be."""
+_FIRST_PORT, _PORTS = 20000, 40000
+_MARK, _FENCE = re.compile(rb"mark-(\d{8})"), re.compile(rb"fence-\d{8}")
 _ARRIVES_SECONDS = 2.0
-_SETTLE_SECONDS = 0.02
+_ARRIVES_SOON_SECONDS = 0.5
+_SETTLE_SECONDS = 0.1
+_LOOK_SECONDS = 0.002
 _FENCE_SECONDS = 30.0
 
 
@@ -136,12 +144,15 @@ class Stage:
     neighbour: Guest
     gateway_mac: str = ""
     number: int = 0
+    """Of the last packet; each has its own."""
     fenced: bool = False
-    """Whether each row's packet is followed by others on every way that it could take: real guests are far away."""
-    fence: bytes = b""
-    fences_heard: set[str] = field(default_factory=set)
-    asked: tuple[str, int] = ("0.0.0.0", 0)
-    """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
+    """Whether packets are followed by others on every way that they could take: real guests are far away."""
+    asked: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Numbers of packets, by where their TCP connections go: pasta makes them anew, without the mark."""
+    heard: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """How often a packet of this number, or an answer to it, was heard there."""
+    fences: int = 0
+    fences_heard: set[tuple[bytes, str]] = field(default_factory=set)
     ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
 
     def open(self, stack: ExitStack) -> None:
@@ -166,7 +177,7 @@ class Stage:
     @property
     def port(self) -> int:
         """The source port of the packet, so that an answer is known by it."""
-        return 20000 + self.number % 40000
+        return _FIRST_PORT + self.number % _PORTS
 
     def _find_gateway(self, guest: Guest) -> str:
         request = arp(1, guest.mac, guest.address, "00:00:00:00:00:00", guest.gateway)
@@ -190,7 +201,7 @@ class Stage:
 
     def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
         source = self.guest.address
-        self.asked = destination, port
+        self.asked[destination, port] = self.number
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
 
     def ping(self, destination: str, kind: int = 8) -> bytes:
@@ -198,37 +209,55 @@ class Stage:
 
     # --- hearing ---
 
-    def listen(self, heard: dict[str, int]) -> None:
+    def listen(self) -> None:
         for name, ear in self.ears.items():
             for frame in ear.receive():
-                answered = name == "self" and frames.answers_port(frame, self.port)
-                asked = name == "internet" and frames.asks_for(frame, *self.asked)
-                heard[name] = heard.get(name, 0) + (self.mark in frame or answered or asked)
-                if self.fence and self.fence in frame:
-                    self.fences_heard.add(name)
+                self.heard.update((number, name) for number in self._numbers_of(frame, name))
+                self.fences_heard |= {(fence, name) for fence in _FENCE.findall(frame)}
 
-    def wait_through(self, heard: dict[str, int]) -> None:
+    def _numbers_of(self, frame: bytes, name: str) -> set[int]:
+        found = {int(digits) for digits in _MARK.findall(frame)}
+        if name == "self" and (port := frames.destination_port(frame) or 0) >= _FIRST_PORT:
+            found.add(self.number - (self.number - port + _FIRST_PORT) % _PORTS)
+        if name == "internet" and (asked := frames.asked_for(frame)) in self.asked:
+            found.add(self.asked[asked])
+        return found
+
+    def settle(self) -> None:
+        """Until all that was sent so far has come as far as it gets."""
+        if self.fenced:
+            self._wait_through()
+        settled = time.monotonic() + _SETTLE_SECONDS
+        while time.monotonic() < settled:
+            self.listen()
+            time.sleep(_LOOK_SECONDS)
+
+    def _wait_through(self) -> None:
         """Until all that the guest has sent so far is through or lost, and what came to the guests has been told: packets
         keep their order on each way, so these come after them."""
-        self.fence = b"fence-%08d" % self.number
+        out, back = self._next_fence(), self._next_fence()
         # A ping, as pasta keeps a datagram back whose last one to the same port was refused.
-        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, self.fence))
+        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, out))
         self.guest.send(self.to_gateway(echo))
-        self._hear_fences(heard, {"internet"})
+        self._hear(out, "internet")
         bridge = self.ears["bridge"]
         assert isinstance(bridge, PacketEar)
         for guest in (self.guest, self.neighbour):
-            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, self.fence))
+            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, back))
             bridge.send(ethernet(guest.mac, self.gateway_mac, frames.IPV4, packet))
-        self._hear_fences(heard, {"self", "neighbour"})
+        self._hear(back, "self")
+        self._hear(back, "neighbour")
 
-    def _hear_fences(self, heard: dict[str, int], where: set[str]) -> None:
-        self.fences_heard.clear()
+    def _next_fence(self) -> bytes:
+        self.fences += 1
+        return b"fence-%08d" % self.fences
+
+    def _hear(self, fence: bytes, where: str) -> None:
         deadline = time.monotonic() + _FENCE_SECONDS
-        while not where <= self.fences_heard:
-            assert time.monotonic() < deadline, f"what must pass was heard at {self.fences_heard} alone"
-            self.listen(heard)
-            time.sleep(0.002)
+        while (fence, where) not in self.fences_heard:
+            assert time.monotonic() < deadline, f"what must pass was not heard at {where}"
+            self.listen()
+            time.sleep(_LOOK_SECONDS)
 
 
 Send = Callable[[Stage], None]
@@ -256,40 +285,54 @@ class Row:
 
 def try_row(stage: Stage, row: Row) -> str:
     """Send it, and say what is wrong; empty if nothing is."""
-    stage.number += 1
-    heard: dict[str, int] = {}
-    stage.asked = ("0.0.0.0", 0)
-    stage.listen({})
-    arrives = row.arrives_in(stage.lab.home)
-    row.send(stage)
-    if stage.fenced:
-        stage.wait_through(heard)
-    deadline = time.monotonic() + _ARRIVES_SECONDS
-    settled = time.monotonic() + _SETTLE_SECONDS
+    return "".join(try_rows(stage, [row]))
+
+
+def try_rows(stage: Stage, rows: Iterable[Row], *, stop_at_first: bool = False) -> list[str]:
+    """Send them one after the other, then listen, and say what is wrong. ``stop_at_first``: something is expected to be, so
+    what has not come soon is not waited for."""
+    stage.listen()
+    stage.heard.clear()
+    stage.asked.clear()
+    sent: dict[int, Row] = {}
+    for row in rows:
+        stage.number += 1
+        sent[stage.number] = row
+        row.send(stage)
+        # Ears hold only so much.
+        stage.listen()
+    stage.settle()
+    deadline = time.monotonic() + (_ARRIVES_SOON_SECONDS if stop_at_first else _ARRIVES_SECONDS)
     while True:
-        stage.listen(heard)
-        missing = sorted(name for name in arrives if not heard.get(name))
-        if time.monotonic() > (deadline if missing else settled):
+        stage.listen()
+        stray = {number: _heard_wrongly(stage, number, row) for number, row in sent.items()}
+        missing = {number: _not_heard(stage, number, row) for number, row in sent.items()}
+        if not any(missing.values()) or (stop_at_first and any(stray.values())) or time.monotonic() > deadline:
             break
-        time.sleep(0.002)
-    wrong = sorted(
-        f"{count} at {name}" for name, count in heard.items() if count and name not in arrives | row.may_arrive
-    )
-    said = [f"heard {', '.join(wrong)}"] if wrong else []
-    said += [f"not heard at {', '.join(missing)}"] if missing else []
-    return f"{row.name}: {'; '.join(said)}" if said else ""
+        time.sleep(_LOOK_SECONDS)
+    found: list[str] = []
+    for number, row in sent.items():
+        said = [f"heard {', '.join(stray[number])}"] if stray[number] else []
+        said += [f"not heard at {', '.join(missing[number])}"] if missing[number] else []
+        found += [f"{row.name}: {'; '.join(said)}"] if said else []
+    return found
+
+
+def _heard_wrongly(stage: Stage, number: int, row: Row) -> list[str]:
+    right = row.arrives_in(stage.lab.home) | row.may_arrive
+    counts = {name: stage.heard[number, name] for name in sorted(stage.ears) if name not in right}
+    return [f"{count} at {name}" for name, count in counts.items() if count]
+
+
+def _not_heard(stage: Stage, number: int, row: Row) -> list[str]:
+    return sorted(name for name in row.arrives_in(stage.lab.home) if not stage.heard[number, name])
 
 
 def try_table(stage: Stage, *, stop_at_first: bool = False, holder_asleep: bool = False) -> list[str]:
-    found: list[str] = []
-    for row in TABLE:
-        if stage.lab.home not in row.homes or (row.by_holder and holder_asleep):
-            continue
-        if said := try_row(stage, row):
-            found.append(said)
-            if stop_at_first:
-                break
-    return found
+    rows = [row for row in TABLE if stage.lab.home in row.homes and not (row.by_holder and holder_asleep)]
+    if stop_at_first and (found := try_rows(stage, rows[:_PLAIN_ROWS], stop_at_first=True)):
+        return found
+    return try_rows(stage, rows, stop_at_first=stop_at_first)
 
 
 def _guest(make: Callable[[Stage], bytes]) -> Send:
@@ -359,7 +402,7 @@ def _to_fresh_address(stage: Stage) -> None:
     stage.lab.in_host("ip", "address", "add", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
     try:
         stage.guest.send(stage.to_gateway(stage.udp_to(FRESH_HOST_ADDRESS)))
-        time.sleep(_SETTLE_SECONDS)
+        stage.settle()
     finally:
         stage.lab.in_host("ip", "address", "del", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
 
@@ -381,16 +424,18 @@ def _answered_late(stage: Stage) -> None:
     """By a program there, which hears of the neighbour too before it answers the guest."""
     guests = ((stage.guest, stage.mark), (stage.neighbour, b"the neighbour's"))
     with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
-        program.bind((INTERNET, LISTENING_PORT))
+        program.bind((INTERNET, _ANSWERING_PORT))
         program.settimeout(5)
         heard: list[tuple[str, int]] = []
         for guest, content in guests:
-            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, LISTENING_PORT, content))
+            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, _ANSWERING_PORT, content))
             guest.send(ethernet(stage.gateway_mac, guest.mac, frames.IPV4, packet))
             with suppress(TimeoutError):
                 heard.append(program.recvfrom(2000)[1])
-        for address in heard[:1]:
-            program.sendto(stage.mark, address)
+        # There is no way back to an address that was not translated.
+        with suppress(OSError):
+            for address in heard[:1]:
+                program.sendto(stage.mark, address)
 
 
 def _too_large(stage: Stage) -> bytes:
@@ -419,6 +464,9 @@ def _forged(name: str, send: Send) -> Row:
     """A frame that must not even reach the bridge."""
     return Row(name, send, may_arrive=_NOTHING)
 
+
+_PLAIN_ROWS = 3
+"""The first ones: where they do not arrive, the others wait for answers in vain."""
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.

@@ -24,8 +24,9 @@ ROOT = OpenDisk(
         (DiskFile(Path("/secret/mid.qcow2"), "qcow2"), DiskFile(Path("/secret/base.img"), "raw")),
     ),
     (21, 22, 23),
+    "disk-root",
 )
-TOOLS = OpenDisk(Disk("atelier-tools", DiskFile(Path("/secret/tools.img"), "raw"), read_only=True), (24,))
+TOOLS = OpenDisk(Disk("atelier-tools", DiskFile(Path("/secret/tools.img"), "raw"), read_only=True), (24,), "disk-tools")
 
 
 def _arguments(network: NetworkAttachment | None = None, accelerator: str = "tcg") -> list[str]:

@@ -73,6 +73,27 @@ async def test_a_refusal_carries_qemus_words(path: Path) -> None:
         assert await connection.query("query-status") == {}
 
 
+async def test_several_tasks_ask_in_turn_and_what_was_given_up_is_answered_to_nobody(path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GREETING)
+        late: list[bytes] = []
+        while line := await reader.readline():
+            asked = json.loads(line)
+            answer = json.dumps({"return": {"asked": asked["execute"]}, "id": asked["id"]}).encode() + b"\r\n"
+            if asked["execute"] == "slow":
+                late.append(answer)
+                continue
+            writer.write(b"".join([*late, answer]))
+            late.clear()
+
+    async with _server(path, serve), await QmpConnection.open(path) as connection:
+        given_up = asyncio.create_task(connection.query("slow"))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        answers = await asyncio.gather(*(connection.query(f"query-{number}") for number in range(5)))
+        assert answers == [{"asked": f"query-{number}"} for number in range(5)]
+
+
 async def test_nothing_listens(path: Path) -> None:
     with pytest.raises(VmmError, match="does not listen"):
         await QmpConnection.open(path)
@@ -140,5 +161,6 @@ async def test_descriptors_travel_with_a_command(path: Path, tmp_path: Path) -> 
     with (tmp_path / "file").open() as file:
         async with await QmpConnection.open(path) as connection:
             await connection.execute("getfd", {"fdname": "state"}, descriptors=[file.fileno()])
-    assert await serving == ({"execute": "getfd", "arguments": {"fdname": "state"}}, "what it holds")
+    asked = {"execute": "getfd", "arguments": {"fdname": "state"}, "id": 2}
+    assert await serving == (asked, "what it holds")
     listener.close()

@@ -14,7 +14,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from tests.real_machines import INIT_PREPARES, with_init
@@ -157,7 +156,7 @@ async def _boot_in_this_namespace(kernel: Path, initramfs: Path, restricted: boo
                 arguments[place] = "user,id=network,restrict=off"
             subprocess.run(
                 arguments,
-                pass_fds=tuple(asdict(descriptors).values()),
+                pass_fds=descriptors.all,
                 stdin=subprocess.DEVNULL,
                 timeout=GUEST_LIMIT_SECONDS,
                 check=True,

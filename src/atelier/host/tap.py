@@ -1,4 +1,4 @@
-"""TAP devices: the host's end of a guest's network card. Used by the network holder alone.
+"""TAP devices: the host's end of a guest's network card. Used by the network holder, and by ``unconnected_tap``.
 
 They are made in the namespace of the calling thread, and persist without anybody holding them open, so that rules can
 stand before a machine starts and outlive it. Source: Documentation/networking/tuntap.rst, linux/if_tun.h.

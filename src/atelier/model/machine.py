@@ -6,9 +6,10 @@ the lifecycle puts them into a ``MachineSpec`` and gives that to the VMM driver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT_DISK_SERIAL = "atelier-root"
 TOOLS_DISK_SERIAL = "atelier-tools"
@@ -84,9 +85,85 @@ class SnapshotDisk:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryStream:
+    """All of a machine, its memory included, as one stream: it is loaded into memory of the new machine's own."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryImage:
+    """A machine as a memory file, which many machines map privately (copy-on-write), and the small state of all else."""
+
+    memory: Path
+    state: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SavedMachine:
+    """What saving came to. ``stopped_ms``: from the moment the machine stood still to the end of its stream.
+    ``vmm_version``: of the VMM that it ran in, which may be older than what is installed by now."""
+
+    stopped_ms: float
+    size_bytes: int
+    vmm_version: str
+
+
+_TSC_TOLERANCE = 0.001
+"""The rate is measured anew at each boot of the host, and each measurement is off by some millionths."""
+
+
+@dataclass(frozen=True, slots=True)
+class MachineStamp:
+    """What must be equal where a saved machine is to go on; its kernel and its sizes are told by whoever saved it.
+
+    ``cpu_flags`` is a hash, empty under emulation, where the guest sees none of the host's. ``tsc_khz`` is 0 where the
+    VMM hands the counter's rate over by itself. ``format`` counts the driver's own arrangements of devices.
+    """
+
+    vmm: str
+    vmm_version: str
+    machine_type: str
+    cpu_model: str
+    cpu_flags: str
+    tsc_khz: int
+    network_kind: str
+    format: int
+
+    def difference(self, other: MachineStamp) -> str:
+        """Name of the first field in which the two do not fit; empty if they do."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name == "tsc_khz":
+                if not math.isclose(mine, theirs, rel_tol=_TSC_TOLERANCE):
+                    return field.name
+            elif mine != theirs:
+                return field.name
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> MachineStamp:
+        """Raises KeyError, ValueError or TypeError for what ``to_json`` has not made."""
+        return cls(
+            vmm=str(value["vmm"]),
+            vmm_version=str(value["vmm_version"]),
+            machine_type=str(value["machine_type"]),
+            cpu_model=str(value["cpu_model"]),
+            cpu_flags=str(value["cpu_flags"]),
+            tsc_khz=int(value["tsc_khz"]),
+            network_kind=str(value["network_kind"]),
+            format=int(value["format"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """Everything a VMM driver needs to start one machine. ``run_directory`` is this sandbox's own
-    (``RunLayout.vmm_directory``): sockets and console of the VMM lie in it."""
+    (``RunLayout.vmm_directory``): sockets and console of the VMM lie in it. ``restore_from``: the machine goes on from
+    there, its network link down; None: it boots its kernel."""
 
     sandbox_id: str
     installation_id: str
@@ -97,6 +174,7 @@ class MachineSpec:
     tools: Disk
     network: NetworkAttachment
     run_directory: Path
+    restore_from: MemoryStream | MemoryImage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,14 @@
 """How large a disk's file may become, and growing a disk of a running QEMU: first that limit, then the disk.
 
-Called by the QEMU driver. The disk is found by its serial, not by its place in the argument list. Source: QEMU
-qapi/block-core.json (query-block, block_resize).
+Called by the QEMU driver. Source: QEMU qapi/block-core.json (block_resize).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
-
-from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
+from atelier.drivers.vmm.qemu_disks import find_disk
+from atelier.drivers.vmm.qmp import QmpConnection
 from atelier.host.process_limits import highest_inherited_file_size, raise_file_size_limit
-from atelier.model.errors import InvalidRequestError, VmmError
+from atelier.model.errors import InvalidRequestError
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import MAX_DISK_MIB
 
@@ -41,11 +38,11 @@ def _largest_file_bytes(disk_bytes: int) -> int:
 
 
 async def grow_disk(control: QmpConnection, identity: ProcessIdentity, serial: str, size_bytes: int) -> None:
-    """Have the disk with this serial at ``size_bytes``; nothing if it is.
+    """Have the disk with this serial at ``size_bytes``.
 
     Raises InvalidRequestError (``disk_cannot_shrink``), HostError (``limit_not_raised``), VmmError.
     """
-    node, present_bytes = await _find_disk(control, serial)
+    node, present_bytes = await find_disk(control, serial)
     if size_bytes < present_bytes:
         raise InvalidRequestError(
             f"the disk has {present_bytes // _MIB} MiB and cannot shrink to {size_bytes // _MIB} MiB",
@@ -54,30 +51,5 @@ async def grow_disk(control: QmpConnection, identity: ProcessIdentity, serial: s
         )
     # Also where the disk has its size already: a manager may have died between the two.
     await raise_file_size_limit(identity, _largest_file_bytes(size_bytes))
-    if size_bytes > present_bytes:
-        await control.execute("block_resize", {"node-name": node, "size": size_bytes})
-
-
-async def _find_disk(control: QmpConnection, serial: str) -> tuple[str, int]:
-    """Block node and size in bytes."""
-    for device in _objects(await control.execute("query-block")):
-        path = device.get("qdev")
-        if not isinstance(path, str):
-            continue
-        if await control.execute("qom-get", {"path": path, "property": "serial"}) != serial:
-            continue
-        node = _object(device.get("inserted"))
-        name, size_bytes = node.get("node-name"), _object(node.get("image")).get("virtual-size")
-        if isinstance(name, str) and isinstance(size_bytes, int):
-            return name, size_bytes
-        raise VmmError(f"QEMU does not say how large the disk {serial} is")
-    raise VmmError(f"the machine has no disk {serial}")
-
-
-def _objects(value: object) -> Iterator[JsonObject]:
-    for item in cast("list[object]", value) if isinstance(value, list) else []:
-        yield _object(item)
-
-
-def _object(value: object) -> JsonObject:
-    return cast("JsonObject", value) if isinstance(value, dict) else {}
+    # And also at its size: the guest of a restored machine still knows the size that its parent's disk had.
+    await control.execute("block_resize", {"node-name": node, "size": size_bytes})

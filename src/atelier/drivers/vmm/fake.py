@@ -13,12 +13,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atelier.drivers.faults import Faults
-from atelier.model.errors import InvalidRequestError, VmmError
+from atelier.drivers.vmm.fake_memory import GuestMemory, SavedGuest, read_saved, write_image, write_stream
+from atelier.drivers.vmm.interface import SavingMoment
+from atelier.model.errors import ConflictError, InvalidRequestError, VmmError
 from atelier.model.ids import is_sandbox_id
-from atelier.model.machine import GuestEndpoint, MachineSpec, ProcessIdentity
+from atelier.model.machine import (
+    BootFiles,
+    DiskFile,
+    GuestEndpoint,
+    MachineSpec,
+    MachineStamp,
+    MemoryImage,
+    MemoryStream,
+    ProcessIdentity,
+    SavedMachine,
+)
 
+_VERSION = "1.0.0"
 _FIRST_PID = 2**22 + 1
 """Linux gives pids up to 2**22. Source: proc(5), pid_max."""
+
+
+_FileKey = tuple[int, int] | Path
 
 
 @dataclass(slots=True)
@@ -27,14 +43,27 @@ class _Machine:
     identity: ProcessIdentity
     disks_mib: dict[str, int]
     """By serial, as ``resize_disk`` left them: how large they were before is written nowhere."""
+    disks_top: dict[str, _FileKey]
+    """By serial, the file that the guest writes to."""
+    link_open: bool
+    runs: bool = True
+    is_saving: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class FakeVmm:
-    """Each has a boot id of its own: its machines end with the manager that it belongs to."""
+    """Each has a boot id of its own: its machines end with the manager that it belongs to. ``guest_memory``: what the
+    guests remember, which goes with a saved machine."""
 
-    def __init__(self, faults: Faults | None = None, *, machine_resident_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        faults: Faults | None = None,
+        *,
+        machine_resident_bytes: int = 0,
+        guest_memory: GuestMemory | None = None,
+    ) -> None:
         self.faults = faults or Faults()
+        self.guest_memory = guest_memory
         self.machine_resident_bytes = machine_resident_bytes
         self.run_directories: dict[Path, bytearray] = {}
         """Each with what its console holds."""
@@ -75,9 +104,19 @@ class FakeVmm:
         console = self.run_directories.get(spec.run_directory)
         if console is None:
             raise VmmError(f"the machine cannot be started: there is no {spec.run_directory}")
-        console += f"fake machine of sandbox {spec.sandbox_id} started\n".encode()
+        if spec.restore_from is not None:
+            self._restore(spec, spec.restore_from)
+        verb = "started" if spec.restore_from is None else "restored"
+        console += f"fake machine of sandbox {spec.sandbox_id} {verb}\n".encode()
         identity = ProcessIdentity(self._next_pid, self._next_pid, self._boot_id)
-        machine = _Machine(spec, identity, {disk.serial: 0 for disk in (spec.root, spec.tools)})
+        disks = (spec.root, spec.tools)
+        machine = _Machine(
+            spec,
+            identity,
+            disks_mib={disk.serial: 0 for disk in disks},
+            disks_top={disk.serial: _file_key(disk.top) for disk in disks},
+            link_open=spec.restore_from is None,
+        )
         self._next_pid += 1
         self._machines[spec.sandbox_id] = machine
         self._by_pid[machine.identity.pid] = machine
@@ -118,10 +157,7 @@ class FakeVmm:
 
     async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
         await self.faults.before("resize_disk")
-        running = (machine for machine in self._machines.values() if machine.spec.run_directory == run_directory)
-        machine = next(running, None)
-        if machine is None or serial not in machine.disks_mib:
-            raise VmmError(f"no machine with a disk {serial} runs in {run_directory}")
+        machine = self._machine_with(run_directory, serial)
         if size_mib < machine.disks_mib[serial]:
             raise InvalidRequestError(
                 f"the disk has {machine.disks_mib[serial]} MiB and cannot shrink to {size_mib} MiB",
@@ -146,3 +182,112 @@ class FakeVmm:
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         await self.faults.before("resume_after_full_disk")
         return False
+
+    # --- saved machines -----------------------------------------------------------------------------------------------
+
+    async def stamp(self, boot: BootFiles, network_kind: str) -> MachineStamp:
+        await self.faults.before("stamp")
+        return MachineStamp("fake", _VERSION, "fake", "fake", "", 0, network_kind, 1)
+
+    def is_link_open(self, sandbox_id: str) -> bool:
+        """Whether the network card of this running machine is connected."""
+        return self._machines[sandbox_id].link_open
+
+    async def open_link(self, run_directory: Path) -> None:
+        await self.faults.before("open_link")
+        self._machine_in(run_directory).link_open = True
+
+    async def save(
+        self,
+        run_directory: Path,
+        target: Path,
+        *,
+        before_stop: SavingMoment | None = None,
+        at_stop: SavingMoment | None = None,
+        go_on: bool = False,
+    ) -> SavedMachine:
+        await self.faults.before("save")
+        machine = self._machine_in(run_directory)
+        if machine.is_saving:
+            raise ConflictError(f"the machine in {run_directory} is being saved already", code="saving")
+        machine.is_saving = machine.runs = True
+        try:
+            if before_stop is not None:
+                await before_stop()
+            machine.runs = False
+            if at_stop is not None:
+                await at_stop()
+            # It may have ended meanwhile.
+            spec = self._machine_in(run_directory).spec
+            memory = self.guest_memory.dump(spec.sandbox_id) if self.guest_memory else b""
+            size_bytes = write_stream(SavedGuest(str(uuid.uuid4()), spec.memory_mib, memory), target)
+            machine.runs = go_on
+        except BaseException:
+            machine.runs = True
+            raise
+        finally:
+            machine.is_saving = False
+        return SavedMachine(0.0, size_bytes, _VERSION)
+
+    async def go_on(self, run_directory: Path) -> None:
+        await self.faults.before("go_on")
+        self._machine_in(run_directory).runs = True
+
+    def is_stopped(self, sandbox_id: str) -> bool:
+        """Whether this machine stands still, as saving leaves it."""
+        return not self._machines[sandbox_id].runs
+
+    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
+        await self.faults.before("switch_disk")
+        self._machine_with(run_directory, serial).disks_top[serial] = _file_key(top)
+
+    async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:
+        await self.faults.before("writes_to")
+        return self._machine_with(run_directory, serial).disks_top[serial] == _file_key(file)
+
+    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+        await self.faults.before("bake")
+        try:
+            saved = _fitting(read_saved(stream), spec)
+        except VmmError as error:
+            raise VmmError(
+                f"the saved machine {stream.path} could not be baked: {error.message}",
+                code="bake_failed",
+                hint="it is damaged",
+            ) from error
+        write_image(saved, image)
+
+    def _restore(self, spec: MachineSpec, source: MemoryStream | MemoryImage) -> None:
+        saved = _fitting(read_saved(source), spec)
+        if self.guest_memory is not None:
+            self.guest_memory.load(spec.sandbox_id, saved.memory)
+
+    def _machine_in(self, run_directory: Path) -> _Machine:
+        for machine in self._machines.values():
+            if machine.spec.run_directory == run_directory:
+                return machine
+        raise VmmError(f"no machine runs in {run_directory}")
+
+    def _machine_with(self, run_directory: Path, serial: str) -> _Machine:
+        machine = self._machine_in(run_directory)
+        if serial not in machine.disks_mib:
+            raise VmmError(f"the machine in {run_directory} has no disk {serial}")
+        return machine
+
+
+def _file_key(file: DiskFile) -> _FileKey:
+    """What a file is known by after it was renamed; by its name where a fake storage has made none."""
+    try:
+        found = file.path.stat()
+    except FileNotFoundError:
+        return file.path
+    return found.st_dev, found.st_ino
+
+
+def _fitting(saved: SavedGuest, spec: MachineSpec) -> SavedGuest:
+    if saved.memory_mib != spec.memory_mib:
+        raise VmmError(
+            f"a machine with {spec.memory_mib} MiB cannot go on with the memory of one with {saved.memory_mib} MiB",
+            code="restore_failed",
+        )
+    return saved

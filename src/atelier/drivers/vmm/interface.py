@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from atelier.model.machine import GuestEndpoint, MachineSpec, ProcessIdentity
+from atelier.model.machine import (
+    BootFiles,
+    DiskFile,
+    GuestEndpoint,
+    MachineSpec,
+    MachineStamp,
+    MemoryImage,
+    MemoryStream,
+    ProcessIdentity,
+    SavedMachine,
+)
+
+SavingMoment = Callable[[], Awaitable[None]]
+"""What the caller does at a certain moment of saving. What it raises is raised by ``save``."""
 
 
 class VmmDriver(Protocol):
@@ -43,7 +56,10 @@ class VmmDriver(Protocol):
         open TAP of a network of that kind; it stays the caller's to close.
 
         Returns once the guest's processor runs and the guest channel's socket can be connected to; the guest may be
-        far from ready.
+        far from ready. With ``restore_from`` the guest goes on where it was saved, its network link down until
+        ``open_link``; a process that was begun so and never came to run is ended and started anew.
+
+        Raises VmmError, ``restore_failed`` when what was saved cannot be loaded.
         """
         ...
 
@@ -88,4 +104,58 @@ class VmmDriver(Protocol):
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         """Let a machine go on that was halted because the host had no room for what its guest wrote; True if it was.
         With still no room it is halted again at once, and its guest never learns of it. Raises VmmError."""
+        ...
+
+    async def stamp(self, boot: BootFiles, network_kind: str) -> MachineStamp:
+        """What a machine that is saved here now depends on, and what one that is restored here would find."""
+        ...
+
+    async def open_link(self, run_directory: Path) -> None:
+        """Connect the guest's network card: restored machines come up without. Nothing if it is, or has none."""
+        ...
+
+    async def save(
+        self,
+        run_directory: Path,
+        target: Path,
+        *,
+        before_stop: SavingMoment | None = None,
+        at_stop: SavingMoment | None = None,
+        go_on: bool = False,
+    ) -> SavedMachine:
+        """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent).
+
+        Its memory is sent while it runs. ``before_stop`` is awaited once, still then, when little is left (it quiesces
+        the guest); ``at_stop`` once, while the machine stands still and its disks are still the old ones (it switches
+        one). Afterwards the machine stays stopped, until ``go_on`` or its end; with ``go_on`` it runs as soon as the
+        stream has ended, before that is on the disk. A machine that could not be saved runs, and no file is left;
+        what the two callbacks did is theirs to take back.
+
+        Raises VmmError, ConflictError (``saving``) when it is being saved, DiskFullError, HostError.
+        """
+        ...
+
+    async def go_on(self, run_directory: Path) -> None:
+        """Let a saved machine run on, or one whose manager died while it saved; nothing if it runs."""
+        ...
+
+    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
+        """From now on the guest's writes to this disk go to ``top``, an empty qcow2 file over the present top; that one
+        is not written to any more. Nothing if they do already. May be called by ``at_stop``. Raises VmmError."""
+        ...
+
+    async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:
+        """Whether ``file``, whatever it was called when it was handed over, is what the guest's writes to this disk go
+        to: so it is found out whether a switch took place. Raises VmmError when no machine runs there."""
+        ...
+
+    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+        """Turn a stream into an image: two new files (mode 0400), the state last; each whole or absent.
+
+        ``spec`` is that of the saved machine but for two things: ``sandbox_id`` names what is baked, and
+        ``run_directory`` is made and removed here. Its disks and its TAP are not touched. What a manager that died
+        meanwhile has left is ended by the next ``bake`` or ``ensure_stopped`` of this id.
+
+        Raises VmmError (``bake_failed``), DiskFullError.
+        """
         ...

@@ -100,7 +100,7 @@ async def boot_tiny_guest(executable: Path, boot: BootFiles, users: UserRange | 
             command_line=kernel_command_line("kvm", 0, (PROBE_ARGUMENT,)),
             descriptors=descriptors,
         )
-        passed = [*asdict(descriptors).values(), *([claim.claim_descriptor] if claim else [])]
+        passed = [*descriptors.all, *([claim.claim_descriptor] if claim else [])]
         try:
             identity = await start_detached(
                 arguments,

@@ -10,42 +10,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 from weakref import WeakValueDictionary
 
 from atelier.drivers.vmm.disk_growth import file_size_limits, grow_disk
-from atelier.drivers.vmm.kvm_probe import KvmAnswer, kvm_group_ids, probe_kvm
-from atelier.drivers.vmm.qemu_arguments import (
-    AcceleratorKind,
-    OpenDisk,
-    kernel_command_line,
-    machine_arguments,
-    process_name,
-)
+from atelier.drivers.vmm.interface import SavingMoment
+from atelier.drivers.vmm.kvm_probe import KvmAnswer, probe_kvm
+from atelier.drivers.vmm.qemu_arguments import NETWORK_NODE, AcceleratorKind, OpenMemory, process_name
+from atelier.drivers.vmm.qemu_baking import BAKING, bake_image
+from atelier.drivers.vmm.qemu_disks import open_disk, switch_disk, writes_to
+from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, find_executable, launch
+from atelier.drivers.vmm.qemu_memory import SealedImages
+from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
+from atelier.drivers.vmm.qemu_saving import save_machine
+from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version
 from atelier.drivers.vmm.qmp import QmpConnection
-from atelier.drivers.vmm.run_folder import RunFolder, opened, opened_machine
-from atelier.drivers.vmm.vmm_users import claim_user, find_user_range
+from atelier.drivers.vmm.run_folder import RunFolder
+from atelier.drivers.vmm.vmm_users import find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
 from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
 from atelier.host.process_limits import may_raise_hard_limits
-from atelier.host.processes import ResourceLimits
 from atelier.host.tsc import cached_tsc_khz
-from atelier.model.errors import CommandError, MissingProgramError, VmmError
+from atelier.model.errors import CommandError, ConflictError, VmmError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
-from atelier.model.machine import BootFiles, Disk, GuestEndpoint, MachineSpec, ProcessIdentity
+from atelier.model.machine import (
+    BootFiles,
+    DiskFile,
+    GuestEndpoint,
+    MachineSpec,
+    MachineStamp,
+    MemoryImage,
+    MemoryStream,
+    ProcessIdentity,
+    SavedMachine,
+)
 
-_PROGRAM = "qemu-system-x86_64"
-_OPEN_FILES_LIMIT = 256
 _START_TIMEOUT_SECONDS = 30.0
+_LOAD_TIMEOUT_SECONDS = 300.0
+"""Of a command: QEMU answers none while it loads a machine's memory."""
 _STDERR_TAIL_BYTES = 1500
 _MIB = 1024 * 1024
+_NOT_YET_RUNNING = frozenset({"inmigrate", "prelaunch", "paused"})
+"""What a machine is in until its restoration is through."""
 
 
 class QemuVmm:
@@ -64,6 +77,9 @@ class QemuVmm:
         self._may_raise_hard_limits: bool | None = None
         self._preparing = asyncio.Lock()
         self._starting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._images = SealedImages()
+        self._saving: dict[Path, QmpConnection] = {}
+        self._version: tuple[tuple[int, int], str] | None = None
         self.kvm_answer: KvmAnswer | None = None
 
     @property
@@ -78,7 +94,7 @@ class QemuVmm:
         Takes up to 3 s; ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
         demanded and does not work.
         """
-        _find_executable()
+        find_executable()
         async with self._preparing:
             if self._chosen is None:
                 self._chosen = await self._choose(boot)
@@ -89,7 +105,7 @@ class QemuVmm:
             return self._chosen
 
     async def _choose(self, boot: BootFiles) -> AcceleratorKind:
-        executable = _find_executable()
+        executable = find_executable()
         version = (await command.run([str(executable), "--version"])).stdout.decode(errors="replace").splitlines()[0]
         self.kvm_answer = await probe_kvm(executable, version, boot, self._cache_dir / "kvm.json", self._users)
         if self.kvm_answer.usable:
@@ -106,7 +122,7 @@ class QemuVmm:
 
     async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
         prefix = process_name(self._installation_id, "")
-        names = await asyncio.to_thread(processes.list_argument_values, _PROGRAM, "-name", prefix)
+        names = await asyncio.to_thread(processes.list_argument_values, PROGRAM, "-name", prefix)
         with contextlib.suppress(FileNotFoundError):
             names += [entry.name for entry in sandboxes_directory.iterdir()]
         return sorted({name for name in names if is_sandbox_id(name)})
@@ -127,70 +143,82 @@ class QemuVmm:
             if RunFolder(spec.run_directory).stderr.exists() and (
                 running := await self.find_process(spec.sandbox_id, spec.run_directory)
             ):
-                return running
+                if spec.restore_from is None or await self._is_restored(spec, running):
+                    return running
+                await processes.kill_and_wait(running)
             await self.prepare(spec.boot)
             return await self._start(spec, network_descriptor)
+
+    async def _is_restored(self, spec: MachineSpec, running: ProcessIdentity) -> bool:
+        """Whether whoever began to restore it came to the point of letting it run."""
+        try:
+            async with self._control(spec.run_directory, _LOAD_TIMEOUT_SECONDS) as control:
+                return await query_status(control) not in _NOT_YET_RUNNING
+        except VmmError:
+            if processes.is_alive(running):
+                raise
+            return False
 
     async def _start(self, spec: MachineSpec, network_descriptor: int | None) -> ProcessIdentity:
         folder = RunFolder(spec.run_directory)
         folder.stderr.unlink(missing_ok=True)
-        file_size_bytes, ceiling_bytes = file_size_limits(
-            virtual_size_bytes(spec.root.top), may_raise_hard_limits=self._may_raise_hard_limits is True
-        )
-        limits = ResourceLimits(_OPEN_FILES_LIMIT, file_size_bytes, ceiling_bytes, core_bytes=0)
         try:
-            identity = await self._spawn(spec, network_descriptor, folder, limits)
+            identity = await self._launch(spec, network_descriptor)
         except CommandError as error:
             raise self._failure(spec, folder, error.message) from error
         try:
             write_atomically(folder.identity, json.dumps(asdict(identity)).encode(), durable=False)
-            async with await QmpConnection.open(
-                folder.control_socket, timeout_seconds=_START_TIMEOUT_SECONDS
-            ) as control:
-                status = await control.query("query-status")
-            if status.get("status") != "running":
+            timeout_seconds = _LOAD_TIMEOUT_SECONDS if spec.restore_from else _START_TIMEOUT_SECONDS
+            async with await QmpConnection.open(folder.control_socket, timeout_seconds=timeout_seconds) as control:
+                if spec.restore_from is not None:
+                    await _restore(control, spec)
+                status = await query_status(control)
+            if status != "running":
                 raise VmmError(f"QEMU came up in an unexpected state: {status}")
         except VmmError as error:
             await processes.kill_and_wait(identity)
             raise self._failure(spec, folder, error.message) from error
+        except BaseException:
+            # Given up in the middle of loading: nobody would let it run.
+            await asyncio.shield(processes.kill_and_wait(identity))
+            raise
         return identity
 
-    async def _spawn(
-        self, spec: MachineSpec, network_descriptor: int | None, folder: RunFolder, limits: ResourceLimits
-    ) -> ProcessIdentity:
-        assert self._chosen is not None
-        with contextlib.ExitStack() as stack:
-            descriptors = stack.enter_context(opened_machine(folder, spec.boot))
-            disks = tuple(_open_disk(disk, stack) for disk in (spec.root, spec.tools))
-            claim = stack.enter_context(claim_user(self._users, spec.sandbox_id)) if self._users else None
-            arguments = machine_arguments(
-                _find_executable(),
-                process_name(self._installation_id, spec.sandbox_id),
-                accelerator=self._chosen,
-                vcpu_count=spec.vcpu_count,
-                memory_mib=spec.memory_mib,
-                command_line=kernel_command_line(self._chosen, self._tsc_khz),
-                descriptors=descriptors,
-                disks=disks,
-                network=spec.network,
-                network_descriptor=network_descriptor,
+    async def _launch(self, spec: MachineSpec, network_descriptor: int | None) -> ProcessIdentity:
+        limits = FileLimits(
+            *file_size_limits(
+                virtual_size_bytes(spec.root.top), may_raise_hard_limits=self._may_raise_hard_limits is True
             )
-            groups = (kvm_group_ids() or ()) if self._chosen == "kvm" else ()
-            return await processes.start_detached(
-                arguments,
-                stderr_path=folder.stderr,
-                user=claim.process_user(groups) if claim else None,
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            memory: OpenMemory | None = None
+            if isinstance(spec.restore_from, MemoryImage):
+                opened = self._images.opened(spec.restore_from.memory, spec.memory_mib * _MIB)
+                memory = OpenMemory(await stack.enter_async_context(opened), shared=False)
+            files = stack.enter_context(contextlib.ExitStack())
+            return await launch(
+                self._host(),
+                spec.sandbox_id,
+                spec,
+                disks=[open_disk(disk, files) for disk in (spec.root, spec.tools)],
                 limits=limits,
-                pass_descriptors=[
-                    *asdict(descriptors).values(),
-                    *(descriptor for disk in disks for descriptor in disk.descriptors),
-                    *([claim.claim_descriptor] if claim else []),
-                    *([network_descriptor] if network_descriptor is not None else []),
-                ],
+                memory=memory,
+                network_descriptor=network_descriptor,
+                boots=spec.restore_from is None,
             )
+
+    def _host(self) -> QemuHost:
+        assert self._chosen is not None
+        return QemuHost(self._installation_id, self._chosen, self._tsc_khz, self._users)
 
     def _failure(self, spec: MachineSpec, folder: RunFolder, reason: str) -> VmmError:
         said = read_tail(folder.stderr, _STDERR_TAIL_BYTES).decode(errors="replace").strip()
+        if spec.restore_from is not None:
+            return VmmError(
+                f"QEMU could not go on with the saved machine of sandbox {spec.sandbox_id}: {said or reason}",
+                code="restore_failed",
+                hint="what was saved is damaged, or another QEMU's; start the sandbox from its disk",
+            )
         hint = "see 'atelier doctor'"
         if "annot allocate memory" in said or "annot set up guest memory" in said:
             hint = "ask for less memory, or remove sandboxes"
@@ -202,7 +230,7 @@ class QemuVmm:
         if (kept := _kept_identity(RunFolder(run_directory))) and self._is_ours(kept, sandbox_id):
             return kept
         # Nobody wrote down what a manager started that died at that very moment.
-        found = await asyncio.to_thread(processes.find_processes, _PROGRAM, self._marks(sandbox_id))
+        found = await asyncio.to_thread(processes.find_processes, PROGRAM, self._marks(sandbox_id))
         return found[0] if found else None
 
     def _marks(self, sandbox_id: str) -> list[str]:
@@ -211,12 +239,19 @@ class QemuVmm:
 
     def _is_ours(self, identity: ProcessIdentity, sandbox_id: str) -> bool:
         """Proved by pid, start time, boot id, executable, and the sandbox's id in its arguments."""
-        return processes.runs(identity, _PROGRAM, self._marks(sandbox_id))
+        return processes.runs(identity, PROGRAM, self._marks(sandbox_id))
 
     async def ensure_stopped(self, sandbox_id: str, run_directory: Path, identity: ProcessIdentity | None) -> None:
         if identity is not None and self._is_ours(identity, sandbox_id):
             await processes.kill_and_wait(identity)
         while found := await self.find_process(sandbox_id, run_directory):
+            await processes.kill_and_wait(found)
+        await self._end_baking(sandbox_id)
+
+    async def _end_baking(self, sandbox_id: str) -> None:
+        """End what a manager that died in the middle of a bake has left."""
+        marks = self._marks(BAKING + sandbox_id)
+        for found in await asyncio.to_thread(processes.find_processes, PROGRAM, marks):
             await processes.kill_and_wait(found)
 
     async def wait_ended(self, identity: ProcessIdentity) -> None:
@@ -230,7 +265,7 @@ class QemuVmm:
         identity = _kept_identity(folder)
         if identity is None:
             raise VmmError(f"no machine runs in {run_directory}")
-        async with await QmpConnection.open(folder.control_socket) as control:
+        async with self._control(run_directory) as control:
             await grow_disk(control, identity, serial, size_mib * _MIB)
 
     def guest_endpoint(self, run_directory: Path) -> GuestEndpoint:
@@ -245,11 +280,105 @@ class QemuVmm:
 
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         # Source: QEMU's werror=enospc, the default: a full host halts the machine instead of telling its guest.
-        async with await QmpConnection.open(RunFolder(run_directory).control_socket) as control:
-            if (await control.query("query-status")).get("status") != "io-error":
+        async with self._control(run_directory) as control:
+            if await query_status(control) != "io-error":
                 return False
             await control.execute("cont")
         return True
+
+    # --- saved machines -----------------------------------------------------------------------------------------------
+
+    async def stamp(self, boot: BootFiles, network_kind: str) -> MachineStamp:
+        accelerator = await self.prepare(boot)
+        executable = find_executable()
+        found = executable.stat()
+        build = (found.st_ino, found.st_mtime_ns)
+        if self._version is None or self._version[0] != build:
+            self._version = (build, await read_version(executable))
+        return make_stamp(self._version[1], accelerator, self._tsc_khz, network_kind)
+
+    async def open_link(self, run_directory: Path) -> None:
+        async with self._control(run_directory) as control:
+            await _set_link(control, up=True)
+
+    async def save(
+        self,
+        run_directory: Path,
+        target: Path,
+        *,
+        before_stop: SavingMoment | None = None,
+        at_stop: SavingMoment | None = None,
+        go_on: bool = False,
+    ) -> SavedMachine:
+        if run_directory in self._saving:
+            raise ConflictError(f"the machine in {run_directory} is being saved already", code="saving")
+        async with self._control(run_directory, _START_TIMEOUT_SECONDS) as control:
+            self._saving[run_directory] = control
+            try:
+                return await save_machine(control, target, before_stop=before_stop, at_stop=at_stop, go_on=go_on)
+            finally:
+                del self._saving[run_directory]
+
+    async def go_on(self, run_directory: Path) -> None:
+        async with self._control(run_directory) as control:
+            await run_on(control)
+
+    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
+        async with self._control(run_directory) as control:
+            await switch_disk(control, serial, top)
+
+    async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:
+        async with self._control(run_directory) as control:
+            return await writes_to(control, serial, file)
+
+    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+        await self.prepare(spec.boot)
+        await self._end_baking(spec.sandbox_id)
+        await self.ensure_run_directory(spec.sandbox_id, spec.run_directory)
+        folder = RunFolder(spec.run_directory)
+        try:
+            await bake_image(self._host(), stream, spec, image)
+        except (VmmError, CommandError) as error:
+            said = read_tail(folder.stderr, _STDERR_TAIL_BYTES).decode(errors="replace").strip()
+            raise VmmError(
+                f"the saved machine {stream.path} could not be baked: {said or error.message}",
+                code="bake_failed",
+                hint="it is damaged, or another QEMU's",
+            ) from error
+        finally:
+            await self.ensure_run_directory_absent(spec.run_directory)
+
+    @asynccontextmanager
+    async def _control(self, run_directory: Path, timeout_seconds: float = 10.0) -> AsyncGenerator[QmpConnection]:
+        """The machine's control socket. While it is saved the connection that does so is everybody's: QEMU takes one."""
+        if saving := self._saving.get(run_directory):
+            yield saving
+            return
+        socket = RunFolder(run_directory).control_socket
+        async with await QmpConnection.open(socket, timeout_seconds=timeout_seconds) as control:
+            yield control
+
+
+async def _restore(control: QmpConnection, spec: MachineSpec) -> None:
+    match spec.restore_from:
+        case MemoryStream(path):
+            await load_state(control, path, with_memory=True)
+        case MemoryImage(_, state):
+            await load_state(control, state, with_memory=False)
+        case None:
+            return
+    if spec.network.kind != "none":
+        await _set_link(control, up=False)
+    await control.execute("cont")
+
+
+async def _set_link(control: QmpConnection, *, up: bool) -> None:
+    """A machine without a network has no such link, which QEMU says in words only."""
+    try:
+        await control.execute("set_link", {"name": NETWORK_NODE, "up": up})
+    except VmmError as error:
+        if "not found" not in error.message:
+            raise
 
 
 def _kept_identity(folder: RunFolder) -> ProcessIdentity | None:
@@ -259,16 +388,3 @@ def _kept_identity(folder: RunFolder) -> ProcessIdentity | None:
         if processes.is_alive(kept):
             return kept
     return None
-
-
-def _find_executable() -> Path:
-    found = shutil.which(_PROGRAM)
-    if found is None:
-        raise MissingProgramError(f"{_PROGRAM} is not installed", hint="apt-get install qemu-system-x86")
-    return Path(found)
-
-
-def _open_disk(disk: Disk, stack: contextlib.ExitStack) -> OpenDisk:
-    top = stack.enter_context(opened(disk.top.path, os.O_RDONLY if disk.read_only else os.O_RDWR))
-    backing = [stack.enter_context(opened(file.path)) for file in disk.backing]
-    return OpenDisk(disk, (top, *backing))

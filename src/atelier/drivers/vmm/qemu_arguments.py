@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from atelier.drivers.vmm.qmp import JsonObject
 from atelier.model.machine import Disk, NetworkAttachment
 
 GUEST_PORT_NAME = "atelier"
@@ -17,28 +18,60 @@ GUEST_PORT_NAME = "atelier"
 
 AcceleratorKind = Literal["tcg", "kvm"]
 
+MACHINE_TYPE = "microvm,pit=off,pic=off"
+"""No PIT and PIC: Debian's kernel takes its devices and interrupts from ACPI."""
+
+NETWORK_NODE = "network"
+"""What the network's host side is called in QEMU's own words."""
+
 _GUEST_KERNEL_HZ = 250
 _CODE_CACHE_MIB = 32
+_MEMORY = "ram"
+_EMPTY_DISK_BYTES = 1024 * 1024
 LOCKED_DOWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True, slots=True)
 class OpenDisk:
-    """A disk whose files are open: ``descriptors[0]`` is ``disk.top``, then ``disk.backing`` in order."""
+    """A disk whose files are open: ``descriptors[0]`` is ``disk.top``, then ``disk.backing`` in order. ``node``: how
+    QEMU is to call the top file's block node, at most 26 bytes."""
 
     disk: Disk
     descriptors: tuple[int, ...]
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyDisk:
+    """In place of a disk that is neither read nor written, since its machine never runs."""
+
+    serial: str
+    read_only: bool
+    descriptors: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenMemory:
+    """Where the guest's memory lies: in an open file, by ``shared`` written to or mapped copy-on-write."""
+
+    descriptor: int
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
 class MachineDescriptors:
-    """Open files of one machine. The two sockets listen already."""
+    """Open files of one machine. The two sockets listen already. Only one that boots has a kernel and an initramfs."""
 
-    kernel: int
-    initramfs: int
     console: int
     control_socket: int
     guest_socket: int
+    kernel: int | None = None
+    initramfs: int | None = None
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        found = (self.console, self.control_socket, self.guest_socket, self.kernel, self.initramfs)
+        return tuple(descriptor for descriptor in found if descriptor is not None)
 
 
 def process_name(installation_id: str, sandbox_id: str) -> str:
@@ -88,23 +121,23 @@ def machine_arguments(
     memory_mib: int,
     command_line: str,
     descriptors: MachineDescriptors,
-    disks: tuple[OpenDisk, ...] = (),
+    disks: tuple[OpenDisk | EmptyDisk, ...] = (),
     network: NetworkAttachment | None = None,
     network_descriptor: int | None = None,
+    memory: OpenMemory | None = None,
 ) -> list[str]:
-    """The whole argument list. ``command_line`` is the guest kernel's."""
+    """The whole argument list. ``command_line`` is the guest kernel's; a machine without a kernel waits, stopped, for
+    another one's state to be loaded. ``memory`` None: of the process's own."""
     files = _DescriptorSets()
     arguments = [
         *(str(executable), "-name", name),
         *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
         *("-sandbox", LOCKED_DOWN),
-        # No PIT and PIC: Debian's kernel takes its devices and interrupts from ACPI.
-        *("-machine", "microvm,pit=off,pic=off,mem-merge=off,dump-guest-core=off"),
+        *("-machine", f"{MACHINE_TYPE},mem-merge=off,dump-guest-core=off,memory-backend={_MEMORY}"),
+        *("-object", _memory(memory_mib, memory)),
         *_processor(accelerator),
         *("-smp", str(vcpu_count), "-m", f"{memory_mib}M"),
-        # Opened by name, not through a descriptor set: the loader knows only names.
-        *("-kernel", f"/proc/self/fd/{descriptors.kernel}", "-initrd", f"/proc/self/fd/{descriptors.initramfs}"),
-        *("-append", command_line),
+        *_beginning(descriptors, command_line),
         *("-chardev", f"file,id=console,append=on,path={files.add(descriptors.console)}"),
         *("-serial", "chardev:console"),
         *("-chardev", f"socket,id=control,fd={descriptors.control_socket},server=on,wait=off"),
@@ -115,7 +148,7 @@ def machine_arguments(
         *("-device", "virtio-rng-device"),
     ]
     for number, disk in enumerate(disks):
-        arguments += _disk(f"disk{number}", disk, files)
+        arguments += _empty_disk(number, disk) if isinstance(disk, EmptyDisk) else _disk(disk, files)
     arguments += _network(network, network_descriptor)
     return [*arguments, *files.arguments]
 
@@ -140,15 +173,52 @@ def _processor(accelerator: AcceleratorKind) -> list[str]:
     return ["-accel", f"tcg,thread=multi,tb-size={_CODE_CACHE_MIB}", "-cpu", "max"]
 
 
-def _disk(name: str, open_disk: OpenDisk, files: _DescriptorSets) -> list[str]:
+def _memory(memory_mib: int, memory: OpenMemory | None) -> str:
+    """Always an object of this name: by it a saved machine's memory is found again, wherever it lay."""
+    size = f"id={_MEMORY},size={memory_mib}M"
+    if memory is None:
+        return f"memory-backend-ram,{size}"
+    shared = "on" if memory.shared else "off"
+    return f"memory-backend-file,{size},mem-path=/proc/self/fd/{memory.descriptor},share={shared}"
+
+
+def _beginning(descriptors: MachineDescriptors, command_line: str) -> list[str]:
+    if descriptors.kernel is None:
+        # -S: it stays stopped when it is loaded, too, so that its network link is down before it runs.
+        return ["-S", "-incoming", "defer"]
+    # Opened by name, not through a descriptor set: the loader knows only names.
+    kernel, initramfs = (f"/proc/self/fd/{each}" for each in (descriptors.kernel, descriptors.initramfs))
+    return ["-kernel", kernel, "-initrd", initramfs, "-append", command_line]
+
+
+def overlay_options(node: str, file_name: str) -> tuple[JsonObject, JsonObject]:
+    """As ``blockdev-add`` takes them: file and qcow2 node of a file that is to stand over a running disk."""
+    common: JsonObject = {"read-only": False, "discard": "unmap", "cache": {"direct": False, "no-flush": False}}
+    file: JsonObject = {"driver": "file", "node-name": f"{node}-file", "filename": file_name, "locking": "off"}
+    return (
+        {**file, "aio": "threads", **common},
+        # Nothing below it: what it stands over is put there by blockdev-snapshot.
+        {"driver": "qcow2", "node-name": node, "file": f"{node}-file", "backing": None, **common},
+    )
+
+
+def _empty_disk(number: int, disk: EmptyDisk) -> list[str]:
+    node, access = f"empty{number}", "on" if disk.read_only else "off"
+    return [
+        *("-blockdev", f"driver=null-co,node-name={node},size={_EMPTY_DISK_BYTES},read-only={access}"),
+        *("-device", f"virtio-blk-device,drive={node},serial={disk.serial}"),
+    ]
+
+
+def _disk(open_disk: OpenDisk, files: _DescriptorSets) -> list[str]:
     """The chain of block nodes, deepest first, each a format over a file, and the device on top of it."""
-    disk = open_disk.disk
+    disk, name = open_disk.disk, open_disk.node
     chain = [*zip((disk.top, *disk.backing), open_disk.descriptors, strict=True)]
     arguments: list[str] = []
     below = ""
     for depth in reversed(range(len(chain))):
         file, descriptor = chain[depth]
-        node = name if depth == 0 else f"{name}-back{depth}"
+        node = name if depth == 0 else f"{name}-b{depth}"
         access = "read-only=on" if depth > 0 or disk.read_only else "read-only=off,discard=unmap"
         # No locking: the files are ours alone, and a lock would need a second opening. The host's page cache is used,
         # and a flush of the guest's reaches the disk.
@@ -170,11 +240,11 @@ def _network(network: NetworkAttachment | None, descriptor: int | None) -> list[
         if descriptor is None:
             raise ValueError("a network of kind tap needs its open TAP")
         return [
-            *("-netdev", f"tap,id=network,fd={descriptor},vhost=off"),
-            *("-device", f"virtio-net-device,netdev=network,mac={network.mac_address}"),
+            *("-netdev", f"tap,id={NETWORK_NODE},fd={descriptor},vhost=off"),
+            *("-device", f"virtio-net-device,netdev={NETWORK_NODE},mac={network.mac_address}"),
         ]
     return [
         # restrict: nothing of the host or beyond it is reached; what answers (DHCP, ping of 10.0.2.2) is QEMU itself.
-        *("-netdev", "user,id=network,restrict=on,ipv6=off"),
-        *("-device", f"virtio-net-device,netdev=network,mac={network.mac_address}"),
+        *("-netdev", f"user,id={NETWORK_NODE},restrict=on,ipv6=off"),
+        *("-device", f"virtio-net-device,netdev={NETWORK_NODE},mac={network.mac_address}"),
     ]

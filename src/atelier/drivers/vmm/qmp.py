@@ -1,6 +1,7 @@
 """QEMU's machine protocol over its unix socket: one command at a time, one JSON object a line.
 
-Called by the QEMU driver. Speaks over a raw socket, so that descriptors can travel with a command. A VMM is trusted
+Called by the QEMU driver. Speaks over a raw socket, so that descriptors can travel with a command. QEMU takes one
+connection at a time: another one waits until the first is closed. A VMM is trusted
 less than the manager: its lines, their number and its patience are bounded. Source: QEMU docs/interop/qmp-spec.txt.
 """
 
@@ -23,12 +24,15 @@ _RECEIVE_BYTES = 64 * 1024
 
 
 class QmpConnection:
-    """A connection in command mode. Events are passed over. Not for two tasks at once."""
+    """A connection in command mode. Events are passed over. Several tasks may use it: one command at a time is under
+    way, and an answer that nobody waits for any more is passed over too."""
 
     def __init__(self, connected: socket.socket, timeout_seconds: float) -> None:
         self._socket = connected
         self._timeout_seconds = timeout_seconds
         self._received = bytearray()
+        self._turn = asyncio.Lock()
+        self._last_id = 0
 
     @classmethod
     async def open(cls, path: Path, *, timeout_seconds: float = 10.0) -> QmpConnection:
@@ -65,12 +69,20 @@ class QmpConnection:
         Raises VmmError with QEMU's own words when it refuses, and when the connection ends or stays silent; the
         connection is of no use after the latter.
         """
-        message = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        async with self._turn:
+            return await self._execute(command, arguments, descriptors)
+
+    async def _execute(self, command: str, arguments: JsonObject | None, descriptors: Sequence[int]) -> object:
+        self._last_id += 1
+        asked = {"execute": command, "arguments": arguments or {}, "id": self._last_id}
+        message = json.dumps(asked).encode() + b"\n"
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 await self._send(message, descriptors)
                 for _ in range(_LINES_PER_ANSWER_LIMIT):
                     answer = await self._line()
+                    if answer.get("id", self._last_id) != self._last_id:
+                        continue
                     if "return" in answer:
                         return answer["return"]
                     if "error" in answer:

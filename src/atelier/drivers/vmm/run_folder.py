@@ -52,12 +52,12 @@ class RunFolder:
 
 
 @contextmanager
-def opened_machine(folder: RunFolder, boot: BootFiles) -> Generator[MachineDescriptors]:
-    """Boot files, console and the two listening sockets, open for as long as the block runs."""
+def opened_machine(folder: RunFolder, boot: BootFiles | None) -> Generator[MachineDescriptors]:
+    """Boot files, if it boots, console and the two listening sockets, open for as long as the block runs."""
     with contextlib.ExitStack() as stack:
         yield MachineDescriptors(
-            kernel=stack.enter_context(opened(boot.kernel)),
-            initramfs=stack.enter_context(opened(boot.initramfs)),
+            kernel=stack.enter_context(opened(boot.kernel)) if boot else None,
+            initramfs=stack.enter_context(opened(boot.initramfs)) if boot else None,
             console=stack.enter_context(opened(folder.console, os.O_WRONLY | os.O_APPEND | os.O_CREAT)),
             control_socket=stack.enter_context(_listening(folder.control_socket)),
             guest_socket=stack.enter_context(_listening(folder.guest_socket)),

@@ -1,0 +1,95 @@
+"""The disks of a running QEMU: found by their serial, and put under a fresh overlay while the guest writes to them.
+
+Called by the QEMU driver. A block node bears a name made of its file's inode, so a machine tells which file it writes to
+whatever that is called by then. Source: QEMU qapi/block-core.json (query-block, blockdev-snapshot).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import cast
+
+from atelier.drivers.vmm.qemu_arguments import OpenDisk, overlay_options
+from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
+from atelier.drivers.vmm.run_folder import opened
+from atelier.model.errors import VmmError
+from atelier.model.machine import Disk, DiskFile
+
+
+def open_disk(disk: Disk, stack: contextlib.ExitStack) -> OpenDisk:
+    """Its files, open until the stack ends; all but a writable disk's top for reading only. Raises VmmError."""
+    top = stack.enter_context(opened(disk.top.path, os.O_RDONLY if disk.read_only else os.O_RDWR))
+    backing = [stack.enter_context(opened(file.path)) for file in disk.backing]
+    return OpenDisk(disk, (top, *backing), _node_name(disk.serial, os.fstat(top)))
+
+
+async def find_disk(control: QmpConnection, serial: str) -> tuple[str, int]:
+    """Block node and size in bytes of the disk with this serial. Raises VmmError if there is none."""
+    for device in _objects(await control.execute("query-block")):
+        path = device.get("qdev")
+        if not isinstance(path, str):
+            continue
+        if await control.execute("qom-get", {"path": path, "property": "serial"}) != serial:
+            continue
+        node = _object(device.get("inserted"))
+        name, size_bytes = node.get("node-name"), _object(node.get("image")).get("virtual-size")
+        if isinstance(name, str) and isinstance(size_bytes, int):
+            return name, size_bytes
+        raise VmmError(f"QEMU does not say how large the disk {serial} is")
+    raise VmmError(f"the machine has no disk {serial}")
+
+
+async def writes_to(control: QmpConnection, serial: str, file: DiskFile) -> bool:
+    """Whether the file is this disk's top. Raises VmmError."""
+    try:
+        found = file.path.stat()
+    except FileNotFoundError:
+        return False
+    return (await find_disk(control, serial))[0] == _node_name(serial, found)
+
+
+async def switch_disk(control: QmpConnection, serial: str, top: DiskFile) -> None:
+    """Let the guest's writes go to ``top``, an empty qcow2 file over the disk's present top; nothing if they do."""
+    if top.format != "qcow2":
+        raise VmmError(f"a {top.format} file cannot stand over a disk")
+    present, _ = await find_disk(control, serial)
+    with opened(top.path, os.O_RDWR) as descriptor:
+        node = _node_name(serial, os.fstat(descriptor))
+        if present == node:
+            return
+        # A manager that died halfway may have left them.
+        await _forget_nodes(control, node)
+        added = _object(await control.execute("add-fd", {}, descriptors=[descriptor]))
+        set_id = added.get("fdset-id")
+    try:
+        for options in overlay_options(node, f"/dev/fdset/{set_id}"):
+            await control.execute("blockdev-add", options)
+        await control.execute("blockdev-snapshot", {"node": present, "overlay": node})
+    except VmmError:
+        await _forget_nodes(control, node)
+        with contextlib.suppress(VmmError):
+            await control.execute("remove-fd", {"fdset-id": set_id})
+        raise
+
+
+async def _forget_nodes(control: QmpConnection, node: str) -> None:
+    for name in (node, f"{node}-file"):
+        with contextlib.suppress(VmmError):
+            await control.execute("blockdev-del", {"node-name": name})
+
+
+def _node_name(serial: str, found: os.stat_result) -> str:
+    """21 characters, since QEMU takes 31 and its file's node and those below it bear endings."""
+    return "disk-" + hashlib.sha256(f"{serial} {found.st_dev} {found.st_ino}".encode()).hexdigest()[:16]
+
+
+def _objects(value: object) -> Iterator[JsonObject]:
+    for item in cast("list[object]", value) if isinstance(value, list) else []:
+        yield _object(item)
+
+
+def _object(value: object) -> JsonObject:
+    return cast("JsonObject", value) if isinstance(value, dict) else {}

@@ -1,0 +1,52 @@
+"""What a saved machine depends on beside its own files: QEMU, the machine it plays, the processor, the counter's rate.
+
+Called by the QEMU driver.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from atelier.drivers.vmm.qemu_arguments import MACHINE_TYPE, AcceleratorKind
+from atelier.host import command
+from atelier.model.errors import VmmError
+from atelier.model.machine import MachineStamp
+
+_FORMAT = 1
+"""To be raised with every change of the devices that a machine has, or of their order."""
+
+_VERSION = re.compile(r"version (\d+\.\d+\.\d+)")
+_SHOWN_PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "model name")
+
+
+async def read_version(executable: Path) -> str:
+    """``major.minor.micro``, as ``query_version`` tells it of one that runs. Raises VmmError, CommandError."""
+    said = (await command.run([str(executable), "--version"])).stdout.decode(errors="replace")
+    if found := _VERSION.search(said):
+        return found[1]
+    raise VmmError(f"{executable} does not say its version: {said.strip()[:200]!r}")
+
+
+def make_stamp(version: str, accelerator: AcceleratorKind, tsc_khz: int, network_kind: str) -> MachineStamp:
+    """Under emulation the guest sees QEMU's own processor, whatever the host's is, but for the counter's rate."""
+    model, flags = ("max", "") if accelerator == "tcg" else _read_processor(Path("/proc/cpuinfo").read_text())
+    return MachineStamp(
+        vmm=f"qemu-{accelerator}",
+        vmm_version=version,
+        machine_type=MACHINE_TYPE,
+        cpu_model=model,
+        cpu_flags=flags,
+        tsc_khz=tsc_khz if accelerator == "tcg" else 0,
+        network_kind=network_kind,
+        format=_FORMAT,
+    )
+
+
+def _read_processor(cpuinfo: str) -> tuple[str, str]:
+    """(model in words, hash of the flags) of the first processor. Source: proc(5), /proc/cpuinfo."""
+    first = cpuinfo.split("\n\n", 1)[0].splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
+    flags = " ".join(sorted(fields.get("flags", "").split()))
+    return " ".join(fields.get(name, "?") for name in _SHOWN_PROCESSOR), hashlib.sha256(flags.encode()).hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""A new file whose content another process writes into a pipe: the writer never holds the file.
+
+Called by the VMM drivers. So a process with a limit on its files can write a large one, it cannot change the file
+afterwards, it may be kept waiting, and it sees a full disk as a reader that went away. Bytes go from pipe to file inside
+the kernel. Source: pipe(7), splice(2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from atelier.host.files import refusal_as_error, sync_folder
+from atelier.model.errors import HostError
+
+_PIECE_BYTES = 1024 * 1024
+_LOOK_AGAIN_MS = 100
+
+
+class PipedFile:
+    """``write_end`` is to be handed to the writer and then closed here with ``handed_over``."""
+
+    def __init__(self, path: Path, file: int, limit_bytes: int) -> None:
+        self._path = path
+        self._file = file
+        self._limit_bytes = limit_bytes
+        self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
+        self._open = threading.Event()
+        self._open.set()
+        self._abandoned = threading.Event()
+        self._copying = asyncio.ensure_future(asyncio.to_thread(self._copy))
+        # Asked for by ``end`` only; an abandoned copy's failure is nobody's concern.
+        self._copying.add_done_callback(lambda copying: copying.cancelled() or copying.exception())
+
+    def handed_over(self) -> None:
+        """The pipe ends with its writer from now on."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    def hold(self) -> None:
+        """Let the writer wait as soon as the pipe is full (64 KiB)."""
+        self._open.clear()
+
+    def go_on(self) -> None:
+        self._open.set()
+
+    async def end(self) -> int:
+        """Wait until the writer has closed its end; how many bytes the file holds.
+
+        Raises DiskFullError, HostError (``stream_too_long`` beyond the limit).
+        """
+        return await asyncio.shield(self._copying)
+
+    async def keep(self, path: Path) -> None:
+        """After ``end``: put the file on the disk under its name, in place of what bears it. Raises DiskFullError."""
+        await asyncio.to_thread(self._keep, path)
+
+    def _keep(self, path: Path) -> None:
+        with refusal_as_error(f"writing {path}"):
+            os.fsync(self._file)
+            self._path.replace(path)
+            sync_folder(path.parent)
+
+    async def close(self) -> None:
+        """Stop copying; what was not kept goes."""
+        self.handed_over()
+        self._abandoned.set()
+        self._open.set()
+        await asyncio.wait([self._copying])
+        os.close(self._file)
+        self._path.unlink(missing_ok=True)
+
+    def _copy(self) -> int:
+        poll = select.poll()
+        poll.register(self._read_end, select.POLLIN)
+        size_bytes = 0
+        try:
+            while not self._abandoned.is_set():
+                if not self._open.wait(_LOOK_AGAIN_MS / 1000) or not poll.poll(_LOOK_AGAIN_MS):
+                    continue
+                with refusal_as_error(f"writing {self._path}"):
+                    moved = os.splice(self._read_end, self._file, _PIECE_BYTES)
+                if moved == 0:
+                    break
+                size_bytes += moved
+                if size_bytes > self._limit_bytes:
+                    raise HostError(
+                        f"more than {self._limit_bytes} bytes came for {self._path}", code="stream_too_long"
+                    )
+        finally:
+            # The writer's next bytes fail: it learns that nobody takes them.
+            os.close(self._read_end)
+        return size_bytes
+
+
+@asynccontextmanager
+async def piped_file(path: Path, *, limit_bytes: int, mode: int = 0o600) -> AsyncGenerator[PipedFile]:
+    """A new file at ``path``, for as long as the block runs or until it was kept under another name.
+
+    Raises DiskFullError, HostError (``not_writable``, ``folder_missing``).
+    """
+    try:
+        with refusal_as_error(f"making {path}"):
+            path.unlink(missing_ok=True)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    except FileNotFoundError as error:
+        raise HostError(f"{path} cannot be made: there is no such folder", code="folder_missing") from error
+    piped = PipedFile(path, file, limit_bytes)
+    try:
+        yield piped
+    finally:
+        await asyncio.shield(piped.close())
