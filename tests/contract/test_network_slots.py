@@ -196,10 +196,10 @@ async def test_every_rule_of_a_policys_own_chain_is_needed(stage: Stage) -> None
         with holder_asleep(lab):
             lab.in_home("nft", f"delete rule inet {TABLE} {rules()[number]}")
             assert reached()
-    # An address that names have opened, in a network that the host has joined since.
+    # An address that names have opened, and that is not public any more.
     wait_until(lambda: not lab.ask("check")["put_back"])
     with holder_asleep(lab):
-        lab.in_home("nft", f"add element inet {TABLE} private {{ {ELSEWHERE} }}")
+        lab.in_home("nft", f"flush set inet {TABLE} public_addresses")
         assert reached() == [f"{what} to {ELSEWHERE}: not heard at internet" for what in ("UDP", "TCP", "ping")]
 
 
