@@ -83,10 +83,14 @@ async def test_rules_that_a_stranger_flushed_are_put_back(stage: Stage) -> None:
 
 
 async def test_flushed_rules_are_put_back_at_once_and_unasked(stage: Stage) -> None:
-    wanted = stage.lab.in_home("nft", "list", "ruleset")
+    def rules() -> str:
+        """Without the flows that are counted, which are the guests' own doing."""
+        return re.sub(r"\n\t*elements = {[^}]*ct count[^}]*}", "", stage.lab.in_home("nft", "list", "ruleset"))
+
+    wanted = rules()
     begun = time.monotonic()
     stage.lab.flush_rules()
-    wait_until(lambda: stage.lab.in_home("nft", "list", "ruleset") == wanted)
+    wait_until(lambda: rules() == wanted)
     # The periodic look is five seconds apart: this was the watch.
     print(f"put back after {time.monotonic() - begun:.2f} s")
 
