@@ -83,6 +83,10 @@ async def best_network() -> NetworkAttachment:
         return await UserNetwork().ensure_slot(PARENT, 0)
 
 
+async def nothing() -> None:
+    """So that a machine runs on after it was saved."""
+
+
 class Stage(ABC):
     """A driver with one running machine, which lasts for all tests; each leaves it running, its link open."""
 
@@ -133,7 +137,7 @@ class Stage(ABC):
         async def switch() -> None:
             await self.vmm.switch_disk(self.parent.run_directory, ROOT_DISK_SERIAL, top)
 
-        await self.vmm.save(self.parent.run_directory, self.folder / name, at_stop=switch, go_on=True)
+        await self.vmm.save(self.parent.run_directory, self.folder / name, at_stop=switch, afterwards=nothing)
         self.frozen = list(self.layers)
         self.layers.insert(0, top)
         return MemoryStream(self.folder / name)
@@ -452,5 +456,5 @@ async def test_a_stamp_tells_what_does_not_fit(stage: Stage) -> None:
     # Measured anew at each boot of the host, and never quite the same.
     assert replace(stamp, tsc_khz=2_445_426).difference(replace(stamp, tsc_khz=2_445_400)) == ""
     assert replace(stamp, tsc_khz=2_445_426).difference(replace(stamp, tsc_khz=2_545_426)) == "tsc_khz"
-    saved = await stage.vmm.save(stage.parent.run_directory, stage.folder / "stamped", go_on=True)
+    saved = await stage.vmm.save(stage.parent.run_directory, stage.folder / "stamped", afterwards=nothing)
     assert saved.vmm_version == stamp.vmm_version

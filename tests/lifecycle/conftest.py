@@ -122,11 +122,11 @@ class Host:
 
     def __post_init__(self) -> None:
         self.faults = RecordingFaults(self.calls)
-        self.vmm = FakeVmm(self.faults)
         self.storage = FakeStorage(self.faults)
         self.network = FakeNetwork(self.faults)
         self.images = StubImages(self.faults, self.folder)
         self.guests = Guests(self.faults)
+        self.vmm = FakeVmm(self.faults, guest_memory=self.guests)
         self.guests.on_shut_down = self.vmm.end_machine
         self.data = DataLayout(self.folder / "data")
         self.run = RunLayout(self.folder / "run")

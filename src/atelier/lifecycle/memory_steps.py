@@ -144,7 +144,7 @@ class MemorySteps:
                 code="saved_memory_missing",
                 hint="its disk is kept: start the sandbox from it",
             )
-        return dict(found)
+        return {**found, "adopted": True}
 
     def _commit_found(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         if self.machines.find_saved_memory(connection, record.subject_id) is not None:

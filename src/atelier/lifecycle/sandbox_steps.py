@@ -48,6 +48,7 @@ from atelier.lifecycle.ssh_host_key import make_ssh_host_key
 from atelier.lifecycle.transitions import Transitions
 from atelier.model.errors import (
     AtelierError,
+    ConflictError,
     GuestError,
     GuestUnreachableError,
     HostError,
@@ -128,7 +129,7 @@ class SandboxSteps:
         if not spend_memory:
             memory = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
         else:
-            memory = Step("memory", _nothing, self._remove_memory)
+            memory = Step[Connection]("memory", _nothing, self._remove_memory)
         return (
             find,
             Step("network", self._take_slot, free_slot, self._commit_slot),
@@ -217,6 +218,11 @@ class SandboxSteps:
         if disk := context.outputs["image"].get("disk"):
             return disk
         origin = context.outputs["image"]
+        if "restore" in origin and await self.storage.find_volume(context.subject_id) is not None:
+            # Of an earlier run of this list: its guest may have written to it, and the memory to restore knows nothing
+            # of that. Nobody else has used it yet.
+            await self._stop_vmm(context)
+            await self.storage.ensure_volume_absent(context.subject_id)
         base = DiskFile(Path(origin["path"]), origin["format"])
         # A restored machine knows its disk by the size that it had; it is grown once the guest runs.
         request = VolumeRequest(context.subject_id, base, origin["disk_mib"])
@@ -278,11 +284,35 @@ class SandboxSteps:
             restore_from=restore_from_json(context.outputs["image"].get("restore")),
         )
         await self.gate.enter(sandbox.id)
-        async with self.network.opened(sandbox.id) as descriptor:
-            identity = await self.vmm.ensure_started(spec, descriptor)
+        identity = await self._ensure_started(context, spec)
         stamp = await self.vmm.stamp(boot, spec.network.kind)
         machine = MachineRecord(stamp, boot.tools, boot.tools_id, boot.kernel_release)
         return {**process_to_json(identity), "machine": machine.to_json()}
+
+    async def _ensure_started(self, context: StepContext, spec: MachineSpec) -> ProcessIdentity:
+        """What an earlier run of this step has started holds the slot. One that boots goes on; one that is restored may
+        have died half-way into its memory, so it is restored once more, unless that memory is given up."""
+        if context.outputs["image"].get("adopted"):
+            running = await self.vmm.find_process(spec.sandbox_id, spec.run_directory)
+            if running is None:
+                raise VmmError(
+                    "the virtual machine has ended", code="vmm_ended", hint="start the sandbox from its disk"
+                )
+            return running
+        try:
+            async with self.network.opened(spec.sandbox_id) as descriptor:
+                return await self.vmm.ensure_started(spec, descriptor)
+        except ConflictError as error:
+            if error.code != "slot_in_use":
+                raise
+            running = await self.vmm.find_process(spec.sandbox_id, spec.run_directory)
+            if running is None:
+                raise
+        if spec.restore_from is None:
+            return running
+        await self.vmm.ensure_stopped(spec.sandbox_id, spec.run_directory, running)
+        async with self.network.opened(spec.sandbox_id) as descriptor:
+            return await self.vmm.ensure_started(spec, descriptor)
 
     async def _stop_vmm(self, context: StepContext) -> None:
         self.gate.leave(context.subject_id)

@@ -7,7 +7,7 @@ asks for its unwinding.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from atelier.db.engine import Connection, Database
 from atelier.db.sagas import delete_sagas_of
@@ -77,7 +77,7 @@ class BakeSteps:
             boot=BootFiles(tools, tools, tools, machine.kernel_release, machine.tools_id),
             root=disk,
             tools=Disk(TOOLS_DISK_SERIAL, DiskFile(tools, "raw"), read_only=True),
-            network=NetworkAttachment(machine.stamp.network_kind, _SOME_MAC),
+            network=NetworkAttachment(cast(Any, machine.stamp.network_kind), _SOME_MAC),
             run_directory=self.run.vmm_directory(snapshot.id),
         )
         await self.vmm.bake(self.files.stream(snapshot.id), spec, image)

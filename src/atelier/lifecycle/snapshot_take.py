@@ -75,9 +75,16 @@ class TakeSteps:
         async def switch_disk() -> None:
             await self.steps.vmm.switch_disk(directory, ROOT_DISK_SERIAL, DiskFile(top.path, top.format))
 
-        stream = self.files.stream(snapshot_id)
-        saved = await self.steps.vmm.save(directory, stream.path, before_stop=quiesce, at_stop=switch_disk)
-        await self.wake(context)
+        async def thaw() -> None:
+            await self.steps.guests.thaw(context.subject_id)
+
+        saved = await self.steps.vmm.save(
+            directory,
+            self.files.stream(snapshot_id).path,
+            before_stop=quiesce,
+            at_stop=switch_disk,
+            afterwards=thaw,
+        )
         return {"stopped_ms": saved.stopped_ms}
 
     async def wake(self, context: StepContext) -> None:

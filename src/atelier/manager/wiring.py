@@ -178,8 +178,8 @@ def _local_network(
 
 
 def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
-    vmm = FakeVmm()
     guests = FakeGuests()
+    vmm = FakeVmm(guest_memory=guests)
     guests.on_shut_down = vmm.end_machine
     return Drivers(
         vmm=vmm,

@@ -204,7 +204,7 @@ class FakeVmm:
         *,
         before_stop: SavingMoment | None = None,
         at_stop: SavingMoment | None = None,
-        go_on: bool = False,
+        afterwards: SavingMoment | None = None,
     ) -> SavedMachine:
         await self.faults.before("save")
         machine = self._machine_in(run_directory)
@@ -221,7 +221,9 @@ class FakeVmm:
             spec = self._machine_in(run_directory).spec
             memory = self.guest_memory.dump(spec.sandbox_id) if self.guest_memory else b""
             size_bytes = write_stream(SavedGuest(str(uuid.uuid4()), spec.memory_mib, memory), target)
-            machine.runs = go_on
+            machine.runs = afterwards is not None
+            if afterwards is not None:
+                await afterwards()
         except BaseException:
             machine.runs = True
             raise

@@ -121,15 +121,15 @@ class VmmDriver(Protocol):
         *,
         before_stop: SavingMoment | None = None,
         at_stop: SavingMoment | None = None,
-        go_on: bool = False,
+        afterwards: SavingMoment | None = None,
     ) -> SavedMachine:
         """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent).
 
         Its memory is sent while it runs. ``before_stop`` is awaited once, still then, when little is left (it quiesces
         the guest); ``at_stop`` once, while the machine stands still and its disks are still the old ones (it switches
-        one). Afterwards the machine stays stopped, until ``go_on`` or its end; with ``go_on`` it runs as soon as the
-        stream has ended, before that is on the disk. A machine that could not be saved runs, and no file is left;
-        what the two callbacks did is theirs to take back.
+        one). Afterwards the machine stays stopped, until ``go_on`` or its end; with ``afterwards`` it runs as soon as the
+        stream has ended, and that is awaited once, before the stream is on the disk (it thaws the guest). A machine
+        that could not be saved runs, and no file is left; what the callbacks did is theirs to take back.
 
         Raises VmmError, ConflictError (``saving``) when it is being saved, DiskFullError, HostError.
         """

@@ -308,14 +308,16 @@ class QemuVmm:
         *,
         before_stop: SavingMoment | None = None,
         at_stop: SavingMoment | None = None,
-        go_on: bool = False,
+        afterwards: SavingMoment | None = None,
     ) -> SavedMachine:
         if run_directory in self._saving:
             raise ConflictError(f"the machine in {run_directory} is being saved already", code="saving")
         async with self._control(run_directory, _START_TIMEOUT_SECONDS) as control:
             self._saving[run_directory] = control
             try:
-                return await save_machine(control, target, before_stop=before_stop, at_stop=at_stop, go_on=go_on)
+                return await save_machine(
+                    control, target, before_stop=before_stop, at_stop=at_stop, afterwards=afterwards
+                )
             finally:
                 del self._saving[run_directory]
 

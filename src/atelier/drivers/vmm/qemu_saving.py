@@ -40,7 +40,12 @@ _PATIENCE_SECONDS = 0.25
 
 
 async def save_machine(
-    control: QmpConnection, target: Path, *, before_stop: Callback | None, at_stop: Callback | None, go_on: bool
+    control: QmpConnection,
+    target: Path,
+    *,
+    before_stop: Callback | None,
+    at_stop: Callback | None,
+    afterwards: Callback | None,
 ) -> SavedMachine:
     """As ``VmmDriver.save``."""
     # Also what a manager left that died while it was saving.
@@ -53,11 +58,11 @@ async def save_machine(
         await _begin(control, stream)
         in_time = before_stop is None or await _quiesce(control, stream, memory_bytes, before_stop)
         if in_time:
-            return await _finish(control, stream, target, at_stop, go_on)
+            return await _finish(control, stream, target, at_stop, afterwards)
     # The guest had little to send and stopped before it could be quiesced; it ran on and is quiet now.
     async with _stream(control, target, memory_bytes) as stream:
         await _begin(control, stream)
-        return await _finish(control, stream, target, at_stop, go_on)
+        return await _finish(control, stream, target, at_stop, afterwards)
 
 
 @asynccontextmanager
@@ -119,7 +124,11 @@ async def _quiesce(control: QmpConnection, stream: PipedFile, memory_bytes: int,
 
 
 async def _finish(
-    control: QmpConnection, stream: PipedFile, target: Path, at_stop: Callback | None, go_on: bool
+    control: QmpConnection,
+    stream: PipedFile,
+    target: Path,
+    at_stop: Callback | None,
+    afterwards: Callback | None,
 ) -> SavedMachine:
     await _switch_over(control, stream)
     if at_stop is not None:
@@ -130,8 +139,9 @@ async def _finish(
     except VmmError as error:
         await _raise_failure(stream, error.message)
     size_bytes = await stream.end()
-    if go_on:
+    if afterwards is not None:
         await run_on(control)
+        await afterwards()
     await stream.keep(target)
     return SavedMachine(float(progress.stopped_ms), size_bytes, await query_version(control))
 
