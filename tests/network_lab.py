@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ class Home(StrEnum):
     HOST = "host"
 
 
+@cache
 def why_no_lab(home: Home = Home.ROOT) -> str:
-    """Words for a skip; empty where a lab can be made."""
+    """Words for a skip; empty where a lab can be made. Tried once."""
     programs = ("ip", "nft", "unshare", "nsenter", *(["pasta"] if home is Home.USER else []))
     missing = [each for each in programs if shutil.which(each) is None]
     if missing:
@@ -328,35 +330,49 @@ def _open_to_everybody(*folders: Path) -> Iterator[str]:
 
 
 def _connect(lab: NetworkLab) -> None:
-    lab.in_host("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", str(lab.internet.pid))
-    for command in (
-        "ip link set lo up",
-        "ip link set wan up mtu 1400",
-        f"ip address add {HOST_ADDRESS}/24 dev wan",
-        f"ip address add {HOST_ADDRESS_V6}/64 dev wan nodad",
-        f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
-        f"ip route add default via {NEIGHBOUR_OF_HOST}",
-    ):
-        lab.in_host(*command.split())
-    lab.set_forwarding(lab.home is not Home.USER)
-    # As systemd sets it: pasta pings in the user's name.
-    lab.in_host("sh", "-c", "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range")
-    for command in (
-        "ip link set lo up",
-        "ip link set eth0 up",
-        f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
-        *(
-            f"ip address add {address}/32 dev lo"
-            for address in (INTERNET, ELSEWHERE, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
-        ),
-    ):
-        lab.in_internet(*command.split())
+    # Packets come faster than a peer may be told of what is refused, which is not what is tried.
+    settings = ["echo 0 >/proc/sys/net/ipv4/icmp_ratelimit"]
+    lab.in_host(
+        *_at_once(
+            f"link add wan type veth peer name eth0 netns {lab.internet.pid}",
+            "link set lo up",
+            "link set wan up mtu 1400",
+            f"address add {HOST_ADDRESS}/24 dev wan",
+            f"address add {HOST_ADDRESS_V6}/64 dev wan nodad",
+            f"address add {OTHER_HOST_ADDRESS}/32 dev lo",
+            f"route add default via {NEIGHBOUR_OF_HOST}",
+            settings=[
+                *settings,
+                # As systemd sets it: pasta pings in the user's name.
+                "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range",
+                f"echo {int(lab.home is not Home.USER)} >/proc/sys/net/ipv4/ip_forward",
+            ],
+        )
+    )
+    lab.in_internet(
+        *_at_once(
+            "link set lo up",
+            "link set eth0 up",
+            f"address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
+            *(
+                f"address add {address}/32 dev lo"
+                for address in (INTERNET, ELSEWHERE, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
+            ),
+            settings=settings,
+        )
+    )
     # A port that the host publishes from behind it, as Docker does.
     lab.in_host(
         "nft",
         f"table ip published {{ chain in {{ type nat hook prerouting priority dstnat;"
         f" ip daddr {OTHER_HOST_ADDRESS} udp dport {PUBLISHED_PORT} dnat to {INTERNET}; }}; }}",
     )
+
+
+def _at_once(*of_ip: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """A command that does what these commands of ip's and then of a shell do."""
+    lines = "\n".join(of_ip)
+    return "sh", "-c", "\n".join(["set -e", f"ip -batch - <<'END'\n{lines}\nEND", *settings])
 
 
 def wait_for_sleep(process: subprocess.Popen[bytes]) -> None:

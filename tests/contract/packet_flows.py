@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from ipaddress import IPv4Address
 
 from tests import network_frames as frames
-from tests.contract.packet_table import Row, Stage, routed, try_row
+from tests.contract.packet_stage import Row, Stage, try_row
+from tests.contract.packet_table import routed
 from tests.network_frames import ethernet, ipv4, tcp, udp
 from tests.network_lab import (
     ELSEWHERE,
