@@ -129,7 +129,7 @@ class SandboxSteps:
         if not spend_memory:
             memory = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
         else:
-            memory = Step[Connection]("memory", _nothing, self._remove_memory)
+            memory = Step("memory", self._nothing, self._remove_memory)
         return (
             find,
             Step("network", self._take_slot, free_slot, self._commit_slot),
@@ -240,6 +240,9 @@ class SandboxSteps:
 
     def _commit_no_memory(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         SandboxMachineRepository().set_saved_memory(connection, record.subject_id, None)
+
+    async def _nothing(self, context: StepContext) -> dict[str, Any]:
+        return {}
 
     async def _remove_memory(self, context: StepContext) -> None:
         """Only with the sandbox itself: what could not be resumed now may be resumed later."""
@@ -497,10 +500,6 @@ def _process(context: StepContext) -> ProcessIdentity | None:
 def _is_restored(context: StepContext) -> bool:
     """Whether the machine goes on from a memory, and did not boot."""
     return "restore" in context.outputs["image"]
-
-
-async def _nothing(context: StepContext) -> dict[str, Any]:
-    return {}
 
 
 def _as_step(undo: Callable[[StepContext], Awaitable[None]]) -> Callable[[StepContext], Awaitable[dict[str, Any]]]:

@@ -168,14 +168,14 @@ class FakeGuests:
             raise GuestUnreachableError(f"sandbox {sandbox_id} has no fake guest")
         return guest.dump()
 
-    def load(self, sandbox_id: str, memory: bytes) -> None:
+    def load(self, sandbox_id: str, data: bytes) -> None:
         """The sandbox's machine was restored with this in it: its guest answers at once, and stands still if it did.
-        Before ``ensure_channel`` it waits for that. ``memory`` is what ``dump`` gave."""
+        Before ``ensure_channel`` it waits for that. ``data`` is what ``dump`` gave."""
         guest = self._guests.get(sandbox_id)
         if guest is None:
-            self._restored[sandbox_id] = memory
+            self._restored[sandbox_id] = data
             return
-        guest.load(memory)
+        guest.load(data)
         guest.answers_at = asyncio.get_running_loop().time()
 
     async def _guest(self, sandbox_id: str, operation: str) -> _Guest:
