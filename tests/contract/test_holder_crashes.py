@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
-from tests.contract.packet_table import Guest, Stage, try_table
+from tests.contract.packet_stage import Guest, Stage
+from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import NEIGHBOUR, NO_LAB
 from tests.network_lab import NetworkLab, network_lab
 from tests.real_machines import REPOSITORY

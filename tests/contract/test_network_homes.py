@@ -16,7 +16,8 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
-from tests.contract.packet_table import Stage, try_table
+from tests.contract.packet_stage import Stage
+from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import GUEST, open_stage, wait_until
 from tests.network_lab import (
     BRIDGE,

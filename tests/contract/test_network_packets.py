@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from tests.contract.packet_flows import try_judging
-from tests.contract.packet_table import Guest, Row, Stage, try_row, try_table
+from tests.contract.packet_stage import Guest, Row, Stage, try_row
+from tests.contract.packet_table import try_table
 from tests.network_lab import (
     INSTALLATION,
     LATER_ADDRESS,
@@ -226,11 +227,6 @@ def weakenings(ruleset: str) -> Iterator[tuple[str, str]]:
                 continue  # Floods are not in the table: test_network_names and test_network_policies have them.
             place = f"{rule['family']} {rule['table']} {rule['chain']}"
             yield f"rule {place}: {rule['expr']}", f"delete rule {place} handle {rule['handle']}"
-        if "chain" in entry and entry["chain"]["table"] == f"atelier_{INSTALLATION}":
-            chain = entry["chain"]
-            if chain.get("policy") == "drop":
-                place = f"{chain['family']} {chain['table']} {chain['name']}"
-                yield f"policy of {place}", f"chain {place} {{ policy accept; }}"
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from tests import network_frames as frames
 from tests.contract.packet_flows import TcpFlow, UdpFlow, as_neighbour, is_dead, is_open, reached_wrongly
-from tests.contract.packet_table import PacketEar, Stage
+from tests.contract.packet_stage import PacketEar, Stage
 from tests.contract.test_network_packets import GUEST, NEIGHBOUR, NO_LAB, holder_asleep, open_stage, wait_until
 from tests.network_frames import ethernet, icmp_error, ipv4, udp
 from tests.network_lab import (

@@ -20,7 +20,8 @@ from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
-from tests.contract.packet_table import Guest, Stage, try_table
+from tests.contract.packet_stage import Guest, Stage
+from tests.contract.packet_table import try_table
 from tests.footprint import processes_naming
 from tests.network_lab import (
     HOST_ADDRESS,
