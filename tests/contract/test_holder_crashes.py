@@ -39,7 +39,7 @@ async def crashes(lab: NetworkLab, number: int, work: Callable[[], Awaitable[obj
         await work()
     except TransientError:
         assert lab.holder is not None
-        assert lab.holder.wait(10) == 9
+        assert lab.holder.wait(60) == 9
         lab.start_holder()
         return True
     lab.stop_holder()

@@ -82,7 +82,7 @@ async def test_with_the_keeper_all_that_it_started_ends(stage: Stage) -> None:
     assert holder is not None
     assert _processes_with(link) != []
     os.kill(stage.lab.keeper, signal.SIGKILL)
-    assert holder.wait(10) == 1, "the manager starts another"
+    assert holder.wait(60) == 1, "the manager starts another"
     wait_until(lambda: _processes_with(link) == [])
 
 

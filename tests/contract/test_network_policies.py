@@ -143,7 +143,7 @@ async def test_a_guest_cannot_fill_the_table_of_connections_that_all_share(stage
             stage.guest.send(stage.to_gateway(packet))
         kept = _flows(stage)
         assert MAX_FLOWS <= kept <= MAX_FLOWS + 20, "refused ones are not kept, and a few are the test's own"
-        assert not UdpFlow(stage, stack, INTERNET, 5002).say()
+        assert not UdpFlow(stage, stack, INTERNET, 5002).say(3)
         assert is_open(flow), "what is open goes on"
         assert UdpFlow(as_neighbour(stage), stack, INTERNET, 5003).say()
         await stage.lab.driver().ensure_slot_absent(GUEST)
