@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from ipaddress import IPv4Address
 
 from tests import network_frames as frames
-from tests.contract.packet_stage import Row, Stage, try_row
+from tests.contract.packet_stage import Row, Stage, try_rows
 from tests.contract.packet_table import routed
 from tests.network_frames import ethernet, ipv4, tcp, udp
 from tests.network_lab import (
@@ -45,11 +45,9 @@ def reached_wrongly(stage: Stage, *places: str) -> list[str]:
     """What is wrong where the guest should reach these of PLACES, and nothing else."""
     plan = stage.lab.plan
     never = (METADATA, HOST_ADDRESS, OTHER_HOST_ADDRESS, "127.0.0.1", str(plan.gateway), str(plan.uplink_home))
-    # What is open last: by then all that was sent before has come as far as it gets.
     closed = [*never, str(plan.uplink_host), stage.neighbour.address, *(each for each in PLACES if each not in places)]
-    found = [try_row(stage, row) for address in closed for row in _rows(address, open=False)]
-    found += [try_row(stage, row) for address in places for row in _rows(address, open=True)]
-    return [each for each in found if each]
+    rows = [row for address in closed for row in _rows(address, open=False)]
+    return try_rows(stage, [*rows, *(row for address in places for row in _rows(address, open=True))])
 
 
 def _rows(address: str, *, open: bool) -> list[Row]:
@@ -193,7 +191,7 @@ class TcpFlow:
 
     def _finds_greeting(self) -> bool:
         for frame in self._guest.receive():
-            if frames.answers_port(frame, self._port) and frame[47] == frames.SYN | frames.ACK:
+            if frames.destination_port(frame) == self._port and frame[47] == frames.SYN | frames.ACK:
                 self._seen = struct.unpack_from("!I", frame, 38)[0] + 1
                 return True
         return False

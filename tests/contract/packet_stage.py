@@ -1,13 +1,14 @@
-"""Two guests at the ends of their TAPs, the ears that hear what they send, and one packet after another.
+"""A stage for packets that a sandbox may try: its guests, and the ears that hear what arrives where.
 
 Every packet carries a mark of its own, so that what is heard is counted by the packet and not by the luck of the moment.
-Used by ``packet_table`` and whatever tries packets of its own.
+Used by ``packet_table`` and what tries it.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import select
 import socket
 import time
@@ -31,23 +32,13 @@ from atelier.model.machine import NetworkAttachment
 _OFFLOAD_HEADER = bytes(10)
 _PACKET_OUTGOING = 4
 LISTENING_PORT = 7777
+_FIRST_PORT, _PORTS = 20000, 40000
+_MARK, _FENCE = re.compile(rb"mark-(\d{8})"), re.compile(rb"fence-\d{8}")
 _ARRIVES_SECONDS = 2.0
-SETTLE_SECONDS = 0.02
+_ARRIVES_SOON_SECONDS = 0.5
+_SETTLE_SECONDS = 0.1
+_LOOK_SECONDS = 0.002
 _FENCE_SECONDS = 30.0
-_FENCE_AGAIN_SECONDS = 2.0
-"""A fence proves as much when it is the second: every network may lose a packet."""
-
-
-NOWHERE = ("0.0.0.0", 0)
-
-
-def mark_of(number: int) -> bytes:
-    """Of the packet of this number."""
-    return b"mark-%08d" % number
-
-
-def port_of(number: int) -> int:
-    return 20000 + number % 40000
 
 
 class Guest:
@@ -142,12 +133,15 @@ class Stage:
     neighbour: Guest
     gateway_mac: str = ""
     number: int = 0
+    """Of the last packet; each has its own."""
     fenced: bool = False
-    """Whether each row's packet is followed by others on every way that it could take: real guests are far away."""
-    fence: bytes = b""
-    fences_heard: set[str] = field(default_factory=set)
-    asked: tuple[str, int] = NOWHERE
-    """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
+    """Whether packets are followed by others on every way that they could take: real guests are far away."""
+    asked: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Numbers of packets, by where their TCP connections go: pasta makes them anew, without the mark."""
+    heard: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """How often a packet of this number, or an answer to it, was heard there."""
+    fences: int = 0
+    fences_heard: set[tuple[bytes, str]] = field(default_factory=set)
     ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
 
     def open(self, stack: ExitStack) -> None:
@@ -174,12 +168,12 @@ class Stage:
 
     @property
     def mark(self) -> bytes:
-        return mark_of(self.number)
+        return b"mark-%08d" % self.number
 
     @property
     def port(self) -> int:
         """The source port of the packet, so that an answer is known by it."""
-        return port_of(self.number)
+        return _FIRST_PORT + self.number % _PORTS
 
     def _find_way_out(self) -> None:
         """By the neighbour, whom the internet is open to. The kernel lets a link send only once it has been told of its
@@ -215,7 +209,7 @@ class Stage:
 
     def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
         source = self.guest.address
-        self.asked = destination, port
+        self.asked[destination, port] = self.number
         return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
 
     def ping(self, destination: str, kind: int = 8) -> bytes:
@@ -223,41 +217,60 @@ class Stage:
 
     # --- hearing ---
 
-    def listen(self, *trials: Trial) -> None:
+    def listen(self) -> None:
         for name, ear in self.ears.items():
             for frame in ear.receive():
-                for trial in trials:
-                    trial.heard[name] += trial.is_told_by(frame, name)
-                if self.fence and self.fence in frame:
-                    self.fences_heard.add(name)
+                self.heard.update((number, name) for number in self._numbers_of(frame, name))
+                self.fences_heard |= {(fence, name) for fence in _FENCE.findall(frame)}
 
-    def wait_through(self, *trials: Trial) -> None:
+    def _numbers_of(self, frame: bytes, name: str) -> set[int]:
+        found = {int(digits) for digits in _MARK.findall(frame)}
+        if name == "self" and (port := frames.destination_port(frame) or 0) >= _FIRST_PORT:
+            found.add(self.number - (self.number - port + _FIRST_PORT) % _PORTS)
+        if name == "internet" and (asked := frames.asked_for(frame)) in self.asked:
+            found.add(self.asked[asked])
+        return found
+
+    def settle(self) -> None:
+        """Until all that was sent so far has come as far as it gets."""
+        if self.fenced:
+            self.wait_through()
+        settled = time.monotonic() + _SETTLE_SECONDS
+        while time.monotonic() < settled:
+            self.listen()
+            time.sleep(_LOOK_SECONDS)
+
+    def wait_through(self) -> None:
         """Until all that the guest has sent so far is through or lost, and what came to the guests has been told: packets
         keep their order on each way, so these come after them."""
-        self.fence = b"fence-%08d" % self.number
+        out, back = self._next_fence(), self._next_fence()
         # A ping, as pasta keeps a datagram back whose last one to the same port was refused.
-        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, self.fence))
-        self._hear_fences(trials, {"internet"}, lambda: self.guest.send(self.to_gateway(echo)))
-        self._hear_fences(trials, {"self", "neighbour"}, self._send_fences)
+        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, out))
+        self._hear(out, {"internet"}, lambda: self.guest.send(self.to_gateway(echo)))
+        self._hear(back, {"self", "neighbour"}, lambda: self._send_from_bridge(back))
 
-    def _send_fences(self) -> None:
+    def _send_from_bridge(self, content: bytes) -> None:
         bridge = self.ears["bridge"]
         assert isinstance(bridge, PacketEar)
         for guest in (self.guest, self.neighbour):
-            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, self.fence))
+            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, content))
             bridge.send(ethernet(guest.mac, self.gateway_mac, frames.IPV4, packet))
 
-    def _hear_fences(self, trials: Iterable[Trial], where: set[str], send: Callable[[], None]) -> None:
-        self.fences_heard.clear()
-        deadline = time.monotonic() + _FENCE_SECONDS
-        again_at = 0.0
-        while not where <= self.fences_heard:
-            assert time.monotonic() < deadline, f"what must pass was heard at {self.fences_heard} alone"
-            if time.monotonic() >= again_at:
+    def _next_fence(self) -> bytes:
+        self.fences += 1
+        return b"fence-%08d" % self.fences
+
+    def _hear(self, fence: bytes, where: set[str], send: Callable[[], None]) -> None:
+        """Sent again each second: a link that has just come up may lose one."""
+        begun, sent = time.monotonic(), 0
+        while missing := {name for name in where if (fence, name) not in self.fences_heard}:
+            waited = time.monotonic() - begun
+            assert waited < _FENCE_SECONDS, f"what must pass was not heard at {missing}"
+            if waited >= sent:
                 send()
-                again_at = time.monotonic() + _FENCE_AGAIN_SECONDS
-            self.listen(*trials)
-            time.sleep(0.002)
+                sent += 1
+            self.listen()
+            time.sleep(_LOOK_SECONDS)
 
 
 Send = Callable[[Stage], None]
@@ -283,52 +296,46 @@ class Row:
         return self.arrives if self.with_pasta is None or home is not Home.USER else self.with_pasta
 
 
-@dataclass
-class Trial:
-    """A row that was sent, and at how many packets of it each ear has heard."""
-
-    row: Row
-    number: int
-    asked: tuple[str, int] = NOWHERE
-    heard: Counter[str] = field(default_factory=Counter)
-
-    def is_told_by(self, frame: bytes, ear: str) -> bool:
-        return (
-            mark_of(self.number) in frame
-            or (ear == "self" and frames.answers_port(frame, port_of(self.number)))
-            or (ear == "internet" and frames.asks_for(frame, *self.asked))
-        )
-
-    def missing(self, home: Home) -> list[str]:
-        return sorted(name for name in self.row.arrives_in(home) if not self.heard[name])
-
-    def wrong(self, home: Home) -> str:
-        """Empty if nothing is."""
-        right = self.row.arrives_in(home) | self.row.may_arrive
-        wrong = sorted(f"{count} at {name}" for name, count in self.heard.items() if count and name not in right)
-        said = [f"heard {', '.join(wrong)}"] if wrong else []
-        said += [f"not heard at {', '.join(missing)}"] if (missing := self.missing(home)) else []
-        return f"{self.row.name}: {'; '.join(said)}" if said else ""
-
-
-def send_row(stage: Stage, row: Row) -> Trial:
-    stage.number += 1
-    stage.asked = NOWHERE
-    row.send(stage)
-    return Trial(row, stage.number, stage.asked)
-
-
 def try_row(stage: Stage, row: Row) -> str:
     """Send it, and say what is wrong; empty if nothing is."""
+    return "".join(try_rows(stage, [row]))
+
+
+def try_rows(stage: Stage, rows: Iterable[Row], *, stop_at_first: bool = False) -> list[str]:
+    """Send them one after the other, then listen, and say what is wrong. ``stop_at_first``: something is expected to be, so
+    what has not come soon is not waited for."""
     stage.listen()
-    trial = send_row(stage, row)
-    if stage.fenced:
-        stage.wait_through(trial)
-    deadline = time.monotonic() + _ARRIVES_SECONDS
-    settled = time.monotonic() + SETTLE_SECONDS
+    stage.heard.clear()
+    stage.asked.clear()
+    sent: dict[int, Row] = {}
+    for row in rows:
+        stage.number += 1
+        sent[stage.number] = row
+        row.send(stage)
+        # Ears hold only so much.
+        stage.listen()
+    stage.settle()
+    deadline = time.monotonic() + (_ARRIVES_SOON_SECONDS if stop_at_first else _ARRIVES_SECONDS)
     while True:
-        stage.listen(trial)
-        if time.monotonic() > (deadline if trial.missing(stage.lab.home) else settled):
+        stage.listen()
+        stray = {number: _heard_wrongly(stage, number, row) for number, row in sent.items()}
+        missing = {number: _not_heard(stage, number, row) for number, row in sent.items()}
+        if not any(missing.values()) or (stop_at_first and any(stray.values())) or time.monotonic() > deadline:
             break
-        time.sleep(0.002)
-    return trial.wrong(stage.lab.home)
+        time.sleep(_LOOK_SECONDS)
+    found: list[str] = []
+    for number, row in sent.items():
+        said = [f"heard {', '.join(stray[number])}"] if stray[number] else []
+        said += [f"not heard at {', '.join(missing[number])}"] if missing[number] else []
+        found += [f"{row.name}: {'; '.join(said)}"] if said else []
+    return found
+
+
+def _heard_wrongly(stage: Stage, number: int, row: Row) -> list[str]:
+    right = row.arrives_in(stage.lab.home) | row.may_arrive
+    counts = {name: stage.heard[number, name] for name in sorted(stage.ears) if name not in right}
+    return [f"{count} at {name}" for name, count in counts.items() if count]
+
+
+def _not_heard(stage: Stage, number: int, row: Row) -> list[str]:
+    return sorted(name for name in row.arrives_in(stage.lab.home) if not stage.heard[number, name])

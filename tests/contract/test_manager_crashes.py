@@ -19,7 +19,7 @@ import pytest
 from tests.contract.crashing_managers import MODULE, SETTING_POLICY, MachineRoom
 from tests.contract.packet_flows import UdpFlow, is_open
 from tests.contract.packet_stage import Guest, Stage
-from tests.contract.packet_table import try_table_at_once
+from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import NO_LAB
 from tests.contract.test_network_policies import counters_left_out
 from tests.lifecycle.crash_program import CRASHED
@@ -140,10 +140,10 @@ class Theatre:
         north, south = self.witnesses
         if not self.has_slot():
             self.stage.seat(north, south)
-            return try_table_at_once(self.stage)
+            return try_table(self.stage)
         async with self.guest(NAME) as guest:
             self.stage.seat(guest, north)
-            return try_table_at_once(self.stage)
+            return try_table(self.stage)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ async def theatre(tmp_path: Path) -> AsyncIterator[Theatre]:
         made.database.open()
         stack.callback(made.database.close)
         made.witnesses = [await stack.enter_async_context(made.guest(name)) for name in WITNESSES]
-        made.stage = Stage(lab, *made.witnesses)
+        made.stage = Stage(lab, *made.witnesses, fenced=True)
         made.stage.open(stack.enter_context(ExitStack()))
         yield made
 
