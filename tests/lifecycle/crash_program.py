@@ -123,7 +123,7 @@ class FileDrivers:
     async def save(self, run_directory: Path, target: Path, **moments: Any) -> SavedMachine:
         assert (self.folder / f"vmm-{run_directory.name}").exists()
         target.write_bytes(b"memory")
-        return SavedMachine(stopped_ms=1.0, size_bytes=6)
+        return SavedMachine(stopped_ms=1.0, size_bytes=6, vmm_version="1")
 
     async def go_on(self, run_directory: Path) -> None:
         assert (self.folder / f"vmm-{run_directory.name}").exists()

@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atelier.lifecycle import operations, sandbox_create, sandbox_pause, sandbox_resume
+from atelier.lifecycle import operations, sandbox_claim, sandbox_create, sandbox_pause, sandbox_resume
 from atelier.lifecycle.sandboxes import SandboxLifecycle
-from atelier.model.sandbox import Sandbox, SandboxSpec
+from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
 from atelier.model.states import SandboxState
 from atelier.saga.definition import SagaDefinition, Step
 
@@ -103,6 +103,8 @@ def disturb(lifecycle: SandboxLifecycle, disturbance: Disturbance, *, times: int
 
 async def bring_about(lifecycle: SandboxLifecycle, kind: str) -> str:
     """Begin the saga of this kind with a sandbox that is brought where it can begin; returns the sandbox's id."""
+    if kind == sandbox_claim.KIND:
+        return await _claim(lifecycle)
     sandbox = await lifecycle.start_create(NAME, SandboxSpec())
     if kind == sandbox_create.KIND:
         return sandbox.id
@@ -112,6 +114,15 @@ async def bring_about(lifecycle: SandboxLifecycle, kind: str) -> str:
         await begin(lifecycle, operation, sandbox.id)
         if operation.kind != kind:
             await lifecycle.wait_settled(sandbox.id, 60)
+    return sandbox.id
+
+
+async def _claim(lifecycle: SandboxLifecycle) -> str:
+    """Fill a warm pool, close it, and take the one that stands in it."""
+    waiting = await lifecycle.start_create("pool-one", SandboxSpec(), purpose=SandboxPurpose.POOL)
+    await lifecycle.wait_settled(waiting.id, 60)
+    sandbox = await lifecycle.start_create(NAME, SandboxSpec())
+    assert sandbox.id == waiting.id
     return sandbox.id
 
 

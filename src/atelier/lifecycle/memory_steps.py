@@ -98,7 +98,7 @@ class MemorySteps:
         that no start resumes it once more."""
         return (
             Step("memory_spent", self._nothing, commit=self._commit_spent),
-            Step("memory_removed", self._remove_stream),
+            Step("memory_removed", self._remove_stream, self._drop),
         )
 
     async def _find_saved(self, context: StepContext) -> dict[str, Any]:

@@ -127,7 +127,7 @@ class SandboxSteps:
         if keeps_disk:
             free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
         if not spend_memory:
-            memory = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
+            memory: Step[Connection] = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
         else:
             memory = Step("memory", self._nothing, self._remove_memory)
         return (
