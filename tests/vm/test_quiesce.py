@@ -323,6 +323,42 @@ async def test_a_new_host_takes_over_and_what_the_old_one_had_asked_is_not_done(
     await driver.send_signal(SANDBOX, shell, 9)
 
 
+async def test_an_upload_is_held_back_and_one_of_the_old_host_s_is_dropped(guest: RealGuest) -> None:
+    """The agent has one thread: had it written to the frozen disk, it would never answer again."""
+    driver, piece, pieces = guest.driver, bytes(range(256)) * 256, 24
+    go_on = asyncio.Event()
+
+    async def content() -> AsyncIterator[bytes]:
+        for number in range(pieces):
+            yield piece
+            if number == 2:
+                await go_on.wait()
+
+    kept = asyncio.create_task(driver.write_file(SANDBOX, b"/root/kept", content(), "root"))
+    await asyncio.sleep(1)
+    await driver.quiesce(SANDBOX)
+    go_on.set()
+    await asyncio.sleep(STILL_SECONDS)
+    await driver.metrics(SANDBOX)
+    assert not kept.done()
+    await driver.thaw(SANDBOX)
+    assert (await kept).size_bytes == pieces * len(piece)
+
+    go_on.clear()
+    dropped = asyncio.create_task(driver.write_file(SANDBOX, b"/root/dropped", content(), "root"))
+    await asyncio.sleep(1)
+    await driver.quiesce(SANDBOX)
+    await driver.ensure_channel_absent(SANDBOX)
+    go_on.set()
+    with pytest.raises(AtelierError):
+        await dropped
+    await driver.ensure_channel(SANDBOX, guest.endpoint, guest.token)
+    await driver.wait_ready(SANDBOX, CALL_SECONDS)
+    await driver.initialize(SANDBOX, identity_of("dropper"))
+    await driver.thaw(SANDBOX)
+    assert await guest.run("ls -A /root | grep -c -e dropped -e atelier-upload || true") == "0\n"
+
+
 async def test_a_guest_that_cannot_stand_still_says_so_and_goes_on(guest: RealGuest) -> None:
     """A process that waits inside of the kernel for the disk cannot be frozen."""
     pid = await start_counter(guest)
