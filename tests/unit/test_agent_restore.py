@@ -249,6 +249,14 @@ async def test_what_fails_leaves_nothing_standing_still(
     assert not (tmp_path / "run" / "quiesced").exists()
 
 
+async def test_a_guest_without_control_groups_says_so_and_goes_on(freezer: StandIn, tmp_path: Path) -> None:
+    gate = Gate()
+    with pytest.raises(ConnectError, match="cgroup v2 is not mounted") as caught:
+        await Quiesce(gate, touches_system=True, freezer=Freezer(str(tmp_path))).begin()
+    assert caught.value.code == "aborted"
+    assert gate.is_open and freezer.done == ["thaw /"]
+
+
 async def test_a_disk_that_stands_still_too_late_is_let_go(freezer: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quiesce, "LIMIT_SECONDS", 0.5)
 
