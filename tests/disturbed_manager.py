@@ -1,7 +1,8 @@
 """A manager that ends or stands still at a place of a saga: ``atelier.manager`` with its steps disturbed.
 
 ``python -m tests.disturbed_manager ACTION PLACE OPTION ...``. ACTION ``crash``: end there by ``os._exit``, as a kill
-would; ``hold=FILE``: make FILE there and wait until somebody removes it; ``slow=SECONDS``: take so long. PLACE is a
+would; ``hold=FILE``: make FILE there and wait until somebody removes it; ``slow=SECONDS``: take so long. With
+``,drain=SECONDS`` behind it, an end waits so long for what is under way, and not half a minute. PLACE is a
 ``sabotage.Place``, or ``everywhere``; the options are the manager's.
 """
 
@@ -25,7 +26,10 @@ EVERYWHERE = "everywhere"
 
 
 def main(action: str, place: str, options: list[str]) -> int:
+    action, _, drain_seconds = action.partition(",drain=")
     verb, _, value = action.partition("=")
+    if drain_seconds:
+        installation._DRAIN_SECONDS = float(drain_seconds)
 
     async def disturbance(reached: Place) -> None:
         if place not in (EVERYWHERE, str(reached)):

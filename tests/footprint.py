@@ -30,6 +30,16 @@ def processes_naming(text: str) -> list[str]:
     return found
 
 
+def paths_below(folder: Path) -> list[Path]:
+    """All files and folders below ``folder``, while others of them come and go, which ``rglob`` does not bear."""
+    return [Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
+def paths_naming(text: str, *folders: Path) -> list[Path]:
+    """Those below ``folders`` with ``text`` in their own name."""
+    return [path for folder in folders for path in paths_below(folder) if text in path.name]
+
+
 def vmm_pids(sandbox_id: str) -> list[int]:
     """Of a sandbox's virtual machines: one, as a rule."""
     found: list[int] = []
@@ -46,7 +56,7 @@ def vmm_pids(sandbox_id: str) -> list[int]:
 
 def left_of(manager: RunningManager, sandbox_id: str) -> list[str]:
     """Every process and file that is still named after a sandbox; empty once it is gone."""
-    files = [path for root in (manager.run_dir, manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
+    files = paths_naming(sandbox_id, manager.run_dir, manager.data_dir)
     return processes_naming(sandbox_id) + [str(path) for path in files]
 
 

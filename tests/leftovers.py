@@ -6,7 +6,7 @@ import sqlite3
 from collections import Counter
 from pathlib import Path
 
-from tests.footprint import processes_naming
+from tests.footprint import paths_naming, processes_naming
 
 KINDS = ("processes", "sockets", "files", "volumes", "rows")
 _OWN = ("bases", "gateway.lock")
@@ -15,10 +15,9 @@ _VOLUME_SUFFIXES = (".qcow2", ".fake.json")
 
 def traces_of(folder: Path, sandbox_id: str) -> list[str]:
     """All that names one sandbox, below ``folder`` and among the processes, as ``kind: what``."""
-    paths = (path for root in ("data", "run") for path in (folder / root).rglob(f"*{sandbox_id}*"))
     return [
         *(f"processes: {line}" for line in processes_naming(sandbox_id)),
-        *(_told(path) for path in paths),
+        *(_told(path) for path in paths_naming(sandbox_id, folder / "data", folder / "run")),
         *_rows(folder, f"sandboxes WHERE id = '{sandbox_id}'"),
         *_rows(folder, f"sagas WHERE subject_id = '{sandbox_id}'"),
     ]

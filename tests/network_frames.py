@@ -81,17 +81,16 @@ def icmpv6(source: str, destination: str, kind: int, body: bytes) -> bytes:
     return ipv6(source, destination, ICMPV6, message)
 
 
-def answers_port(frame: bytes, port: int) -> bool:
-    """Whether the frame is IPv4 with TCP or UDP for this port."""
+def destination_port(frame: bytes) -> int | None:
+    """None if the frame is not IPv4 with TCP or UDP."""
     if len(frame) < 38 or struct.unpack_from("!H", frame, 12)[0] != IPV4 or frame[23] not in (TCP, UDP):
-        return False
-    return struct.unpack_from("!H", frame, 14 + (frame[14] & 15) * 4 + 2)[0] == port
+        return None
+    return struct.unpack_from("!H", frame, 14 + (frame[14] & 15) * 4 + 2)[0]
 
 
-def asks_for(frame: bytes, address: str, port: int) -> bool:
-    """Whether the frame is the beginning of a TCP connection to there."""
-    if len(frame) < 54 or struct.unpack_from("!H", frame, 12)[0] != IPV4 or frame[23] != TCP:
-        return False
-    start = 14 + (frame[14] & 15) * 4
-    to_there = frame[30:34] == IPv4Address(address).packed and struct.unpack_from("!H", frame, start + 2)[0] == port
-    return to_there and frame[start + 13] & 0x12 == 0x02
+def asked_for(frame: bytes) -> tuple[str, int] | None:
+    """Address and port, if the frame is the beginning of a TCP connection."""
+    if len(frame) < 54 or (port := destination_port(frame)) is None or frame[23] != TCP:
+        return None
+    is_first = frame[14 + (frame[14] & 15) * 4 + 13] & (SYN | ACK) == SYN
+    return (str(IPv4Address(frame[30:34])), port) if is_first else None

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ class Home(StrEnum):
     HOST = "host"
 
 
+@cache
 def why_no_lab(home: Home = Home.ROOT) -> str:
-    """Words for a skip; empty where a lab can be made."""
+    """Words for a skip; empty where a lab can be made. Tried once."""
     programs = ("ip", "nft", "unshare", "nsenter", *(["pasta"] if home is Home.USER else []))
     missing = [each for each in programs if shutil.which(each) is None]
     if missing:
@@ -216,7 +218,7 @@ class NetworkLab:
         arguments = ["--run-dir", str(self.run.root), "--installation", INSTALLATION, *options]
         words = ["nsenter", "--target", str(self.host.pid), "--net", "--mount", *self.as_owner(), sys.executable]
         subprocess.Popen([*words, "-m", "atelier.network_holder.keeper", *arguments], stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.run.network_keeper_socket.exists():
             assert time.monotonic() < deadline, "the keeper does not start"
             time.sleep(0.02)
@@ -251,7 +253,7 @@ class NetworkLab:
                 stderr=output,
                 env={**os.environ, **environment} if environment else None,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.run.network_socket.exists():
             if self.holder.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(self.log.read_text())
@@ -268,7 +270,7 @@ class NetworkLab:
         """The process alone: the home stays."""
         if self.holder is not None:
             self.holder.terminate()
-            self.holder.wait(10)
+            self.holder.wait(60)
             self.holder = None
 
     def state(self) -> dict[str, str]:
@@ -328,29 +330,37 @@ def _open_to_everybody(*folders: Path) -> Iterator[str]:
 
 
 def _connect(lab: NetworkLab) -> None:
-    lab.in_host("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", str(lab.internet.pid))
-    for command in (
-        "ip link set lo up",
-        "ip link set wan up mtu 1400",
-        f"ip address add {HOST_ADDRESS}/24 dev wan",
-        f"ip address add {HOST_ADDRESS_V6}/64 dev wan nodad",
-        f"ip address add {OTHER_HOST_ADDRESS}/32 dev lo",
-        f"ip route add default via {NEIGHBOUR_OF_HOST}",
-    ):
-        lab.in_host(*command.split())
-    lab.set_forwarding(lab.home is not Home.USER)
-    # As systemd sets it: pasta pings in the user's name.
-    lab.in_host("sh", "-c", "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range")
-    for command in (
-        "ip link set lo up",
-        "ip link set eth0 up",
-        f"ip address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
-        *(
-            f"ip address add {address}/32 dev lo"
-            for address in (INTERNET, ELSEWHERE, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
-        ),
-    ):
-        lab.in_internet(*command.split())
+    # Milliseconds between two words of what is refused: tables follow each other faster than by a second.
+    settings = ["echo 20 >/proc/sys/net/ipv4/icmp_ratelimit"]
+    lab.in_host(
+        *_at_once(
+            f"link add wan type veth peer name eth0 netns {lab.internet.pid}",
+            "link set lo up",
+            "link set wan up mtu 1400",
+            f"address add {HOST_ADDRESS}/24 dev wan",
+            f"address add {HOST_ADDRESS_V6}/64 dev wan nodad",
+            f"address add {OTHER_HOST_ADDRESS}/32 dev lo",
+            f"route add default via {NEIGHBOUR_OF_HOST}",
+            settings=[
+                *settings,
+                # As systemd sets it: pasta pings in the user's name.
+                "echo 0 2147483647 >/proc/sys/net/ipv4/ping_group_range",
+                f"echo {int(lab.home is not Home.USER)} >/proc/sys/net/ipv4/ip_forward",
+            ],
+        )
+    )
+    lab.in_internet(
+        *_at_once(
+            "link set lo up",
+            "link set eth0 up",
+            f"address add {NEIGHBOUR_OF_HOST}/24 dev eth0",
+            *(
+                f"address add {address}/32 dev lo"
+                for address in (INTERNET, ELSEWHERE, LATER_ADDRESS, NAMESERVER, METADATA, *PRIVATE)
+            ),
+            settings=settings,
+        )
+    )
     # A port that the host publishes from behind it, as Docker does.
     lab.in_host(
         "nft",
@@ -359,8 +369,14 @@ def _connect(lab: NetworkLab) -> None:
     )
 
 
+def _at_once(*of_ip: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """A command that does what these commands of ip's and then of a shell do."""
+    lines = "\n".join(of_ip)
+    return "sh", "-c", "\n".join(["set -e", f"ip -batch - <<'END'\n{lines}\nEND", *settings])
+
+
 def wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
         assert process.poll() is None and time.monotonic() < deadline, "a namespace could not be made"
         time.sleep(0.005)

@@ -6,7 +6,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.footprint import gateway_pid
+from tests.footprint import gateway_pid, paths_below
 from tests.running_manager import LocalInstallation, wait_until
 
 EVENT_BYTES_PER_CYCLE = 8192
@@ -48,7 +48,8 @@ def measure(installation: LocalInstallation) -> Costs:
     ((pages,),) = database.execute("PRAGMA page_count").fetchall()
     ((page_bytes,),) = database.execute("PRAGMA page_size").fetchall()
     database.close()
-    files = [each for root in (installation.manager.data_dir, installation.manager.run_dir) for each in root.rglob("*")]
+    folders = (installation.manager.data_dir, installation.manager.run_dir)
+    files = [each for folder in folders for each in paths_below(folder)]
     others = [each for each in files if not each.name.startswith(path.name)]
     objects["files"] = len(others)
     return Costs(

@@ -19,6 +19,10 @@ from atelier.drivers.storage.fake import FakeStorage
 from atelier.manager import installation
 from atelier.manager.installation import Installation
 from atelier.manager.wiring import Drivers, choose_drivers
+from atelier.saga.retry import RetryPolicies, RetryPolicy
+
+_QUICK_RETRIES = RetryPolicies(RetryPolicy(3, 0.01, 0.02), RetryPolicy(8, 0.01, 0.02), RetryPolicy(6, 0.01, 0.02))
+"""As often as ever, with shorter pauses."""
 
 
 class Clock:
@@ -67,6 +71,7 @@ async def open_manager_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     async with Installation.open(settings) as opened:
         clock = Clock()
         lifecycle = opened.lifecycle
+        lifecycle._executor._policies = _QUICK_RETRIES
         lifecycle._now = lifecycle.activity._now = lifecycle.time_limits._now = clock
         key = json.loads((folder / "data/token.json").read_text())["api_key"]
         guests, storage, network = chosen[-1].guests, chosen[-1].storage, chosen[-1].network

@@ -209,8 +209,10 @@ def test_exec_ends_a_program_by_its_time_limit(cli: Cli, box: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_exec_passes_signals_on(cli: Cli, box: str, api: httpx.Client, number: signal.Signals) -> None:
-    process = cli.start("exec", box, "sleep", "600")
-    wait_for_process(api, box)
+    process = cli.start("exec", box, "cat", stdin=subprocess.PIPE)
+    process.stdin.write(b"begun")
+    process.stdin.flush()
+    assert process.stdout.read(5) == b"begun", "the program is known to run"
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert api.get(f"/api/v1/sandboxes/{box}/processes").json()["items"] == []
@@ -221,7 +223,6 @@ def wait_for_process(api: httpx.Client, box: str) -> int:
     while not (found := api.get(f"/api/v1/sandboxes/{box}/processes").json()["items"]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)  # the answer is on its way to the program that asked
     return found[0]["pid"]
 
 
@@ -308,7 +309,8 @@ def test_a_closed_window_hangs_the_program_up(cli: Cli, box: str, api: httpx.Cli
     session = cli.open_terminal("shell", box, "cat")
     try:
         session.wait_raw()
-        wait_for_process(api, box)
+        session.type(b"begun\r")
+        session.expect(b"begun\r\nbegun\r\n")
         session.process.send_signal(signal.SIGHUP)
         assert session.wait() == 129
         assert not session.is_raw()

@@ -286,7 +286,9 @@ async def test_a_long_transfer_is_use_for_its_whole_length(inside: ManagerInside
 
     path = f"{SANDBOXES}/box/files{below}"
     sending = asyncio.create_task(inside.client.put(path, params={"path": "/tmp/x"}, content=slowly()))
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while not inside.installation.lifecycle.activity._busy:
+            await asyncio.sleep(0.01)
     inside.clock.put_on(120)
     await inside.enforce_limits()
     assert (await get(inside))["state"] == "running"

@@ -1,24 +1,16 @@
-"""The packets that a sandbox may try, each with where it may arrive; and the ears that hear them.
-
-Every packet carries a mark of its own, so that what is heard is counted by the packet and not by the luck of the moment.
-Used by ``test_network_packets``.
-"""
+"""The packets that a sandbox may try, each with where it may arrive. Used by ``test_network_packets`` and others."""
 
 from __future__ import annotations
 
-import os
-import select
 import socket
 import struct
-import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 
 from tests import network_frames as frames
-from tests.network_frames import BROADCAST, arp, ethernet, icmp, icmpv6, ipv4, ipv6, tcp_syn, udp
+from tests.contract.packet_stage import LISTENING_PORT, PacketEar, Row, Send, Stage, try_rows
+from tests.network_frames import BROADCAST, arp, ethernet, icmpv6, ipv4, ipv6, udp
 from tests.network_lab import (
-    BRIDGE,
     FRESH_HOST_ADDRESS,
     HOST_ADDRESS,
     HOST_ADDRESS_V6,
@@ -29,267 +21,19 @@ from tests.network_lab import (
     PRIVATE,
     PUBLISHED_PORT,
     Home,
-    NetworkLab,
 )
 
-from atelier.model.machine import NetworkAttachment
-
-_OFFLOAD_HEADER = bytes(10)
 _SCTP = 132
 """Its ports stand where those of UDP and TCP do."""
-_PACKET_OUTGOING = 4
-LISTENING_PORT = 7777
-_ARRIVES_SECONDS = 2.0
-_SETTLE_SECONDS = 0.02
-_FENCE_SECONDS = 30.0
-
-
-class Guest:
-    """A card at the end of a TAP. It answers who asks for its address, as a kernel would."""
-
-    def __init__(self, descriptor: int, attachment: NetworkAttachment) -> None:
-        assert attachment.guest is not None
-        self.descriptor = descriptor
-        self.mac = attachment.mac_address
-        self.address = attachment.guest.address
-        self.gateway = attachment.guest.gateway
-        os.set_blocking(descriptor, False)
-
-    def send(self, frame: bytes) -> None:
-        os.write(self.descriptor, _OFFLOAD_HEADER + frame)
-
-    def receive(self) -> list[bytes]:
-        found: list[bytes] = []
-        while True:
-            try:
-                frame = os.read(self.descriptor, 65536)[len(_OFFLOAD_HEADER) :]
-            except BlockingIOError:
-                return found
-            found.append(frame)
-            asked = socket.inet_aton(self.address)
-            if frame[12:14] == b"\x08\x06" and frame[20:22] == b"\0\1" and frame[38:42] == asked:
-                sender_mac, sender = frame[22:28].hex(":"), socket.inet_ntoa(frame[28:32])
-                self.send(
-                    ethernet(sender_mac, self.mac, frames.ARP, arp(2, self.mac, self.address, sender_mac, sender))
-                )
-
-
-class PacketEar:
-    """Hears all that a link receives, before any rule but those of an earlier link."""
-
-    def __init__(self, link: str) -> None:
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        self._socket.bind((link, 0))
-        self._socket.setblocking(False)
-
-    def receive(self) -> list[bytes]:
-        found: list[bytes] = []
-        while True:
-            try:
-                frame, origin = self._socket.recvfrom(65536)
-            except BlockingIOError:
-                return found
-            if origin[2] != _PACKET_OUTGOING:
-                found.append(frame)
-
-    def send(self, frame: bytes) -> None:
-        self._socket.send(frame)
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-class PortEar:
-    """A program that listens on every address of its namespace, v4 and v6."""
-
-    def __init__(self, *ports: int) -> None:
-        self._sockets: list[socket.socket] = []
-        for port in ports:
-            listening = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
-            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listening.bind(("::", port))
-            listening.setblocking(False)
-            self._sockets.append(listening)
-
-    def receive(self) -> list[bytes]:
-        found: list[bytes] = []
-        for listening in self._sockets:
-            while True:
-                try:
-                    found.append(listening.recv(65536))
-                except BlockingIOError:
-                    break
-        return found
-
-    def close(self) -> None:
-        for listening in self._sockets:
-            listening.close()
-
-
-@dataclass
-class Stage:
-    """Two guests on their slots, and ears: ``neighbour`` (the other guest), ``bridge`` (the bridge's own link), ``home``
-    and ``host`` (programs there), ``internet``, and ``self`` (answers)."""
-
-    lab: NetworkLab
-    guest: Guest
-    neighbour: Guest
-    gateway_mac: str = ""
-    number: int = 0
-    fenced: bool = False
-    """Whether each row's packet is followed by others on every way that it could take: real guests are far away."""
-    fence: bytes = b""
-    fences_heard: set[str] = field(default_factory=set)
-    asked: tuple[str, int] = ("0.0.0.0", 0)
-    """Where the packet's TCP connection goes: pasta makes it anew, without the mark."""
-    ears: dict[str, Guest | PacketEar | PortEar] = field(default_factory=dict)
-
-    def open(self, stack: ExitStack) -> None:
-        with self.lab.inside("home"):
-            self.ears["bridge"] = PacketEar(BRIDGE)
-            if self.lab.home is not Home.HOST:
-                self.ears["home"] = PortEar(LISTENING_PORT)
-        with self.lab.inside("host"):
-            self.ears["host"] = PortEar(LISTENING_PORT, PUBLISHED_PORT)
-        with self.lab.inside("internet"):
-            self.ears["internet"] = PacketEar("eth0")
-        for ear in list(self.ears.values()):
-            stack.callback(ear.close)  # type: ignore[union-attr]
-        self.ears |= {"neighbour": self.neighbour, "self": self.guest}
-        self.gateway_mac = self._find_gateway(self.guest)
-        self._find_gateway(self.neighbour)
-
-    @property
-    def mark(self) -> bytes:
-        return b"mark-%08d" % self.number
-
-    @property
-    def port(self) -> int:
-        """The source port of the packet, so that an answer is known by it."""
-        return 20000 + self.number % 40000
-
-    def _find_gateway(self, guest: Guest) -> str:
-        request = arp(1, guest.mac, guest.address, "00:00:00:00:00:00", guest.gateway)
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            # Nothing is forwarded before the link has found out that it has a carrier.
-            guest.send(ethernet(BROADCAST, guest.mac, frames.ARP, request))
-            select.select([guest.descriptor], [], [], 0.1)
-            for frame in guest.receive():
-                if frame[12:14] == b"\x08\x06" and frame[28:32] == socket.inet_aton(guest.gateway):
-                    return frame[22:28].hex(":")
-        raise AssertionError("the gateway does not answer")
-
-    # --- packets of the guest's ---
-
-    def to_gateway(self, payload: bytes, *, source_mac: str = "") -> bytes:
-        return ethernet(self.gateway_mac, source_mac or self.guest.mac, frames.IPV4, payload)
-
-    def udp_to(self, destination: str, port: int = LISTENING_PORT, *, source: str = "") -> bytes:
-        return ipv4(source or self.guest.address, destination, frames.UDP, udp(self.port, port, self.mark))
-
-    def syn_to(self, destination: str, port: int = LISTENING_PORT) -> bytes:
-        source = self.guest.address
-        self.asked = destination, port
-        return ipv4(source, destination, frames.TCP, tcp_syn(source, destination, self.port, port, self.mark))
-
-    def ping(self, destination: str, kind: int = 8) -> bytes:
-        return ipv4(self.guest.address, destination, frames.ICMP, icmp(kind, self.port, self.mark))
-
-    # --- hearing ---
-
-    def listen(self, heard: dict[str, int]) -> None:
-        for name, ear in self.ears.items():
-            for frame in ear.receive():
-                answered = name == "self" and frames.answers_port(frame, self.port)
-                asked = name == "internet" and frames.asks_for(frame, *self.asked)
-                heard[name] = heard.get(name, 0) + (self.mark in frame or answered or asked)
-                if self.fence and self.fence in frame:
-                    self.fences_heard.add(name)
-
-    def wait_through(self, heard: dict[str, int]) -> None:
-        """Until all that the guest has sent so far is through or lost, and what came to the guests has been told: packets
-        keep their order on each way, so these come after them."""
-        self.fence = b"fence-%08d" % self.number
-        # A ping, as pasta keeps a datagram back whose last one to the same port was refused.
-        echo = ipv4(self.guest.address, INTERNET, frames.ICMP, icmp(8, 9, self.fence))
-        self.guest.send(self.to_gateway(echo))
-        self._hear_fences(heard, {"internet"})
-        bridge = self.ears["bridge"]
-        assert isinstance(bridge, PacketEar)
-        for guest in (self.guest, self.neighbour):
-            packet = ipv4(INTERNET, guest.address, frames.UDP, udp(9, 9, self.fence))
-            bridge.send(ethernet(guest.mac, self.gateway_mac, frames.IPV4, packet))
-        self._hear_fences(heard, {"self", "neighbour"})
-
-    def _hear_fences(self, heard: dict[str, int], where: set[str]) -> None:
-        self.fences_heard.clear()
-        deadline = time.monotonic() + _FENCE_SECONDS
-        while not where <= self.fences_heard:
-            assert time.monotonic() < deadline, f"what must pass was heard at {self.fences_heard} alone"
-            self.listen(heard)
-            time.sleep(0.002)
-
-
-Send = Callable[[Stage], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    send: Send
-    arrives: frozenset[str] = frozenset()
-    may_arrive: frozenset[str] = frozenset({"bridge"})
-    """Not counted: that a packet comes as far as the bridge is no harm where the rules behind it are what is tried."""
-    by_holder: bool = False
-    """Whether it is the holder that lets it arrive: the holder answers, that the question was no message of DNS's."""
-
-    with_pasta: frozenset[str] | None = None
-    """Where it arrives when pasta is the way out, if that differs: it tells guests of no refused datagram, and sends what is
-    too large in pieces."""
-    homes: frozenset[Home] = frozenset(Home)
-    """Where it is tried."""
-
-    def arrives_in(self, home: Home) -> frozenset[str]:
-        return self.arrives if self.with_pasta is None or home is not Home.USER else self.with_pasta
-
-
-def try_row(stage: Stage, row: Row) -> str:
-    """Send it, and say what is wrong; empty if nothing is."""
-    stage.number += 1
-    heard: dict[str, int] = {}
-    stage.asked = ("0.0.0.0", 0)
-    stage.listen({})
-    arrives = row.arrives_in(stage.lab.home)
-    row.send(stage)
-    if stage.fenced:
-        stage.wait_through(heard)
-    deadline = time.monotonic() + _ARRIVES_SECONDS
-    settled = time.monotonic() + _SETTLE_SECONDS
-    while True:
-        stage.listen(heard)
-        missing = sorted(name for name in arrives if not heard.get(name))
-        if time.monotonic() > (deadline if missing else settled):
-            break
-        time.sleep(0.002)
-    wrong = sorted(
-        f"{count} at {name}" for name, count in heard.items() if count and name not in arrives | row.may_arrive
-    )
-    said = [f"heard {', '.join(wrong)}"] if wrong else []
-    said += [f"not heard at {', '.join(missing)}"] if missing else []
-    return f"{row.name}: {'; '.join(said)}" if said else ""
+_ANSWERING_PORT = 7778
+"""Another, so that no other row's packet comes to who answers, late as it may be."""
 
 
 def try_table(stage: Stage, *, stop_at_first: bool = False, holder_asleep: bool = False) -> list[str]:
-    found: list[str] = []
-    for row in TABLE:
-        if stage.lab.home not in row.homes or (row.by_holder and holder_asleep):
-            continue
-        if said := try_row(stage, row):
-            found.append(said)
-            if stop_at_first:
-                break
-    return found
+    rows = [row for row in TABLE if stage.lab.home in row.homes and not (row.by_holder and holder_asleep)]
+    if stop_at_first and (found := try_rows(stage, rows[:_PLAIN_ROWS], stop_at_first=True)):
+        return found
+    return try_rows(stage, rows, stop_at_first=stop_at_first)
 
 
 def _guest(make: Callable[[Stage], bytes]) -> Send:
@@ -359,7 +103,7 @@ def _to_fresh_address(stage: Stage) -> None:
     stage.lab.in_host("ip", "address", "add", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
     try:
         stage.guest.send(stage.to_gateway(stage.udp_to(FRESH_HOST_ADDRESS)))
-        time.sleep(_SETTLE_SECONDS)
+        stage.settle()
     finally:
         stage.lab.in_host("ip", "address", "del", f"{FRESH_HOST_ADDRESS}/32", "dev", "lo")
 
@@ -381,16 +125,18 @@ def _answered_late(stage: Stage) -> None:
     """By a program there, which hears of the neighbour too before it answers the guest."""
     guests = ((stage.guest, stage.mark), (stage.neighbour, b"the neighbour's"))
     with stage.lab.inside("internet"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
-        program.bind((INTERNET, LISTENING_PORT))
+        program.bind((INTERNET, _ANSWERING_PORT))
         program.settimeout(5)
         heard: list[tuple[str, int]] = []
         for guest, content in guests:
-            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, LISTENING_PORT, content))
+            packet = ipv4(guest.address, INTERNET, frames.UDP, udp(stage.port, _ANSWERING_PORT, content))
             guest.send(ethernet(stage.gateway_mac, guest.mac, frames.IPV4, packet))
             with suppress(TimeoutError):
                 heard.append(program.recvfrom(2000)[1])
-        for address in heard[:1]:
-            program.sendto(stage.mark, address)
+        # There is no way back to an address that was not translated.
+        with suppress(OSError):
+            for address in heard[:1]:
+                program.sendto(stage.mark, address)
 
 
 def _too_large(stage: Stage) -> bytes:
@@ -419,6 +165,9 @@ def _forged(name: str, send: Send) -> Row:
     """A frame that must not even reach the bridge."""
     return Row(name, send, may_arrive=_NOTHING)
 
+
+_PLAIN_ROWS = 3
+"""The first ones: where they do not arrive, the others wait for answers in vain."""
 
 TABLE: tuple[Row, ...] = (
     # What must pass, or the rest would prove nothing.

@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import json
 import os
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.real_machines import missing_programs
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.storage.qcow2 import Qcow2Storage
+from atelier.host import processes
 from atelier.model.errors import DiskFullError, HostError, InvalidRequestError, MissingProgramError, NotFoundError
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile, VolumeRequest
 
@@ -246,3 +249,61 @@ async def test_a_full_disk_is_said_and_leaves_nothing(tiny_file_system: Path, ba
         await storage.ensure_volume(VolumeRequest(OTHER, base, 64))
     assert refusal.value.hint
     assert sorted(entry.name for entry in (tiny_file_system / "volumes").iterdir()) == [f"{SANDBOX}.qcow2", "bases"]
+
+
+_STARTED_LATE = """#!/bin/sh
+echo $$ >{folder}/pid
+while [ ! -e {folder}/go ]; do sleep 0.02; done
+exec {qemu_img} "$@"
+"""
+_MANAGER = """
+import sys
+from pathlib import Path
+import uvloop
+from atelier.drivers.storage.qcow2 import Qcow2Storage
+from atelier.model.machine import DiskFile, VolumeRequest
+
+sandbox_id, volumes, base = sys.argv[1:]
+uvloop.run(Qcow2Storage(Path(volumes)).ensure_volume(VolumeRequest(sandbox_id, DiskFile(Path(base), "raw"), 64)))
+"""
+
+
+@needs_qemu_img
+@pytest.mark.parametrize("dies", [False, True])
+async def test_what_a_dead_manager_had_begun_makes_no_volume_behind_the_next_one(
+    qcow2: Qcow2Storage, base: DiskFile, tmp_path: Path, dies: bool
+) -> None:
+    programs, volumes = tmp_path / "programs", tmp_path / "volumes"
+    programs.mkdir()
+    (programs / "qemu-img").write_text(_STARTED_LATE.format(folder=programs, qemu_img=shutil.which("qemu-img")))
+    (programs / "qemu-img").chmod(0o755)
+    manager = subprocess.Popen(
+        [sys.executable, "-c", _MANAGER, SANDBOX, str(volumes), str(base.path)],
+        env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"},
+    )
+    try:
+        pid_file = programs / "pid"
+        await until(lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
+        qemu_img = processes.find_identity(int(pid_file.read_text()))
+        assert qemu_img is not None
+        if dies:
+            manager.kill()
+            manager.wait()
+            await qcow2.ensure_volume_absent(SANDBOX)
+        (programs / "go").touch()
+        async with asyncio.timeout(60):
+            await processes.wait_ended(qemu_img)
+        if dies:
+            assert [path.name for path in volumes.iterdir() if SANDBOX in path.name] == []
+        else:
+            assert await asyncio.to_thread(manager.wait) == 0
+            assert await qcow2.list_volumes() == [SANDBOX]
+    finally:
+        manager.kill()
+        manager.wait()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.02)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import json
 import os
 import signal
 import stat
@@ -14,71 +13,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from tests.gateway_program import PATIENCE_SECONDS, SANDBOX, Gateway, until
 
 from atelier.guest_agent.channel import run_channel
-from atelier.model.layout import RunLayout
 
-SANDBOX = "abcdefghij23"
 OTHER = "bcdefghijk34"
-PATIENCE_SECONDS = 30.0
-"""Nothing here takes that long; a loaded machine may."""
-
-
-class Gateway:
-    """``python -m atelier.gateway`` on a run directory of its own."""
-
-    def __init__(self, root: Path) -> None:
-        self.layout = RunLayout(root)
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def start(self, *arguments: str) -> None:
-        self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "atelier.gateway", "--run-dir", str(self.layout.root), *arguments
-        )
-        await until(self.layout.gateway_socket.exists)
-
-    async def stop(self, number: int = signal.SIGTERM) -> int:
-        assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
-        return await asyncio.wait_for(self.process.wait(), PATIENCE_SECONDS)
-
-    async def ask(self, **request: object) -> dict:
-        return (await self.ask_raw(json.dumps(request).encode() + b"\n"))[0]
-
-    async def ask_raw(self, lines: bytes) -> list[dict]:
-        reader, writer = await asyncio.open_unix_connection(str(self.layout.gateway_socket))
-        writer.write(lines)
-        writer.write_eof()
-        answers = [json.loads(line) async for line in reader]
-        writer.close()
-        return answers
-
-    async def attach(self, vmm_socket: Path, sandbox_id: str = SANDBOX, token: str = "token") -> None:
-        answer = await self.ask(operation="attach", sandbox_id=sandbox_id, socket_path=str(vmm_socket), token=token)
-        assert answer["ok"], answer
-
-    async def channel(self, sandbox_id: str = SANDBOX) -> dict:
-        channels = (await self.ask(operation="list"))["channels"]
-        return next(channel for channel in channels if channel["sandbox_id"] == sandbox_id)
-
-    async def connect(self, port: int, sandbox_id: str = SANDBOX) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer, answer = await self.try_connect(port, sandbox_id)
-        assert answer.startswith(b"OK "), answer
-        return reader, writer
-
-    async def try_connect(
-        self, port: int | str, sandbox_id: str = SANDBOX
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
-        reader, writer = await asyncio.open_unix_connection(str(self.layout.channel_socket(sandbox_id)))
-        writer.write(f"CONNECT {port}\n".encode())
-        return reader, writer, await asyncio.wait_for(reader.readline(), PATIENCE_SECONDS)
-
-
-async def until(holds: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -489,11 +428,11 @@ async def test_a_link_in_the_place_of_the_vmm_socket_is_not_followed(gateway: Ga
         (folder / "file").write_text("no socket")
         await gateway.attach(folder / "link")
         await gateway.attach(folder / "file", OTHER)
-        await asyncio.sleep(0.3)
         for sandbox_id in (SANDBOX, OTHER):
-            channel = await gateway.channel(sandbox_id)
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while not (channel := await gateway.channel(sandbox_id))["last_error"]:
+                    await asyncio.sleep(0.02)
             assert (channel["state"], channel["sent_bytes"]) == ("connecting", 0)
-            assert channel["last_error"]
 
 
 async def test_the_gateway_starts_fast_enough_to_be_restarted(folder: Path):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,39 @@ async def test_a_process_is_proved_by_executable_and_arguments_too(log: Path) ->
     finally:
         await processes.kill_and_wait(identity)
     assert not processes.runs(identity, "sleep", ["4242"])
+
+
+@pytest.mark.parametrize("starter_died", [False, True])
+async def test_a_process_that_is_about_to_become_the_program_is_waited_for(starter_died: bool) -> None:
+    """Whoever looks right after the death of a starter must not overlook what that had begun to start."""
+    read_end, write_end = os.pipe()
+    # Full, so that the shell cannot tell its pid yet.
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x" * 4096)
+    os.set_blocking(write_end, True)
+    program = [str(shutil.which("sleep")), "1000", "0.375"]
+    starting = subprocess.Popen(
+        ["sh", "-c", processes._ANNOUNCE_AND_EXEC, "sh", *program], stdin=subprocess.DEVNULL, stdout=write_end
+    )
+    os.close(write_end)
+    try:
+        looking = asyncio.create_task(asyncio.to_thread(processes.find_processes, "sleep", program[1:]))
+        await asyncio.sleep(0.2)
+        assert not looking.done()
+        if starter_died:
+            os.close(read_end)
+            assert await looking == []
+            assert starting.wait(60) == -signal.SIGPIPE, "it has not become the program"
+        else:
+            while os.read(read_end, 1 << 20)[-1:] == b"x":
+                pass
+            assert [identity.pid for identity in await looking] == [starting.pid]
+            os.close(read_end)
+    finally:
+        starting.kill()
+        starting.wait()
 
 
 async def test_values_of_an_argument_are_listed(log: Path) -> None:

@@ -1,17 +1,24 @@
-"""What the manager keeps running beside it is started again, and whoever has to know is told."""
+"""What the manager keeps running beside it is started again, and whoever has to know is told; one serves at a time, and none
+is left."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import pytest
+
+from atelier.host import processes
+from atelier.manager import kept_process
 from atelier.manager.kept_process import KeptProcess
+from atelier.model.machine import ProcessIdentity
 
 PROGRAM = """
-import json, os, socketserver, sys
+import fcntl, json, os, socketserver, sys, time
 import atelier
 
 class Ping(socketserver.StreamRequestHandler):
@@ -20,6 +27,15 @@ class Ping(socketserver.StreamRequestHandler):
         answer = {"ok": True, "pid": os.getpid(), "version": atelier.__version__}
         self.wfile.write(json.dumps(answer).encode() + b"\\n")
 
+lock = open(sys.argv[1] + ".lock", "a")
+try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("another one serves")
+lock.write("held")
+lock.flush()
+while os.path.exists(sys.argv[1] + ".wait"):
+    time.sleep(0.01)
 if os.path.exists(sys.argv[1]):
     os.unlink(sys.argv[1])
 socketserver.UnixStreamServer(sys.argv[1], Ping).serve_forever()
@@ -32,28 +48,90 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_who_has_to_know_is_told_of_each_new_one(tmp_path: Path) -> None:
-    socket_path = tmp_path / "control.sock"
-    kept = KeptProcess(
-        "companion", "companion_failed", ["-c", PROGRAM, str(socket_path)], socket_path, tmp_path / "log"
-    )
+async def until_answered(kept: KeptProcess) -> None:
+    async with asyncio.timeout(60):
+        while await kept._ping() is None:
+            pass
+
+
+class Companion(KeptProcess):
+    """``PROGRAM`` as a companion. It does not answer while ``wait_file`` exists."""
+
+    def __init__(self, folder: Path) -> None:
+        socket_path = folder / "control.sock"
+        self.wait_file = folder / "control.sock.wait"
+        self.log = folder / "log"
+        self.arguments = ["-c", PROGRAM, str(socket_path)]
+        super().__init__("companion", "companion_failed", self.arguments, socket_path, self.log)
+
+    def find(self) -> list[ProcessIdentity]:
+        return processes.find_processes(Path(sys.executable).resolve().name, self.arguments)
+
+
+@pytest.fixture
+async def kept(tmp_path: Path) -> AsyncIterator[Companion]:
+    companion = Companion(tmp_path)
+    yield companion
+    await companion.close()
+    assert companion.find() == []
+
+
+async def test_who_has_to_know_is_told_of_each_new_one(kept: Companion) -> None:
     told: list[int] = []
-
-    def remember() -> None:
-        told.append(1)
-
-    kept.on_started_anew = remember
+    kept.on_started_anew = lambda: told.append(1)
     await kept.open()
-    try:
-        first = await kept._ping()
-        assert first is not None
-        assert told == [], "the first one is what its holder has asked for"
-        os.kill(first.pid, signal.SIGKILL)
-        await until(lambda: bool(told))
-        second = await kept._ping()
-        assert second is not None
-        assert second.pid != first.pid
-        assert told == [1]
-    finally:
-        await kept.close()
+    first = await kept._ping()
+    assert first is not None
+    assert told == [], "the first one is what its holder has asked for"
+    os.kill(first.pid, signal.SIGKILL)
+    await until(lambda: bool(told))
+    second = await kept._ping()
+    assert second is not None
+    assert second.pid != first.pid
+    assert told == [1]
+    await kept.close()
     assert await kept._ping() is None
+
+
+async def test_one_that_a_dead_manager_had_begun_to_start_is_waited_for(kept: Companion) -> None:
+    kept.wait_file.touch()
+    earlier = await processes.start_detached([sys.executable, *kept.arguments], stderr_path=kept.log)
+    lock = kept.log.with_name("control.sock.lock")
+    await until(lambda: lock.exists() and lock.read_text() == "held")
+    opening = asyncio.create_task(kept.open())
+    await until(lambda: "another one serves" in kept.log.read_text() and kept.find() == [earlier])
+    await asyncio.sleep(0.2)
+    assert not opening.done()
+    kept.wait_file.unlink()
+    await opening
+    assert kept.find() == [earlier]
+
+
+async def test_one_that_is_too_busy_to_answer_is_not_followed_by_another(kept: Companion) -> None:
+    await kept.open()
+    (first,) = kept.find()
+    os.kill(first.pid, signal.SIGSTOP)
+    await until(lambda: "another one serves" in kept.log.read_text())
+    os.kill(first.pid, signal.SIGCONT)
+    await until_answered(kept)
+    await kept.release()
+    assert kept.find() == [first]
+
+
+async def test_a_start_that_is_broken_off_leaves_nothing(kept: Companion) -> None:
+    kept.wait_file.touch()
+    opening = asyncio.create_task(kept.open())
+    await until(lambda: bool(kept.find()))
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert kept.find() == []
+
+
+async def test_one_that_hangs_is_ended_too(kept: Companion, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_process, "_STOP_SECONDS", 0.5)
+    await kept.open()
+    (first,) = kept.find()
+    os.kill(first.pid, signal.SIGSTOP)
+    await kept.close()
+    assert kept.find() == []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.footprint import gateway_pid, processes_naming
+from tests.footprint import gateway_pid, paths_naming, processes_naming
 from tests.running_manager import RunningManager, running_local_manager
 
 from atelier import Sandbox
@@ -42,8 +42,7 @@ def test_ten_at_once_and_nothing_left(own_manager: RunningManager) -> None:
         list(pool.map(lambda sandbox: sandbox.destroy(), sandboxes))
     for sandbox_id in ids:
         assert processes_naming(sandbox_id) == []
-        left = [path for root in (own_manager.run_dir, own_manager.data_dir) for path in root.rglob(f"*{sandbox_id}*")]
-        assert left == []
+        assert paths_naming(sandbox_id, own_manager.run_dir, own_manager.data_dir) == []
 
 
 def test_a_killed_gateway_is_replaced_and_guests_work_on(own_manager: RunningManager) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.footprint import processes_naming, vmm_pids
+from tests.footprint import paths_naming, processes_naming, vmm_pids
 from tests.running_manager import LocalInstallation, local_installation, wait_until
 
 
@@ -34,7 +34,7 @@ def test_stop_keeps_the_disk_and_start_brings_it_all_back(installation: LocalIns
     stopped = installation.call("POST", "/sandboxes/box/stop?wait=true")
     assert (stopped["state"], stopped["stop_reason"]) == ("stopped", "requested")
     assert vmm_pids(row["id"]) == []
-    assert list(installation.manager.run_dir.rglob(f"*{row['id']}*")) == []
+    assert paths_naming(row["id"], installation.manager.run_dir) == []
     refused = installation.call("POST", "/sandboxes/box/run", {"command": ["true"]}, expected=409)
     assert "atelier start" in refused["hint"]
 

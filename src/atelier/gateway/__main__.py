@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from atelier.gateway.attachments import LOCK_NAME
 from atelier.gateway.control import ChannelSet, ControlServer
 from atelier.host.files import ensure_private_folder, lock_folder
 from atelier.model.errors import AlreadyRunningError, AtelierError
@@ -24,8 +25,6 @@ from atelier.model.layout import RunLayout
 from atelier.telemetry.logs import configure
 
 log = logging.getLogger("atelier.gateway")
-
-_LOCK_NAME = "gateway.lock"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     layout = RunLayout(options.run_dir.absolute())
     try:
         ensure_private_folder(layout.channels)
-        with lock_folder(layout.channels / _LOCK_NAME):
+        with lock_folder(layout.channels / LOCK_NAME):
             _run(layout, options.epoch_wait_seconds)
     except AlreadyRunningError:
         log.error("another gateway already serves %s", layout.root)

@@ -19,6 +19,8 @@ from atelier.model.ids import is_sandbox_id
 
 log = logging.getLogger(__name__)
 
+LOCK_NAME = "gateway.lock"
+"""Held by the gateway that the folder belongs to."""
 _SUFFIX = ".json"
 
 
@@ -55,21 +57,29 @@ class AttachmentFiles:
     def save(self, attachment: Attachment) -> None:
         """Raises DiskFullError."""
         content = json.dumps(asdict(attachment)).encode()
-        write_atomically(self._file(attachment.sandbox_id), content, mode=0o600)
+        # Without waiting for the disk, as all guests' bytes would: of use for this boot only.
+        write_atomically(self._file(attachment.sandbox_id), content, durable=False)
 
     def remove(self, sandbox_id: str) -> None:
         self._file(sandbox_id).unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove all that is no attachment: sockets, and what was half made when a gateway was killed."""
+        for file in self._folder.iterdir():
+            if file.name != LOCK_NAME and (file.name.startswith(".") or file.suffix != _SUFFIX):
+                file.unlink(missing_ok=True)
+
     def load(self) -> list[Attachment]:
-        """All of them. A damaged file is named in the log and left out: the manager attaches again."""
+        """All of them. A damaged file is named in the log and removed: the manager attaches again."""
         found: list[Attachment] = []
         for file in sorted(self._folder.glob(f"*{_SUFFIX}")):
             try:
-                attachment = parse_attachment(json.loads(file.read_bytes()))
-            except (OSError, ValueError, InvalidRequestError) as error:
+                found.append(parse_attachment(json.loads(file.read_bytes())))
+            except OSError as error:
                 log.warning("the attachment %s cannot be read: %s", file.name, error)
-                continue
-            found.append(attachment)
+            except (ValueError, RecursionError, InvalidRequestError) as error:
+                log.warning("the attachment %s is damaged: %s", file.name, error)
+                file.unlink(missing_ok=True)
         return found
 
     def _file(self, sandbox_id: str) -> Path:

@@ -3,7 +3,8 @@
 Served by ``__main__``; owns all attached channels. Requests ``{"operation": "attach", "sandbox_id", "socket_path",
 "token"}``, ``{"operation": "detach", "sandbox_id"}``, ``{"operation": "list"}``, ``{"operation": "ping"}``; answers
 ``{"ok": true, ...}`` or ``{"ok": false, "code", "message"}``, in order. attach and detach are idempotent; an attach
-with another socket or token replaces the channel. It must never wait for a guest.
+with another socket or token replaces the channel. Neither is done for a client that has gone meanwhile: it may be a dead
+manager, and the next one have asked for the opposite. It must never wait for a guest.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import atelier
 from atelier.gateway.attachments import Attachment, AttachmentFiles, parse_attachment
@@ -24,7 +24,8 @@ from atelier.gateway.channel import GuestChannel
 from atelier.gateway.clients import ClientDoor
 from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.host.files import disk_full_as_error
-from atelier.model.errors import AtelierError, InvalidRequestError
+from atelier.host.peers import has_gone
+from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import RunLayout, check_socket_path
 
@@ -54,15 +55,13 @@ class ChannelSet:
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Attach again what an earlier gateway had attached; sweep away sockets that nobody serves."""
+        """Attach again what an earlier gateway had attached; sweep away what else it has left."""
+        self._files.sweep()
         for attachment in self._files.load():
             try:
                 await self._attach(attachment)
             except (AtelierError, OSError) as error:
                 log.error("cannot attach %s again: %s", attachment.sandbox_id, error)
-        for socket_file in self._layout.channels.glob("*.sock"):
-            if socket_file.stem not in self._attached:
-                socket_file.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Cut everything; the attachments stay on disk for the next gateway."""
@@ -70,49 +69,48 @@ class ChannelSet:
             for sandbox_id in list(self._attached):
                 await self._drop(sandbox_id)
 
-    async def answer(self, request: dict[str, object]) -> Answer:
-        """Perform one request. Raises AtelierError, OSError."""
-        operations: dict[object, Callable[[dict[str, object]], Coroutine[Any, Any, Answer]]] = {
-            "attach": self._on_attach,
-            "detach": self._on_detach,
-            "list": self._on_list,
-            "ping": self._on_ping,
-        }
+    async def answer(self, request: dict[str, object], asker: int) -> Answer:
+        """Perform one request, which came over the socket ``asker``. Raises AtelierError, OSError."""
         name = request.get("operation")
-        operation = operations.get(name) if isinstance(name, str) else None
-        if operation is None:
-            raise InvalidRequestError("unknown operation: the gateway knows attach, detach, list and ping")
-        return await operation(request)
+        match name:
+            case "ping":
+                return self._on_ping()
+            case "list":
+                return self._on_list()
+            case "attach" | "detach":
+                # One after the other: whoever is found here has all that it asked for before its successor has anything.
+                async with self._lock:
+                    if has_gone(asker):
+                        raise ConflictError(f"who asked for this {name} has gone", code="asker_gone")
+                    return await (self._on_attach if name == "attach" else self._on_detach)(request)
+            case _:
+                raise InvalidRequestError("unknown operation: the gateway knows attach, detach, list and ping")
 
     async def _on_attach(self, request: dict[str, object]) -> Answer:
         attachment = parse_attachment(request)
-        async with self._lock:
-            present = self._attached.get(attachment.sandbox_id)
-            if present is None or present.attachment != attachment:
-                self._files.save(attachment)
-                await self._drop(attachment.sandbox_id)
-                try:
-                    await self._attach(attachment)
-                except BaseException:
-                    self._files.remove(attachment.sandbox_id)
-                    raise
+        present = self._attached.get(attachment.sandbox_id)
+        if present is None or present.attachment != attachment:
+            self._files.save(attachment)
+            await self._drop(attachment.sandbox_id)
+            try:
+                await self._attach(attachment)
+            except BaseException:
+                self._files.remove(attachment.sandbox_id)
+                raise
         return {"ok": True, "channel_socket": str(self._layout.channel_socket(attachment.sandbox_id))}
 
     async def _on_detach(self, request: dict[str, object]) -> Answer:
         sandbox_id = request.get("sandbox_id")
         if not isinstance(sandbox_id, str) or not is_sandbox_id(sandbox_id):
             raise InvalidRequestError("sandbox_id is missing, or is no sandbox id")
-        async with self._lock:
-            self._files.remove(sandbox_id)
-            await self._drop(sandbox_id)
+        self._files.remove(sandbox_id)
+        await self._drop(sandbox_id)
         return {"ok": True}
 
-    async def _on_list(self, request: dict[str, object]) -> Answer:
-        del request
+    def _on_list(self) -> Answer:
         return {"ok": True, "channels": [_describe(attached) for attached in self._attached.values()]}
 
-    async def _on_ping(self, request: dict[str, object]) -> Answer:
-        del request
+    def _on_ping(self) -> Answer:
         return {
             "ok": True,
             "pid": os.getpid(),
@@ -192,6 +190,7 @@ class ControlServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = cast("asyncio.Task[None]", asyncio.current_task())
+        asker: int = writer.get_extra_info("socket").fileno()
         self._clients.add(task)
         try:
             while True:
@@ -203,7 +202,7 @@ class ControlServer:
                     writer.write(_encode(_failure("invalid_request", "the request is longer than 64 KiB")))
                     await writer.drain()
                     return
-                writer.write(_encode(await self._answer(line)))
+                writer.write(_encode(await self._answer(line, asker)))
                 await writer.drain()
         except ConnectionError:
             return
@@ -212,7 +211,7 @@ class ControlServer:
             with contextlib.suppress(OSError):
                 writer.close()
 
-    async def _answer(self, line: bytes) -> Answer:
+    async def _answer(self, line: bytes, asker: int) -> Answer:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -220,7 +219,7 @@ class ControlServer:
         if not isinstance(request, dict):
             return _failure("invalid_request", "the request is no JSON object")
         try:
-            return await self._channels.answer(cast(dict[str, object], request))
+            return await self._channels.answer(cast(dict[str, object], request), asker)
         except AtelierError as error:
             return _failure(error.code, str(error))
         except OSError as error:

@@ -37,12 +37,13 @@ async def run(
     input_bytes: bytes | None = None,
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,
+    pass_descriptors: Sequence[int] = (),
     on_output: Callable[[str], None] | None = None,
     package_hint: str = "",
 ) -> CommandResult:
     """Run a program to its end and return what it wrote.
 
-    ``environment`` adds to this process's own. ``on_output`` receives each line of stdout and stderr as it comes
+    ``environment`` adds to this process's own. ``pass_descriptors`` keep their numbers. ``on_output`` receives each line of stdout and stderr as it comes
     (for progress). ``package_hint`` names the Debian package that brings the program.
 
     Raises MissingProgramError, TimeoutExceededError (the whole process group is killed, as on cancellation),
@@ -57,6 +58,7 @@ async def run(
             cwd=directory,
             env={**os.environ, **environment} if environment else None,
             start_new_session=True,
+            pass_fds=tuple(pass_descriptors),
         )
     except FileNotFoundError as error:
         if directory is not None and not directory.is_dir():

@@ -30,6 +30,9 @@ _PROC = Path("/proc")
 _STDERR_TAIL_BYTES = 2000
 # Tells its pid on the pipe that is its stdout, then becomes the program; the pipe's end tells that it has done so.
 _ANNOUNCE_AND_EXEC = 'umask 077; echo "$$"; exec "$@" >&2'
+_BECOMING = b"\0".join([b"sh", b"-c", _ANNOUNCE_AND_EXEC.encode(), b"sh", b""])
+"""How the command line of a process begins that is about to become a program."""
+_BECOMING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,10 @@ def runs(identity: ProcessIdentity, executable_name: str, arguments: Sequence[st
 def find_processes(executable_name: str, arguments: Sequence[str]) -> list[ProcessIdentity]:
     """Live processes whose executable file has this name and whose argument list holds ``arguments`` in a row.
 
-    Processes that this user may not look at are passed over.
+    One that a starter had begun to start is among them, though the starter may be dead: either it ends before it has
+    become the program, or it is waited for. Processes that this user may not look at are passed over.
+
+    Raises TimeoutExceededError for one that becomes nothing.
     """
     return [identity for identity, _ in _scan(executable_name, _in_a_row(arguments))]
 
@@ -113,7 +119,7 @@ def _executable_name(pid: str) -> str:
 
 def list_argument_values(executable_name: str, option: str, prefix: str) -> list[str]:
     """What follows ``prefix`` in the argument after ``option``, of each live process whose executable file has this
-    name; one look at /proc for all. Processes that this user may not look at are passed over.
+    name; one look at /proc for all. As for ``find_processes``.
     """
     wanted = f"\0{option}\0{prefix}".encode()
     found = (command_line for _, command_line in _scan(executable_name, wanted))
@@ -127,7 +133,7 @@ def _scan(executable_name: str, wanted: bytes) -> Iterator[tuple[ProcessIdentity
             continue
         # A process may end at any moment of this, or hide behind its rights.
         try:
-            command_line = (_PROC / entry.name / "cmdline").read_bytes()
+            command_line = _settled_command_line(entry.name, executable_name, wanted)
             if wanted not in command_line:
                 continue
             executable = _executable_name(entry.name)
@@ -136,6 +142,28 @@ def _scan(executable_name: str, wanted: bytes) -> Iterator[tuple[ProcessIdentity
         identity = find_identity(int(entry.name))
         if identity is not None and executable == executable_name:
             yield identity, command_line
+
+
+def _settled_command_line(pid: str, executable_name: str, wanted: bytes) -> bytes:
+    """The command line of a process; where that shows that it is about to become a program with ``wanted``, the one that
+    it has then. If its starter died before it told its pid it ends by that, writing into a pipe that nobody reads.
+    Source: pipe(7). Raises OSError when it is gone."""
+    deadline = time.monotonic() + _BECOMING_SECONDS
+    while True:
+        command_line = (_PROC / pid / "cmdline").read_bytes()
+        if command_line:
+            is_settled = not (command_line.startswith(_BECOMING) and wanted in command_line)
+        else:
+            # As those of the kernel's and of the dead are, which have no executable; and for an instant in execve(2).
+            is_settled = _executable_name(pid) != executable_name
+        if is_settled:
+            return command_line
+        if time.monotonic() > deadline:
+            raise TimeoutExceededError(
+                f"process {pid} does not become {executable_name} within {_BECOMING_SECONDS:g} s",
+                hint=f"it may hang in the kernel; see dmesg and /proc/{pid}",
+            )
+        time.sleep(0.0005)
 
 
 def resident_bytes(identity: ProcessIdentity) -> int:

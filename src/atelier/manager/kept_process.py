@@ -19,7 +19,8 @@ from pathlib import Path
 import atelier
 from atelier.host import processes
 from atelier.host.files import read_tail
-from atelier.model.errors import AtelierError, HostError
+from atelier.model.errors import AtelierError, HostError, TimeoutExceededError
+from atelier.model.machine import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class KeptProcess:
         self.on_started_anew: Callable[[], None] = lambda: None
         """Called after it had ended, or hung, and was started again."""
         self._supervisor: asyncio.Task[None] | None = None
+        self._last: ProcessIdentity | None = None
+        """The one that answered last: it is there, though it may be too busy to answer."""
         self._told: frozenset[str] = frozenset()
 
     async def open(self) -> None:
@@ -59,7 +62,7 @@ class KeptProcess:
         answer = await self._ping()
         if answer is not None and answer.version != atelier.__version__:
             logger.info("replacing the %s of version %s", self._title, answer.version or "unknown")
-            await self._end(answer.pid)
+            await self._end()
             answer = None
         if answer is None:
             await self._start()
@@ -72,21 +75,37 @@ class KeptProcess:
             await asyncio.gather(self._supervisor, return_exceptions=True)
 
     async def close(self) -> None:
-        """End it: to be called when no sandbox is left that needs it."""
+        """End it: to be called when no sandbox is left that needs it. Raises TimeoutExceededError."""
         await self.release()
-        if (answer := await self._ping()) is not None:
-            await self._end(answer.pid)
+        await self._ping()
+        await self._end()
 
-    async def _end(self, pid: int) -> None:
-        if (identity := processes.find_identity(pid)) is not None:
-            await processes.kill_and_wait(identity, _STOP_SECONDS, signal_number=signal.SIGTERM)
+    async def _end(self) -> None:
+        """One that does not end in order is killed."""
+        if self._last is None:
+            return
+        try:
+            await processes.kill_and_wait(self._last, _STOP_SECONDS, signal_number=signal.SIGTERM)
+        except TimeoutExceededError:
+            logger.warning("the %s does not end within %g s: it is killed", self._title, _STOP_SECONDS)
+            await processes.kill_and_wait(self._last)
 
     async def _start(self) -> None:
         identity = await processes.start_detached([sys.executable, *self._arguments], stderr_path=self._log_path)
+        serves = False
+        try:
+            await self._wait_for_answer(identity)
+            serves = self._last == identity
+        finally:
+            if not serves:
+                # Another one does, or nobody waits for it any more: it would come up behind everybody's back.
+                await processes.kill_and_wait(identity)
+
+    async def _wait_for_answer(self, identity: ProcessIdentity) -> None:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while await self._ping() is None:
-                    if not processes.is_alive(identity):
+                    if not processes.is_alive(identity) and not await self._is_another_there():
                         raise HostError(
                             f"the {self._title} ended as soon as it was started: {self._last_words()}",
                             code=self._code,
@@ -99,6 +118,11 @@ class KeptProcess:
                 code=self._code,
                 hint=f"its log is {self._log_path}",
             ) from error
+
+    async def _is_another_there(self) -> bool:
+        """One that somebody else started, as a manager that died since: it keeps ours from serving, and answers soon."""
+        program = Path(sys.executable).resolve().name
+        return bool(await asyncio.to_thread(processes.find_processes, program, self._arguments))
 
     async def _supervise(self) -> None:
         backoff = _CHECK_SECONDS
@@ -138,7 +162,9 @@ class KeptProcess:
                     if not answer.get("ok"):
                         return None
                     problems = tuple(str(each) for each in answer.get("problems", ()))
-                    return _Answer(int(answer["pid"]), str(answer.get("version", "")), problems)
+                    found = _Answer(int(answer["pid"]), str(answer.get("version", "")), problems)
+                    self._last = processes.find_identity(found.pid)
+                    return found
                 finally:
                     writer.close()
                     with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
 """The holder's socket: one JSON line there, one back; an open TAP comes beside its line (SCM_RIGHTS).
 
 The manager's network driver calls it. Whoever reaches the socket may be wrong: every argument is checked here. Requests
-are performed one at a time, in the order in which they come. Operations: ping, ensure_slot, ensure_slots_absent,
+are performed one at a time, in the order in which they come, and not for a client that has gone meanwhile: it may be a dead
+manager, and the next one have asked for the opposite. Operations: ping, ensure_slot, ensure_slots_absent,
 open_slot, set_policy, read_usage, list_slots, check, close.
 """
 
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import atelier
-from atelier.model.errors import AtelierError, InvalidRequestError
+from atelier.host.peers import has_gone
+from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.network_policy import NetworkPolicy
@@ -105,7 +107,7 @@ class NetworkControl:
     async def _reply(self, connection: socket.socket, line: bytes) -> None:
         descriptor: int | None = None
         try:
-            answer, descriptor = await self._answer(line)
+            answer, descriptor = await self._answer(line, connection)
             await self._send(connection, answer, descriptor)
         finally:
             if descriptor is not None:
@@ -118,7 +120,7 @@ class NetworkControl:
         async with asyncio.timeout(_IDLE_SECONDS):
             await asyncio.get_running_loop().sock_sendall(connection, rest)
 
-    async def _answer(self, line: bytes) -> tuple[Answer, int | None]:
+    async def _answer(self, line: bytes, asker: socket.socket) -> tuple[Answer, int | None]:
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -127,6 +129,8 @@ class NetworkControl:
             return _failure("invalid_request", "the request is no JSON object"), None
         try:
             async with self._lock:
+                if has_gone(asker.fileno()):
+                    raise ConflictError("who asked for this has gone", code="asker_gone")
                 return await self._perform(cast(Request, request))
         except Exception as error:
             return _failure_of(error), None

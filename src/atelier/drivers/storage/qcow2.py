@@ -8,6 +8,7 @@ beside the volumes (``pinned_bases``).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from atelier.drivers.storage.pinned_bases import PinnedBases
@@ -58,10 +59,15 @@ class Qcow2Storage:
             with disk_full_as_error(doing):
                 unfinished.unlink(missing_ok=True)
                 # Made here, so that its mode is right from the first instant.
-                os.close(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             # -u: do not open the base; its size is known and stated.
             overlay = ["create", "-q", "-u", "-f", "qcow2", "-F", base.format, "-b", str(base.path)]
-            await self._run_qemu_img([*overlay, str(unfinished), str(size_bytes)], doing)
+            try:
+                # Open, not by its name: one that comes to it after this process's death must not make the file again.
+                arguments = [*overlay, f"/proc/self/fd/{descriptor}", str(size_bytes)]
+                await self._run_qemu_img(arguments, doing, pass_descriptors=[descriptor])
+            finally:
+                os.close(descriptor)
             with disk_full_as_error(doing):
                 # A volume that has its name is whole.
                 unfinished.rename(volume)
@@ -105,9 +111,14 @@ class Qcow2Storage:
                 ["resize", "-q", "-f", "qcow2", str(volume), str(size_bytes)], f"growing the volume {volume}"
             )
 
-    async def _run_qemu_img(self, arguments: list[str], doing: str) -> None:
+    async def _run_qemu_img(self, arguments: list[str], doing: str, *, pass_descriptors: Sequence[int] = ()) -> None:
         try:
-            await command.run(["qemu-img", *arguments], environment={"LC_ALL": "C"}, package_hint="qemu-utils")
+            await command.run(
+                ["qemu-img", *arguments],
+                environment={"LC_ALL": "C"},
+                pass_descriptors=pass_descriptors,
+                package_hint="qemu-utils",
+            )
         except CommandError as error:
             if "No space left on device" in error.message or "Disk quota exceeded" in error.message:
                 raise disk_full(doing) from error
