@@ -17,7 +17,7 @@ from binascii import a2b_base64
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from atelier.guest_agent.http import Request, Response, Router
+from atelier.guest_agent.http import UNARY, Request, Response, Router
 from atelier.guest_agent.rpc import Message, add_unary
 from atelier.guest_agent.state import AgentState
 from atelier.guest_protocol.connect import ConnectError, decode_json
@@ -125,7 +125,7 @@ def register(router: Router, state: AgentState) -> None:
         shutdown.begin(get_quiesce())
         return {}
 
-    router.add("POST", "/init", initialize, is_still=True)
+    router.add("POST", "/init", initialize, is_still=True, form=UNARY)
     for name, procedure in (
         ("SetClock", set_clock),
         ("Quiesce", quiesce_guest),

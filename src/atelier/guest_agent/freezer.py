@@ -1,9 +1,9 @@
 """Stops all processes of the guest but PID 1 and the guest agent, and lets them go on, by the kernel's freezer (cgroup v2).
 
-Used by ``quiesce``; ``program`` calls ``join`` at its start. PID 1 and the agent live in the group ``GROUP``, so that
-every process that descends from them is in it without anything being done for it when it starts. To stop them all, the
-two step out into the root group and ``GROUP`` is frozen with one write. What is not in it (root may make groups of its
-own, and systemd does) is found and frozen with it. Source: Linux Documentation/admin-guide/cgroup-v2.rst.
+Used by ``quiesce``. PID 1 and the agent live in the group ``GROUP`` (atelier-init puts them there), so that every process
+that descends from them is in it without anything being done for it when it starts. To stop them all, the two step out into
+the root group and ``GROUP`` is frozen with one write. What is not in it (root may make groups of its own, and systemd does)
+is found and frozen with it. Source: Linux Documentation/admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -29,19 +28,6 @@ class Freezer:
 
     def __init__(self, hierarchy: str = "/sys/fs/cgroup") -> None:
         self._hierarchy = hierarchy
-
-    def join(self) -> None:
-        """Put PID 1 and the agent into ``GROUP``, and thereby all that they start from now on. Where systemd is PID 1
-        it keeps its own order. Without cgroups nothing happens: stopping will say so."""
-        if os.path.isdir(SYSTEMD_MARK):
-            return
-        try:
-            self._make_group()
-            for pid in (1, os.getpid()):
-                if _group_of(pid) != GROUP:
-                    self._move(pid, GROUP)
-        except OSError as error:
-            print(f"guest agent: cannot join a group of its own: {error}", file=sys.stderr, flush=True)
 
     async def freeze(self, groups: list[str]) -> None:
         """Return when all stand still. ``groups`` are those that were frozen before; each further one is added before
@@ -62,10 +48,18 @@ class Freezer:
             pause_seconds = min(pause_seconds * 2, _PAUSE_MAX_SECONDS)
 
     def unfreeze(self, groups: list[str]) -> None:
-        """Let all that is in ``groups`` go on. Raises OSError."""
+        """Let all that is in ``groups`` go on, and put PID 1 and the agent back, so that what they start from now on is
+        in ``GROUP`` again. Where systemd is PID 1 it keeps its own order. Raises OSError."""
         for group in groups:
             self._set_frozen(group, False)
-        self.join()
+        if os.path.isdir(SYSTEMD_MARK):
+            return
+        # Without: what they start is looked for the next time.
+        with contextlib.suppress(OSError):
+            self._make_group()
+            for pid in (1, os.getpid()):
+                if _group_of(pid) != GROUP:
+                    self._move(pid, GROUP)
 
     def _make_group(self) -> None:
         if not os.path.exists(f"{self._hierarchy}/cgroup.procs"):

@@ -99,13 +99,11 @@ async def serve(options: Options) -> None:
     asyncio.get_running_loop().call_later(_LOAD_REST_SECONDS, router.load_rest)
     if options.listen is None:
         from atelier.guest_agent.channel import run_channel
-        from atelier.guest_agent.freezer import MARK_PATH, Freezer
+        from atelier.guest_agent.freezer import MARK_PATH
 
         if os.path.exists(MARK_PATH):
-            # The one before this agent has ended while the guest stood still.
+            # The agent before this one has ended while the guest stood still.
             state.gate.close()
-        elif options.touches_system:
-            Freezer().join()
         await run_channel(options.channel, {GUEST_AGENT_PORT: server.serve}, state.set_token)
         return
     if options.listen.startswith("unix:"):

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from fcntl import ioctl
 from typing import Final
 
@@ -24,6 +24,7 @@ from atelier.guest_protocol.connect import ConnectError
 LIMIT_SECONDS: Final = 10.0
 
 _ROOT: Final = "/"
+_EXPEDITED: Final = "/sys/kernel/rcu_expedited"
 # Source: Linux include/uapi/linux/fs.h.
 _FIFREEZE: Final = 0xC0045877
 _FITHAW: Final = 0xC0045878
@@ -51,8 +52,9 @@ class Quiesce:
                     await _in_thread(os.sync)
                     groups = _Marked(_read_mark())
                     _write_mark(groups)
-                    await self._freezer.freeze(groups)
-                    await _in_thread(_freeze_root, thaw_root)
+                    with _short_grace_periods():
+                        await self._freezer.freeze(groups)
+                        await _in_thread(_freeze_root, thaw_root)
             except BaseException as error:
                 self._go_on()
                 if isinstance(error, TimeoutError):
@@ -71,8 +73,9 @@ class Quiesce:
 
     def _go_on(self) -> None:
         if self._touches_system and os.path.exists(MARK_PATH):
-            thaw_root()
-            self._freezer.unfreeze(_read_mark())
+            with _short_grace_periods():
+                thaw_root()
+                self._freezer.unfreeze(_read_mark())
             os.unlink(MARK_PATH)
         self._gate.open()
 
@@ -108,6 +111,22 @@ def _root_call(request: int) -> None:
         ioctl(descriptor, request, 0)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _short_grace_periods() -> Generator[None]:
+    """Have the kernel's readers be waited for actively: else freezing waits 10 ms or more for them, four times over.
+    Source: Linux Documentation/admin-guide/kernel-parameters.txt, rcupdate.rcu_expedited."""
+    before = b""
+    # Where the switch is not there, it takes a little longer.
+    with contextlib.suppress(OSError), open(_EXPEDITED, "r+b", buffering=0) as switch:
+        before = switch.read()
+        switch.write(b"1")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError), open(_EXPEDITED, "wb", buffering=0) as switch:
+            switch.write(before)
 
 
 async def _in_thread(work: Callable[[], None], undo: Callable[[], None] | None = None) -> None:
