@@ -8,16 +8,19 @@ the kernel. Source: pipe(7), splice(2).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from atelier.host.files import refusal_as_error, sync_folder
 from atelier.model.errors import HostError
 
+_T = TypeVar("_T")
 _PIECE_BYTES = 1024 * 1024
 _LOOK_AGAIN_MS = 100
 
@@ -33,9 +36,12 @@ class PipedFile:
         self._open = threading.Event()
         self._open.set()
         self._abandoned = threading.Event()
-        self._copying = asyncio.ensure_future(asyncio.to_thread(self._copy))
+        self._loop = asyncio.get_running_loop()
+        self._copied: asyncio.Future[int] = self._loop.create_future()
         # Asked for by ``end`` only; an abandoned copy's failure is nobody's concern.
-        self._copying.add_done_callback(lambda copying: copying.cancelled() or copying.exception())
+        self._copied.add_done_callback(lambda copied: copied.cancelled() or copied.exception())
+        # A thread of its own, not one of the loop's few: it waits for others, who may need one of those.
+        threading.Thread(target=self._run, name="piped file", daemon=True).start()
 
     def handed_over(self) -> None:
         """The pipe ends with its writer from now on."""
@@ -55,7 +61,7 @@ class PipedFile:
 
         Raises DiskFullError, HostError (``stream_too_long`` beyond the limit).
         """
-        return await asyncio.shield(self._copying)
+        return await asyncio.shield(self._copied)
 
     async def keep(self, path: Path) -> None:
         """After ``end``: put the file on the disk under its name, in place of what bears it. Raises DiskFullError."""
@@ -72,9 +78,22 @@ class PipedFile:
         self.handed_over()
         self._abandoned.set()
         self._open.set()
-        await asyncio.wait([self._copying])
+        await asyncio.wait([self._copied])
         os.close(self._file)
         self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        try:
+            size_bytes = self._copy()
+        except Exception as error:
+            self._tell(self._copied.set_exception, error)
+        else:
+            self._tell(self._copied.set_result, size_bytes)
+
+    def _tell(self, tell: Callable[[_T], None], outcome: _T) -> None:
+        # The loop may have ended with its program.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(tell, outcome)
 
     def _copy(self) -> int:
         poll = select.poll()
