@@ -2,13 +2,14 @@
 
 Called by the VMM drivers. So a process with a limit on its files can write a large one, it cannot change the file
 afterwards, it may be kept waiting, and it sees a full disk as a reader that went away. Bytes go from pipe to file inside
-the kernel. Source: pipe(7), splice(2).
+the kernel. Source: pipe(7), fcntl(2), splice(2).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import select
 import threading
@@ -21,7 +22,9 @@ from atelier.host.files import refusal_as_error, sync_folder
 from atelier.model.errors import HostError
 
 _T = TypeVar("_T")
-_PIECE_BYTES = 1024 * 1024
+_WIDE_BYTES = 1024 * 1024
+"""Of a pipe: with less room writer and reader wait for each other all the time. As much as anybody may have."""
+_NARROW_BYTES = 64 * 1024
 _LOOK_AGAIN_MS = 100
 
 
@@ -50,7 +53,7 @@ class PipedFile:
             self.write_end = -1
 
     def hold(self) -> None:
-        """Let the writer wait as soon as the pipe is full (64 KiB)."""
+        """Let the writer wait when it has written another 64 KiB."""
         self._open.clear()
 
     def go_on(self) -> None:
@@ -100,11 +103,17 @@ class PipedFile:
         poll.register(self._read_end, select.POLLIN)
         size_bytes = 0
         try:
+            self._set_room(_WIDE_BYTES)
             while not self._abandoned.is_set():
-                if not self._open.wait(_LOOK_AGAIN_MS / 1000) or not poll.poll(_LOOK_AGAIN_MS):
+                if not self._open.is_set() and self._set_room(_NARROW_BYTES):
+                    while not self._open.wait(_LOOK_AGAIN_MS / 1000) and not self._abandoned.is_set():
+                        pass
+                    self._set_room(_WIDE_BYTES)
+                    continue
+                if not poll.poll(_LOOK_AGAIN_MS):
                     continue
                 with refusal_as_error(f"writing {self._path}"):
-                    moved = os.splice(self._read_end, self._file, _PIECE_BYTES)
+                    moved = os.splice(self._read_end, self._file, _WIDE_BYTES)
                 if moved == 0:
                     break
                 size_bytes += moved
@@ -116,6 +125,14 @@ class PipedFile:
             # The writer's next bytes fail: it learns that nobody takes them.
             os.close(self._read_end)
         return size_bytes
+
+    def _set_room(self, size_bytes: int) -> bool:
+        """Whether that worked: a pipe cannot have less than it holds, nor a user more than it may."""
+        try:
+            fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, size_bytes)
+        except OSError:
+            return False
+        return True
 
 
 @asynccontextmanager
