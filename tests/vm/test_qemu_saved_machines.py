@@ -361,6 +361,19 @@ async def test_a_full_disk_leaves_the_machine_running_and_no_file(
     assert _bakers() == []
 
 
+async def test_a_machine_is_saved_that_may_write_small_files_only(
+    stage: QemuStage, image: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 8 * 2**20
+    monkeypatch.setattr(qemu, "file_size_limits", lambda *_, **__: (limit, limit))
+    spec = stage.restored(CLONE, image)
+    await stage.start(spec)
+    saved = await stage.vmm.save(spec.run_directory, stage.folder / "of-a-limited-one", go_on=True)
+    assert saved.size_bytes > 2 * limit
+    await stage.life(CLONE)
+    await stage.stop(CLONE)
+
+
 async def test_a_guest_that_stops_before_it_is_quiet_is_saved_once_it_is(
     stage: QemuStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
