@@ -218,7 +218,7 @@ class NetworkLab:
         arguments = ["--run-dir", str(self.run.root), "--installation", INSTALLATION, *options]
         words = ["nsenter", "--target", str(self.host.pid), "--net", "--mount", *self.as_owner(), sys.executable]
         subprocess.Popen([*words, "-m", "atelier.network_holder.keeper", *arguments], stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.run.network_keeper_socket.exists():
             assert time.monotonic() < deadline, "the keeper does not start"
             time.sleep(0.02)
@@ -253,7 +253,7 @@ class NetworkLab:
                 stderr=output,
                 env={**os.environ, **environment} if environment else None,
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not self.run.network_socket.exists():
             if self.holder.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(self.log.read_text())
@@ -270,7 +270,7 @@ class NetworkLab:
         """The process alone: the home stays."""
         if self.holder is not None:
             self.holder.terminate()
-            self.holder.wait(10)
+            self.holder.wait(60)
             self.holder = None
 
     def state(self) -> dict[str, str]:
@@ -330,8 +330,8 @@ def _open_to_everybody(*folders: Path) -> Iterator[str]:
 
 
 def _connect(lab: NetworkLab) -> None:
-    # Packets come faster than a peer may be told of what is refused, which is not what is tried.
-    settings = ["echo 0 >/proc/sys/net/ipv4/icmp_ratelimit"]
+    # Milliseconds between two words of what is refused: tables follow each other faster than by a second.
+    settings = ["echo 20 >/proc/sys/net/ipv4/icmp_ratelimit"]
     lab.in_host(
         *_at_once(
             f"link add wan type veth peer name eth0 netns {lab.internet.pid}",
@@ -376,7 +376,7 @@ def _at_once(*of_ip: str, settings: Sequence[str]) -> tuple[str, ...]:
 
 
 def wait_for_sleep(process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{process.pid}/comm").read_text().strip() != "sleep":
         assert process.poll() is None and time.monotonic() < deadline, "a namespace could not be made"
         time.sleep(0.005)

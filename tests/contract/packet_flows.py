@@ -15,7 +15,8 @@ from contextlib import ExitStack
 from ipaddress import IPv4Address
 
 from tests import network_frames as frames
-from tests.contract.packet_table import Row, Stage, routed, try_rows
+from tests.contract.packet_stage import Row, Stage, try_rows
+from tests.contract.packet_table import routed
 from tests.network_frames import ethernet, ipv4, tcp, udp
 from tests.network_lab import (
     ELSEWHERE,
@@ -30,7 +31,9 @@ from tests.network_lab import (
 
 from atelier.network_holder.listings import parse_counters
 
-_ARRIVES_SECONDS = 3.0
+_ARRIVES_SECONDS = 15.0
+_JUDGED_SECONDS = 2.0
+"""For what is tried with a rule missing, too, when it never arrives."""
 _SETTLE_SECONDS = 0.1
 _TCP_FIRST_NUMBER = 1000
 
@@ -78,13 +81,13 @@ def try_judging(stage: Stage) -> list[str]:
         if not (flow.say() and is_open(flow)):
             return ["no flow can be opened"]
         run("nft", f"delete element inet {table} egress {{ {guest} }}")
-        if not flow.say(_SETTLE_SECONDS):
+        if not flow.say(_JUDGED_SECONDS):
             wrong.append("what a guest says on a flow of its current generation is judged again")
-        if not flow.push(_SETTLE_SECONDS):
+        if not flow.push(_JUDGED_SECONDS):
             wrong.append("what is said to a guest on a flow of its current generation is judged again")
         counted = _refused(stage)
         stage.guest.send(stage.to_gateway(stage.udp_to(INTERNET)))
-        if not _wait(_SETTLE_SECONDS, lambda: _refused(stage) == counted + 1):
+        if not _wait(_JUDGED_SECONDS, lambda: _refused(stage) == counted + 1):
             wrong.append("what is refused is not counted")
         run("nft", f"add element inet {table} egress {{ {guest} : jump public }}")
         generation = re.search(rf"{guest} : (0x\w+)", run("nft", "list", "map", "inet", table, "generation"))
@@ -92,7 +95,7 @@ def try_judging(stage: Stage) -> list[str]:
         for kind, old, new in (("generation", "", ": 0x7"), ("current", f". {generation[1]}", ". 0x7")):
             run("nft", f"delete element inet {table} {kind} {{ {guest} {old} }}")
             run("nft", f"add element inet {table} {kind} {{ {guest} {new} }}")
-        if not flow.push(_SETTLE_SECONDS):
+        if not flow.push(_JUDGED_SECONDS):
             wrong.append("what is said to a guest on a flow that stays allowed has to wait for the guest")
     return wrong
 

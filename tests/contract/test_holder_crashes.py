@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 
 import pytest
-from tests.contract.packet_table import Guest, Stage, try_table
+from tests.contract.packet_stage import Guest, Stage
+from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import NEIGHBOUR, NO_LAB
 from tests.network_lab import NetworkLab, network_lab
 from tests.real_machines import REPOSITORY
@@ -38,7 +39,7 @@ async def crashes(lab: NetworkLab, number: int, work: Callable[[], Awaitable[obj
         await work()
     except TransientError:
         assert lab.holder is not None
-        assert lab.holder.wait(10) == 9
+        assert lab.holder.wait(60) == 9
         lab.start_holder()
         return True
     lab.stop_holder()

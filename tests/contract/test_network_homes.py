@@ -16,7 +16,8 @@ from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
-from tests.contract.packet_table import Stage, try_table
+from tests.contract.packet_stage import Stage
+from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import GUEST, open_stage, wait_until
 from tests.network_lab import (
     BRIDGE,
@@ -81,7 +82,7 @@ async def test_with_the_keeper_all_that_it_started_ends(stage: Stage) -> None:
     assert holder is not None
     assert _processes_with(link) != []
     os.kill(stage.lab.keeper, signal.SIGKILL)
-    assert holder.wait(10) == 1, "the manager starts another"
+    assert holder.wait(60) == 1, "the manager starts another"
     wait_until(lambda: _processes_with(link) == [])
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 from tests.contract.packet_flows import try_judging
-from tests.contract.packet_table import Guest, Row, Stage, try_row, try_table
+from tests.contract.packet_stage import Guest, Row, Stage, try_row
+from tests.contract.packet_table import try_table
 from tests.network_lab import (
     INSTALLATION,
     LATER_ADDRESS,
@@ -82,10 +83,14 @@ async def test_rules_that_a_stranger_flushed_are_put_back(stage: Stage) -> None:
 
 
 async def test_flushed_rules_are_put_back_at_once_and_unasked(stage: Stage) -> None:
-    wanted = stage.lab.in_home("nft", "list", "ruleset")
+    def rules() -> str:
+        """Without the flows that are counted, which are the guests' own doing."""
+        return re.sub(r"\n\t*elements = {[^}]*ct count[^}]*}", "", stage.lab.in_home("nft", "list", "ruleset"))
+
+    wanted = rules()
     begun = time.monotonic()
     stage.lab.flush_rules()
-    wait_until(lambda: stage.lab.in_home("nft", "list", "ruleset") == wanted)
+    wait_until(lambda: rules() == wanted)
     # The periodic look is five seconds apart: this was the watch.
     print(f"put back after {time.monotonic() - begun:.2f} s")
 
@@ -226,11 +231,6 @@ def weakenings(ruleset: str) -> Iterator[tuple[str, str]]:
                 continue  # Floods are not in the table: test_network_names and test_network_policies have them.
             place = f"{rule['family']} {rule['table']} {rule['chain']}"
             yield f"rule {place}: {rule['expr']}", f"delete rule {place} handle {rule['handle']}"
-        if "chain" in entry and entry["chain"]["table"] == f"atelier_{INSTALLATION}":
-            chain = entry["chain"]
-            if chain.get("policy") == "drop":
-                place = f"{chain['family']} {chain['table']} {chain['name']}"
-                yield f"policy of {place}", f"chain {place} {{ policy accept; }}"
 
 
 @contextmanager
@@ -243,7 +243,7 @@ def holder_asleep(lab: NetworkLab) -> Iterator[None]:
         os.kill(lab.holder.pid, signal.SIGCONT)
 
 
-def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -277,7 +277,7 @@ async def test_a_home_that_is_closed_leaves_nothing_behind(lab: NetworkLab) -> N
     await lab.driver().ensure_slot(GUEST, 0)
     assert lab.ask("close")["ok"]
     assert lab.holder is not None
-    assert lab.holder.wait(10) == 0
+    assert lab.holder.wait(60) == 0
     assert found() == before
 
 

@@ -26,7 +26,7 @@ from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle import sandbox_create
 from atelier.lifecycle.sandboxes import SandboxLifecycle
-from atelier.model.errors import HostError, NotFoundError
+from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessSpec, ProcessStarted
 from atelier.model.image import Image
 from atelier.model.layout import DataLayout, RunLayout
@@ -103,6 +103,8 @@ class FileDrivers:
 
     @asynccontextmanager
     async def opened(self, sandbox_id: str) -> AsyncGenerator[int | None]:
+        if (self.folder / f"vmm-{sandbox_id}").exists():
+            raise ConflictError(f"the TAP of {sandbox_id} is held open by another machine", code="slot_in_use")
         yield None
 
     async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
@@ -181,8 +183,10 @@ def _number(sandbox_id: str) -> int:
     return zlib.crc32(sandbox_id.encode())
 
 
-def make_lifecycle(folder: Path, drivers: FileDrivers, *, opened: bool = True) -> tuple[Database, SandboxLifecycle]:
-    """Inside a running event loop."""
+def make_lifecycle(
+    folder: Path, drivers: FileDrivers, *, opened: bool = True, network: NetworkDriver | None = None
+) -> tuple[Database, SandboxLifecycle]:
+    """Inside a running event loop. ``network``: another than theirs."""
     data = DataLayout(folder / "data")
     database = Database(data.database)
     if opened:
@@ -191,7 +195,7 @@ def make_lifecycle(folder: Path, drivers: FileDrivers, *, opened: bool = True) -
         database=database,
         vmm=cast(VmmDriver, drivers),
         storage=cast(StorageDriver, drivers),
-        network=cast(NetworkDriver, drivers),
+        network=network or cast(NetworkDriver, drivers),
         images=cast(ImageDriver, drivers),
         guests=cast(GuestDriver, drivers),
         data=data,

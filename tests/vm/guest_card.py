@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from tests.contract.packet_table import Guest
+from tests.contract.packet_stage import Guest
 
 _RELAY = """
 import os, select, socket

@@ -46,10 +46,12 @@ class RulesMessage(NamedTuple):
 
 
 def ingress_chain_added(table: str, chain: str, device: str, priority: int) -> RulesMessage:
-    """Of the family netdev, with the policy drop."""
+    """Of the family netdev, with the policy accept."""
     hook = _number(_HOOK_NUMBER, _INGRESS) + _number(_HOOK_PRIORITY, priority) + _text(_HOOK_DEVICE, device)
     body = _text(_CHAIN_TABLE, table) + _text(_CHAIN_NAME, chain) + packed_nest(_CHAIN_HOOK, hook)
-    return _message("netdev", _NEW_CHAIN, _CREATE, body + _number(_CHAIN_POLICY, _DROP) + _text(_CHAIN_TYPE, "filter"))
+    return _message(
+        "netdev", _NEW_CHAIN, _CREATE, body + _number(_CHAIN_POLICY, _ACCEPT) + _text(_CHAIN_TYPE, "filter")
+    )
 
 
 def chain_absent(family: Family, table: str, chain: str) -> list[RulesMessage]:

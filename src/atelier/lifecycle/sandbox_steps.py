@@ -42,6 +42,7 @@ from atelier.lifecycle.saga_values import (
 from atelier.lifecycle.transitions import Transitions
 from atelier.model.errors import (
     AtelierError,
+    ConflictError,
     GuestError,
     GuestUnreachableError,
     HostError,
@@ -247,8 +248,17 @@ class SandboxSteps:
             run_directory=self._directory(context),
         )
         await self.gate.enter(sandbox.id)
-        async with self.network.opened(sandbox.id) as descriptor:
-            return process_to_json(await self.vmm.ensure_started(spec, descriptor))
+        try:
+            async with self.network.opened(sandbox.id) as descriptor:
+                return process_to_json(await self.vmm.ensure_started(spec, descriptor))
+        except ConflictError as error:
+            if error.code != "slot_in_use":
+                raise
+            # By the machine that an earlier run of this step has started, as a rule.
+            running = await self.vmm.find_process(sandbox.id, spec.run_directory)
+            if running is None:
+                raise
+            return process_to_json(running)
 
     async def _stop_vmm(self, context: StepContext) -> None:
         self.gate.leave(context.subject_id)

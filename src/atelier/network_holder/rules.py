@@ -10,6 +10,10 @@ its conntrack mark, and passes for as long as that is the guest's current genera
 judged: by the guest's verdict in the map ``egress`` (none there: nothing passes), on the address to which the flow was
 opened. So a new policy is in force for open flows in the same moment, and what the host sends on a flow that stays
 allowed goes on without waiting for the guest.
+
+Tables are replaced while guests send. The kernel then changes from the old rules to the new ones at one moment, but gives a
+new chain its policy, and a new set its intervals, a little later. So whatever is refused is refused by a rule, and a set of
+intervals says what may pass: while it looks empty nothing does. (A single packet that passed would leave a flow open.)
 """
 
 from __future__ import annotations
@@ -139,9 +143,9 @@ class Slot:
         else:
             found = [f"{to} {{ {', '.join(map(network_text, egress.networks))} }} goto open"]
         if egress.mode is EgressMode.ALL:
-            found.append(f"{to} != @private goto open")
+            found.append(f"{to} @public_addresses goto open")
         elif egress.domains:
-            found.append(f"{to} != @private ct original ip saddr . {to} @names goto open")
+            found.append(f"{to} @public_addresses ct original ip saddr . {to} @names goto open")
         return found
 
 
@@ -155,22 +159,18 @@ class Carried:
 
 
 def home_rules(names: NetworkNames, around: Surroundings, slots: Iterable[Slot], carried: Carried) -> str:
-    # What falls through our chains ends by the hook's policy: beside others' it is accept, alone it is drop.
-    end, accept = ("\n        drop", "") if around.uplink is None else ("", "\n        accept")
     hooks = _hooks_beside_others(names, around.plan) if around.uplink is None else _hooks(names, around)
     inet = f"""
 table inet {names.table} {{
-    set never {{
+    set reachable {{
         type ipv4_addr
         flags interval
-        auto-merge
-        elements = {{ {_listed(around.never)} }}
+        elements = {{ {_all_but(around.never)} }}
     }}
-    set private {{
+    set public_addresses {{
         type ipv4_addr
         flags interval
-        auto-merge
-        elements = {{ {_listed(around.private)} }}
+        elements = {{ {_all_but(around.private)} }}
     }}
     map generation {{
         type ipv4_addr : mark
@@ -205,13 +205,14 @@ table inet {names.table} {{
         ct mark set ct original ip saddr map @generation accept
     }}
     chain public {{
-        ct original ip daddr != @private goto open
+        ct original ip daddr @public_addresses goto open
     }}
     chain refuse {{
-        ip saddr @refused{end}
+        ip saddr @refused
+        drop
     }}
     chain leaving {{
-        ip daddr @never goto refuse
+        ip daddr != @reachable goto refuse
         ip saddr . ct mark @current accept
         ip saddr vmap @egress
         goto refuse
@@ -221,7 +222,7 @@ table inet {names.table} {{
         ct original ip saddr vmap @egress
     }}
     chain ask {{
-        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop{accept}
+        update @asking {{ ip saddr limit rate over {_ASKING_PER_SECOND}/second burst {_ASKING_BURST} packets }} drop
     }}
 {hooks}}}
 table netdev {names.table} {{ }}
@@ -282,13 +283,15 @@ def names_opened(names: NetworkNames, guest: IPv4Address, seconds: Mapping[IPv4A
 def _hooks(names: NetworkNames, around: Surroundings) -> str:
     """Of a namespace in which there is nothing but ours."""
     return f"""    chain forward {{
-        type filter hook forward priority filter; policy drop;
+        type filter hook forward priority filter; policy accept;
         iifname "{names.bridge}" oifname "{around.uplink}" goto leaving
-        iifname "{around.uplink}" oifname "{names.bridge}" ct state established,related goto entering
+        iifname "{around.uplink}" oifname "{names.bridge}" ct state established,related jump entering
+        drop
     }}
     chain input {{
-        type filter hook input priority filter; policy drop;
+        type filter hook input priority filter; policy accept;
         {_questions(names, around.plan)} goto ask
+        drop
     }}
     chain leave {{
         type nat hook postrouting priority srcnat; policy accept;
@@ -359,8 +362,18 @@ def _replaced(family: str, names: NetworkNames) -> str:
     return f"table {family} {names.table}\ndelete table {family} {names.table}\n"
 
 
-def _listed(networks: Iterable[IPv4Network]) -> str:
-    return ", ".join(map(str, sorted(networks)))
+def _all_but(networks: Iterable[IPv4Network]) -> str:
+    """As ranges of addresses."""
+    ranges: list[str] = []
+    begin = 0
+    for network in (*sorted(networks), None):
+        end = int(network.network_address) if network is not None else 1 << 32
+        if end > begin:
+            first, last = IPv4Address(begin), IPv4Address(end - 1)
+            ranges.append(str(first) if first == last else f"{first}-{last}")
+        if network is not None:
+            begin = max(begin, int(network.broadcast_address) + 1)
+    return ", ".join(ranges)
 
 
 def _slot_text(names: NetworkNames, slot: Slot, refused: tuple[int, int] | None) -> str:
@@ -378,9 +391,10 @@ add element inet {table} generation {{ {address} : {slot.mark} }}
 add element inet {table} current {{ {address} . {slot.mark} }}
 {judged}table netdev {table} {{
     chain {slot.tap} {{
-        type filter hook ingress device "{slot.tap}" priority {_INGRESS_PRIORITY}; policy drop;{limit}
+        type filter hook ingress device "{slot.tap}" priority {_INGRESS_PRIORITY}; policy accept;{limit}
         ether saddr {mac} ether type ip ip saddr {address} accept
         ether saddr {mac} ether type arp arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether {mac} arp saddr ip {address} accept
+        drop
     }}
 }}
 """
@@ -402,6 +416,7 @@ def _sending_added(names: NetworkNames, slot: Slot) -> Iterator[RulesMessage]:
     ]
     for sent in (own_packet, own_arp):
         yield rule_added("netdev", names.table, slot.tap, [*is_ethernet(), *sent, *accept()])
+    yield rule_added("netdev", names.table, slot.tap, drop())
 
 
 def _egress_added(names: NetworkNames, slot: Slot) -> Iterator[RulesMessage]:
