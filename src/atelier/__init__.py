@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from atelier.client.sandbox import AsyncSandbox, Sandbox
+    from atelier.client.snapshots import AsyncSnapshot, Snapshot
 
-__all__ = ["AsyncSandbox", "Sandbox", "__version__"]
+__all__ = ["AsyncSandbox", "AsyncSnapshot", "Sandbox", "Snapshot", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,4 +22,8 @@ def __getattr__(name: str) -> object:
         from atelier.client import sandbox
 
         return getattr(sandbox, name)
+    if name in ("Snapshot", "AsyncSnapshot"):
+        from atelier.client import snapshots
+
+        return getattr(snapshots, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

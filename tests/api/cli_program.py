@@ -21,7 +21,22 @@ from tests.running_manager import RunningManager
 
 from atelier.cli.__main__ import cli
 
-_QUICK = ("create", "get", "ls", "rm", "cp", "logs", "image", "network", "version")
+_QUICK = (
+    "create",
+    "get",
+    "ls",
+    "rm",
+    "cp",
+    "logs",
+    "image",
+    "network",
+    "version",
+    "pause",
+    "resume",
+    "snapshot",
+    "fork",
+    "snapshots",
+)
 PROGRAM = [sys.executable, "-m", "atelier.cli"]
 
 

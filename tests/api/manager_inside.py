@@ -16,10 +16,12 @@ from atelier.config.settings import load_settings
 from atelier.drivers.guest.fake import FakeGuests
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.storage.fake import FakeStorage
+from atelier.drivers.vmm.fake import FakeVmm
 from atelier.manager import installation
 from atelier.manager.installation import Installation
 from atelier.manager.wiring import Drivers, choose_drivers
 from atelier.saga.retry import RetryPolicies, RetryPolicy
+from atelier.services.events import EventService
 
 _QUICK_RETRIES = RetryPolicies(RetryPolicy(3, 0.01, 0.02), RetryPolicy(8, 0.01, 0.02), RetryPolicy(6, 0.01, 0.02))
 """As often as ever, with shorter pauses."""
@@ -43,6 +45,8 @@ class ManagerInside:
     guests: FakeGuests
     storage: FakeStorage
     network: FakeNetwork
+    vmm: FakeVmm
+    events: EventService
     clock: Clock
 
     async def enforce_limits(self) -> None:
@@ -74,14 +78,16 @@ async def open_manager_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         lifecycle._executor._policies = _QUICK_RETRIES
         lifecycle._now = lifecycle.activity._now = lifecycle.time_limits._now = clock
         key = json.loads((folder / "data/token.json").read_text())["api_key"]
-        guests, storage, network = chosen[-1].guests, chosen[-1].storage, chosen[-1].network
+        guests, storage, network, vmm = chosen[-1].guests, chosen[-1].storage, chosen[-1].network, chosen[-1].vmm
         assert isinstance(guests, FakeGuests)
         assert isinstance(storage, FakeStorage)
         assert isinstance(network, FakeNetwork)
+        assert isinstance(vmm, FakeVmm)
+        events = EventService(opened.fleet._database)
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(opened.application),
             base_url="http://127.0.0.1",
             headers={"Authorization": f"Bearer {key}"},
             timeout=30,
         ) as client:
-            yield ManagerInside(client, opened, guests, storage, network, clock)
+            yield ManagerInside(client, opened, guests, storage, network, vmm, events, clock)

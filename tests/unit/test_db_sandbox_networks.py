@@ -88,12 +88,15 @@ async def test_what_is_pending_is_listed_but_not_what_is_being_destroyed(databas
 
 
 async def test_rows_of_an_older_database_read_as_the_open_policy(database: Database) -> None:
-    """The newest form without the newest columns is what the version before wrote."""
+    """The newest form without the newer columns and tables is what an earlier version wrote."""
     one = await add(database, "one")
     database.close()
     with sqlite3.connect(database.path) as connection:
-        for column in ("network_address", "network_gateway", "network_pending", "network_policy"):
+        policies = ("network_address", "network_gateway", "network_pending", "network_policy")
+        for column in (*policies, "machine", "snapshot_id", "disk_only", "purpose", "saved_memory"):
             connection.execute(f"ALTER TABLE sandboxes DROP COLUMN {column}")
+        for table in ("snapshots", "warm_pools"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("UPDATE alembic_version SET version_num = '0002'")
     connection.close()
     assert examine(database.path, thorough=True).revision == "0002"

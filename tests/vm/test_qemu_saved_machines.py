@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 from tests.real_machines import NO_QEMU, emulated
-from tests.saved_machines import CLONE, INSTALLATION, OTHER, PARENT, PATIENCE_SECONDS, QemuStage, card_for, running
+from tests.saved_machines import (
+    CLONE,
+    INSTALLATION,
+    OTHER,
+    PARENT,
+    PATIENCE_SECONDS,
+    QemuStage,
+    card_for,
+    nothing,
+    running,
+)
 from tests.vm.test_full_disk import mounted
 
 from atelier.drivers.vmm import qemu, qemu_baking, qemu_saving
@@ -258,7 +268,7 @@ def test_a_machine_whose_manager_died_while_saving_it(stage: QemuStage, moment: 
     async def next_manager() -> None:
         await stage.vmm.go_on(run_directory)
         await stage.life(PARENT)
-        await stage.vmm.save(run_directory, target, go_on=True)
+        await stage.vmm.save(run_directory, target, afterwards=nothing)
         await stage.life(PARENT)
         assert _names(stage.folder) & {target.name, f"{target.name}.new"} == {target.name}
 
@@ -368,7 +378,7 @@ async def test_a_machine_is_saved_that_may_write_small_files_only(
     monkeypatch.setattr(qemu, "file_size_limits", lambda *_, **__: (limit, limit))
     spec = stage.restored(CLONE, image)
     await stage.start(spec)
-    saved = await stage.vmm.save(spec.run_directory, stage.folder / "of-a-limited-one", go_on=True)
+    saved = await stage.vmm.save(spec.run_directory, stage.folder / "of-a-limited-one", afterwards=nothing)
     assert saved.size_bytes > 2 * limit
     await stage.life(CLONE)
     await stage.stop(CLONE)
@@ -395,7 +405,7 @@ async def test_a_guest_that_stops_before_it_is_quiet_is_saved_once_it_is(
         quiesced.append(await stage.life(PARENT))
 
     target = stage.folder / "at-once"
-    await stage.vmm.save(stage.parent.run_directory, target, before_stop=before_stop, go_on=True)
+    await stage.vmm.save(stage.parent.run_directory, target, before_stop=before_stop, afterwards=nothing)
     assert len(quiesced) == 1
     assert len(starts) == 2
     await stage.life(PARENT)

@@ -34,7 +34,15 @@ _STATUS_BY_CLASS: tuple[tuple[type[errors.AtelierError], int], ...] = (
     (errors.AtelierError, 500),
 )
 
-_STATUS_BY_CODE = {"body_too_large": 413, "range_not_satisfiable": 416}
+_STATUS_BY_CODE = {
+    "body_too_large": 413,
+    "range_not_satisfiable": 416,
+    # Whatever class it comes in: a snapshot's failure is told on by its code.
+    "disk_full": 507,
+    "quiesce_failed": 502,
+    "guest_unreachable": 503,
+    "sandbox_destroyed": 409,
+}
 """Where HTTP has a more exact word than the class."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 416: "range_not_satisfiable"}

@@ -15,6 +15,9 @@ from atelier.model.errors import InvalidRequestError
 from atelier.services.guest_sessions import GuestSession, check_path
 
 SandboxReference = Annotated[str, Path(description="id or name of the sandbox", max_length=64)]
+SnapshotReference = Annotated[str, Path(description="id or name of the snapshot", max_length=64)]
+WaitSeconds = Annotated[float, Query(gt=0, le=3600, description="how long to wait at most")]
+LabelFilter = Annotated[list[str] | None, Query(description="`key=value`; several must all hold", max_length=16)]
 GuestUser = Annotated[str, Query(description="user in the guest; empty: the image's default user", max_length=32)]
 
 
@@ -22,6 +25,17 @@ def services_of(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
+
+
+def parse_label_filter(pairs: list[str] | None) -> dict[str, str]:
+    """Raises InvalidRequestError."""
+    labels: dict[str, str] = {}
+    for pair in pairs or []:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise InvalidRequestError(f"the label filter {pair!r} is not of the form key=value", hint="?label=team=web")
+        labels[key] = value
+    return labels
 
 
 async def session_of(request: Request, sandbox: SandboxReference) -> GuestSession:

@@ -7,20 +7,18 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 
-from atelier.model import guest, image, network_policy, sandbox
+from atelier.model import guest, image, network_policy, sandbox, snapshot
 from atelier.schemas.errors import ErrorBody
 from atelier.schemas.files import FileEntry
 from atelier.schemas.images import Image
 from atelier.schemas.networks import NetworkPolicy, NetworkUsage, SandboxNetwork
 from atelier.schemas.processes import EndedEvent, OutputEvent, Process, StartedEvent
 from atelier.schemas.sandboxes import Sandbox
+from atelier.schemas.snapshots import Snapshot
 from atelier.services.networks import NetworkState
 
 
 def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
-    failure = None
-    if row.failure_code:
-        failure = ErrorBody(code=row.failure_code, message=row.failure_message, hint=row.failure_hint)
     return Sandbox(
         id=row.id,
         name=row.name,
@@ -37,9 +35,41 @@ def render_sandbox(row: sandbox.Sandbox) -> Sandbox:
         auto_stop_after_idle_seconds=row.spec.auto_stop_after_idle_seconds,
         expires_at=row.spec.expires_at,
         last_active_at=row.last_active_at,
-        failure=failure,
+        snapshot_id=row.snapshot_id,
+        failure=_render_failure(row),
         console_tail=row.console_tail or None,
     )
+
+
+def render_snapshot(row: snapshot.Snapshot) -> Snapshot:
+    return Snapshot(
+        id=row.id,
+        name=row.name,
+        state=row.state,
+        purpose=row.purpose,
+        sandbox_id=row.sandbox_id,
+        sandbox_name=row.sandbox_name,
+        parent_id=row.parent_id,
+        image=row.image,
+        image_id=row.image_id,
+        vcpu_count=row.vcpu_count,
+        memory_mib=row.memory_mib,
+        disk_mib=row.disk_mib,
+        memory_bytes=row.memory_bytes,
+        disk_bytes=row.disk_bytes,
+        stopped_ms=row.stopped_ms,
+        labels=row.labels,
+        keep_last=row.keep_last,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        failure=_render_failure(row),
+    )
+
+
+def _render_failure(row: sandbox.Sandbox | snapshot.Snapshot) -> ErrorBody | None:
+    if not row.failure_code:
+        return None
+    return ErrorBody(code=row.failure_code, message=row.failure_message, hint=row.failure_hint)
 
 
 def parse_network_policy(body: NetworkPolicy) -> network_policy.NetworkPolicy:

@@ -11,11 +11,13 @@ from atelier.services.host import HostService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
+from atelier.services.snapshots import SnapshotService
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     sandboxes: SandboxService
+    snapshots: SnapshotService
     networks: NetworkService
     sessions: GuestSessions
     images: ImageService

@@ -28,6 +28,9 @@ COMMANDS = {
     "restart": LazyCommand(f"{_COMMANDS}.restart:restart", "Stop sandboxes and start them again."),
     "pause": LazyCommand(f"{_COMMANDS}.pause:pause", "Put sandboxes on disk, memory included."),
     "resume": LazyCommand(f"{_COMMANDS}.resume:resume", "Let paused sandboxes go on where they stood."),
+    "snapshot": LazyCommand(f"{_COMMANDS}.snapshot:snapshot", "Save a running sandbox, to begin others there."),
+    "fork": LazyCommand(f"{_COMMANDS}.fork:fork", "Make copies of a running sandbox."),
+    "snapshots": LazyCommand(f"{_COMMANDS}.snapshots:snapshots", "List, show and delete snapshots."),
     "resize": LazyCommand(f"{_COMMANDS}.resize:resize", "Grow a sandbox's disk."),
     "extend": LazyCommand(f"{_COMMANDS}.extend:extend", "Change how long a sandbox lives."),
     "network": LazyCommand(f"{_COMMANDS}.network:network", "Show and limit what a sandbox reaches."),
@@ -52,6 +55,8 @@ Examples:
   atelier cp ./project box:work               copy a folder in
   atelier stop box                            shut it down; atelier start box
   atelier pause box                           freeze it; the next use wakes it
+  atelier snapshot box ready                  save it; atelier create --snapshot ready
+  atelier fork box --count 5                  five that go on from where it is
   atelier rm box                              destroy it
   atelier down                                stop everything, end Atelier
 

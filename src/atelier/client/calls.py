@@ -22,6 +22,7 @@ from atelier.client.call import (
     LineStream,
     is_no_content,
     make_body,
+    make_patch,
     read_bytes,
     read_model,
     read_nothing,
@@ -106,6 +107,8 @@ def create_sandbox(
     auto_stop_after_idle_seconds: int | None = None,
     expires_at: datetime | None = None,
     network: PolicyWish | None = None,
+    snapshot: str | None = None,
+    disk_only: bool = False,
 ) -> Call[Sandbox]:
     """Ask for a sandbox. With ``wait_seconds`` > 0 the answer comes when it runs or has failed, or after that time."""
     operation = f"create the sandbox {name}" if name else "create a sandbox"
@@ -120,10 +123,12 @@ def create_sandbox(
         "auto_stop_after_idle_seconds": auto_stop_after_idle_seconds,
         "expires_at": expires_at,
         "network": None if network is None else to_policy(network, operation),
+        "snapshot": snapshot,
+        "disk_only": disk_only or None,
     }
-    body = make_body(
-        CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None}
-    )
+    # What is the default without a snapshot is a choice with one.
+    make = make_body if snapshot is None else make_patch
+    body = make(CreateSandboxRequest, operation, **{key: value for key, value in asked.items() if value is not None})
     wait_seconds = min(wait_seconds, WAIT_AT_MOST_SECONDS)
     return Call(
         operation,

@@ -301,6 +301,10 @@ class ConnectionLease:
             self._own = Connection(self.endpoint)
         return self._own
 
+    def another(self) -> ConnectionLease:
+        """For another handle: the same connection if it is lent, else one of its own."""
+        return ConnectionLease(self.endpoint, self._lent)
+
     def close(self) -> None:
         own, self._own = self._own, None
         if own is not None:
@@ -322,6 +326,10 @@ class AsyncConnectionLease:
         if self._own is None:
             self._own = AsyncConnection(self.endpoint)
         return self._own
+
+    def another(self) -> AsyncConnectionLease:
+        """For another handle: the same connection if it is lent, else one of its own."""
+        return AsyncConnectionLease(self.endpoint, self._lent)
 
     async def close(self) -> None:
         own, self._own = self._own, None

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from atelier.client.addresses import is_same_server, normalise_api_url
 from atelier.model.errors import AuthenticationError, HostError
@@ -94,6 +94,16 @@ def find_endpoint(
             hint="start one with `atelier up`, or set ATELIER_API_URL and ATELIER_API_KEY",
         )
     return local
+
+
+class HasEndpoint(Protocol):
+    @property
+    def endpoint(self) -> Endpoint: ...
+
+
+def endpoint_of(connection: HasEndpoint | None, api_url: str, api_key: str) -> Endpoint:
+    """That of a connection that is lent, else what ``find_endpoint`` finds. Raises what that raises."""
+    return connection.endpoint if connection is not None else find_endpoint(api_url=api_url, api_key=api_key)
 
 
 def _read_token_file(path: Path) -> Endpoint | None:

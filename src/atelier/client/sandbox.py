@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Coroutine, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from atelier.client import calls
+from atelier.client import calls, snapshot_calls
 from atelier.client.calls import Command
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
-from atelier.client.environment import Endpoint, find_endpoint
+from atelier.client.environment import endpoint_of
 from atelier.client.files import AsyncFiles, Files
 from atelier.client.lifecycle_calls import moment_of_expiry
 from atelier.client.network_calls import PolicyWish
@@ -34,10 +35,11 @@ from atelier.client.sandbox_life import (
     DEFAULT_WAIT_SECONDS,
     AsyncSandboxLife,
     SandboxLife,
-    carry_out,
-    carry_out_async,
+    settle,
     until_settled,
 )
+from atelier.client.snapshots import AsyncSnapshot, Snapshot
+from atelier.client.steps import carry_out, carry_out_async
 from atelier.model.errors import AtelierError
 from atelier.model.guest import TerminalSize
 from atelier.model.ids import new_sandbox_name
@@ -80,6 +82,8 @@ class Sandbox(SandboxLife):
         expires_in_seconds: float | None = None,
         auto_stop_after_idle_seconds: int | None = None,
         network: PolicyWish | None = None,
+        snapshot: str | Snapshot | None = None,
+        disk_only: bool = False,
         wait: bool = True,
         timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
@@ -90,17 +94,19 @@ class Sandbox(SandboxLife):
         It is destroyed at ``expires_at``, or after ``expires_in_seconds`` from now by this machine's clock, and stopped
         when nobody has used it for ``auto_stop_after_idle_seconds``; None: never. ``network``: what it may reach, as
         ``{"egress": {"mode": "list", "domains": ["github.com"]}}``; None: the internet, and nothing else.
+        ``snapshot``: one to go on from, which then gives image, vCPUs and memory; ``disk_only``: boot from its disk.
 
         Raises SandboxFailedError when it failed (its row stays until it is destroyed), TimeoutExceededError after
         ``timeout_seconds`` (the creation goes on), ConflictError when the name is taken.
         """
-        lease = ConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        lease = ConnectionLease(endpoint_of(connection, api_url, api_key), connection)
         # Named here, so that an interrupted request can be undone although its answer was never seen.
         asked_name = name or new_sandbox_name()
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
             environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
             expires_at=moment_of_expiry(expires_at, expires_in_seconds), network=network,
+            snapshot=snapshot if snapshot is None or isinstance(snapshot, str) else snapshot.id, disk_only=disk_only,
             wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
         try:
@@ -122,7 +128,7 @@ class Sandbox(SandboxLife):
         cls, sandbox: str, *, api_url: str = "", api_key: str = "", connection: Connection | None = None
     ) -> Sandbox:
         """A handle on an existing sandbox, by id or name. Raises NotFoundError."""
-        lease = ConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        lease = ConnectionLease(endpoint_of(connection, api_url, api_key), connection)
         try:
             return cls(lease.connection.send(calls.get_sandbox(sandbox)), lease)
         except BaseException:
@@ -140,7 +146,7 @@ class Sandbox(SandboxLife):
         connection: Connection | None = None,
     ) -> list[Sandbox]:
         """Handles on all sandboxes (of a state, with labels), newest first. Each opens a connection when it is used."""
-        endpoint = _endpoint(api_url, api_key, connection)
+        endpoint = endpoint_of(connection, api_url, api_key)
         lease = ConnectionLease(endpoint, connection)
         found: list[Sandbox] = []
         cursor: str | None = None
@@ -218,6 +224,35 @@ class Sandbox(SandboxLife):
         )  # fmt: skip
         return Terminal(self._lease.endpoint, path, f"open a terminal in {self.name}")
 
+    def fork(
+        self,
+        count: int = 1,
+        *,
+        name_prefix: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
+    ) -> list[Sandbox]:
+        """Make ``count`` sandboxes that go on from where this one is now, which goes on itself, and return handles when
+        they run, or without ``wait`` when they are begun. They are named ``<name_prefix>-<n>``, after this one if it is
+        left out, and have its sizes, network policy, time limits and labels, beside ``labels``. They share what is in
+        its memory at this moment, secrets too.
+
+        Raises CapacityError where not all fit (it says how many would; nothing is done), ConflictError when it does not
+        run, SandboxFailedError when one of them failed (the others stay), TimeoutExceededError.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        call = snapshot_calls.fork_sandbox(
+            self.id, count=count, name_prefix=name_prefix, labels=labels, wait=wait, timeout_seconds=timeout_seconds
+        )
+        connection = self._lease.connection
+        forks = connection.send(call).items
+        if wait:
+            forks = [
+                carry_out(connection, settle(each, SandboxState.RUNNING, deadline, timeout_seconds)) for each in forks
+            ]
+        return [Sandbox(each, self._lease.another(), destroy_on_exit=True) for each in forks]
+
     def read_console(self, *, limit_bytes: int | None = None) -> bytes:
         """The newest bytes of the serial console, as the guest wrote them, terminal escapes included."""
         return self._lease.connection.send(calls.read_console(self.id, limit_bytes=limit_bytes))
@@ -267,6 +302,8 @@ class AsyncSandbox(AsyncSandboxLife):
         expires_in_seconds: float | None = None,
         auto_stop_after_idle_seconds: int | None = None,
         network: PolicyWish | None = None,
+        snapshot: str | AsyncSnapshot | None = None,
+        disk_only: bool = False,
         wait: bool = True,
         timeout_seconds: float = DEFAULT_WAIT_SECONDS,
         api_url: str = "",
@@ -274,12 +311,13 @@ class AsyncSandbox(AsyncSandboxLife):
         connection: AsyncConnection | None = None,
     ) -> AsyncSandbox:
         """See ``Sandbox.create``. A cancelled creation of a sandbox without a given name is taken back."""
-        lease = AsyncConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        lease = AsyncConnectionLease(endpoint_of(connection, api_url, api_key), connection)
         asked_name = name or new_sandbox_name()
         call = calls.create_sandbox(
             name=asked_name, image=image, vcpu_count=vcpu_count, memory_mib=memory_mib, disk_mib=disk_mib,
             environment=environment, labels=labels, auto_stop_after_idle_seconds=auto_stop_after_idle_seconds,
             expires_at=moment_of_expiry(expires_at, expires_in_seconds), network=network,
+            snapshot=snapshot if snapshot is None or isinstance(snapshot, str) else snapshot.id, disk_only=disk_only,
             wait_seconds=timeout_seconds if wait else 0,
         )  # fmt: skip
         try:
@@ -301,7 +339,7 @@ class AsyncSandbox(AsyncSandboxLife):
         cls, sandbox: str, *, api_url: str = "", api_key: str = "", connection: AsyncConnection | None = None
     ) -> AsyncSandbox:
         """A handle on an existing sandbox, by id or name. Raises NotFoundError."""
-        lease = AsyncConnectionLease(_endpoint(api_url, api_key, connection), connection)
+        lease = AsyncConnectionLease(endpoint_of(connection, api_url, api_key), connection)
         try:
             return cls(await lease.connection.send(calls.get_sandbox(sandbox)), lease)
         except BaseException:
@@ -319,7 +357,7 @@ class AsyncSandbox(AsyncSandboxLife):
         connection: AsyncConnection | None = None,
     ) -> list[AsyncSandbox]:
         """Handles on all sandboxes (of a state, with labels), newest first. Each opens a connection when it is used."""
-        endpoint = _endpoint(api_url, api_key, connection)
+        endpoint = endpoint_of(connection, api_url, api_key)
         lease = AsyncConnectionLease(endpoint, connection)
         found: list[AsyncSandbox] = []
         cursor: str | None = None
@@ -393,6 +431,29 @@ class AsyncSandbox(AsyncSandboxLife):
         )  # fmt: skip
         return await AsyncTerminal.open(self._lease.endpoint, path, f"open a terminal in {self.name}")
 
+    async def fork(
+        self,
+        count: int = 1,
+        *,
+        name_prefix: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
+    ) -> list[AsyncSandbox]:
+        """See ``Sandbox.fork``."""
+        deadline = time.monotonic() + timeout_seconds
+        call = snapshot_calls.fork_sandbox(
+            self.id, count=count, name_prefix=name_prefix, labels=labels, wait=wait, timeout_seconds=timeout_seconds
+        )
+        connection = self._lease.connection
+        forks = (await connection.send(call)).items
+        if wait:
+            forks = [
+                await carry_out_async(connection, settle(each, SandboxState.RUNNING, deadline, timeout_seconds))
+                for each in forks
+            ]
+        return [AsyncSandbox(each, self._lease.another(), destroy_on_exit=True) for each in forks]
+
     async def read_console(self, *, limit_bytes: int | None = None) -> bytes:
         """The newest bytes of the serial console, as the guest wrote them, terminal escapes included."""
         return await self._lease.connection.send(calls.read_console(self.id, limit_bytes=limit_bytes))
@@ -427,7 +488,3 @@ async def _to_the_end(work: Coroutine[object, object, T]) -> T:
         if not task.cancelled():
             task.exception()  # seen: the cancellation is what is reported
         raise
-
-
-def _endpoint(api_url: str, api_key: str, connection: Connection | AsyncConnection | None) -> Endpoint:
-    return connection.endpoint if connection is not None else find_endpoint(api_url=api_url, api_key=api_key)

@@ -1,52 +1,59 @@
 """The part of ``Sandbox`` and ``AsyncSandbox`` that is about their lives: state, stop, start, resize, time limits, network,
 end.
 
-``Orders`` says once what is asked and how long it is waited for, as generators of calls and pauses; the two classes
-below carry that out, blocking and on asyncio. ``sandbox.py`` builds the public classes on them.
+``Orders`` says once what is asked and how long it is waited for; the two classes below carry that out, blocking and on
+asyncio. ``sandbox.py`` builds the public classes on them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from typing import TypeAlias
 
-from atelier.client import calls, lifecycle_calls, network_calls
+from atelier.client import calls, lifecycle_calls, network_calls, snapshot_calls
 from atelier.client.call import KEEP, Call, Keep
-from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
+from atelier.client.connection import AsyncConnectionLease, ConnectionLease
 from atelier.client.network_calls import PolicyWish
 from atelier.client.sandbox_failures import SandboxFailedError, is_stuck, not_gone_in_time, not_in_time
+from atelier.client.snapshots import AsyncSnapshot, Snapshot, until_ready
+from atelier.client.steps import POLL_SECONDS, Steps, carry_out, carry_out_async
 from atelier.model.errors import NotFoundError
 from atelier.model.network_policy import EgressMode
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.schemas.errors import ErrorBody
 from atelier.schemas.networks import SandboxNetwork
 from atelier.schemas.sandboxes import Sandbox as SandboxDetails
+from atelier.schemas.snapshots import Snapshot as SnapshotDetails
 
 DEFAULT_WAIT_SECONDS = 300.0
-_POLL_SECONDS = 0.5
-
-Steps = Generator[Call[SandboxDetails] | float, SandboxDetails | None, SandboxDetails]
-"""Calls to send, whose answers come back, and pauses in seconds. Ends with the sandbox as it is then."""
+_Life: TypeAlias = Steps[SandboxDetails]
 
 
 def until_settled(
     order: Call[SandboxDetails], target: SandboxState | None, timeout_seconds: float, *, wait: bool = True
-) -> Steps:
-    """Give the order and, unless ``wait`` is false, wait until nothing is under way. Raises SandboxFailedError when the
-    sandbox is not in ``target`` then (None: any), or is stuck on its way; TimeoutExceededError."""
+) -> _Life:
+    """Give the order and, unless ``wait`` is false, ``settle``."""
     deadline = time.monotonic() + timeout_seconds
     details = yield order
     assert details is not None
-    while wait and details.state in UNDER_WAY and not is_stuck(details):
+    return (yield from settle(details, target, deadline, timeout_seconds)) if wait else details
+
+
+def settle(details: SandboxDetails, target: SandboxState | None, deadline: float, timeout_seconds: float) -> _Life:
+    """Wait until nothing is under way, until ``deadline`` of the monotonic clock, which lay ``timeout_seconds`` ahead when
+    the order was given. Raises SandboxFailedError when the sandbox is not in ``target`` then (None: any), or is stuck on
+    its way; TimeoutExceededError."""
+    while details.state in UNDER_WAY and not is_stuck(details):
         if time.monotonic() > deadline:
             raise not_in_time(details, timeout_seconds)
-        yield _POLL_SECONDS
-        details = yield calls.get_sandbox(details.id)
-        assert details is not None
-    if wait and (is_stuck(details) or details.state is not (target or details.state)):
+        yield POLL_SECONDS
+        answer = yield calls.get_sandbox(details.id)
+        assert answer is not None
+        details = answer
+    if is_stuck(details) or details.state is not (target or details.state):
         raise SandboxFailedError(details)
     return details
 
@@ -92,34 +99,42 @@ class Orders:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} ({self.id}) {self.state}>"
 
-    def _start(self, wait: bool, seconds: float) -> Steps:
+    def _start(self, wait: bool, seconds: float) -> _Life:
         call = lifecycle_calls.start_sandbox(self.id, wait_seconds=seconds if wait else 0)
         return until_settled(call, SandboxState.RUNNING, seconds, wait=wait)
 
-    def _stop(self, grace_seconds: float | None, wait: bool, seconds: float) -> Steps:
+    def _stop(self, grace_seconds: float | None, wait: bool, seconds: float) -> _Life:
         waiting = seconds if wait else 0
         call = lifecycle_calls.stop_sandbox(self.id, grace_seconds=grace_seconds, wait_seconds=waiting)
         return until_settled(call, SandboxState.STOPPED, seconds, wait=wait)
 
-    def _restart(self, grace_seconds: float | None, wait: bool, seconds: float) -> Steps:
+    def _restart(self, grace_seconds: float | None, wait: bool, seconds: float) -> _Life:
         waiting = seconds if wait else 0
         call = lifecycle_calls.restart_sandbox(self.id, grace_seconds=grace_seconds, wait_seconds=waiting)
         return until_settled(call, SandboxState.RUNNING, seconds, wait=wait)
 
-    def _pause(self, wait: bool, seconds: float) -> Steps:
+    def _pause(self, wait: bool, seconds: float) -> _Life:
         call = lifecycle_calls.pause_sandbox(self.id, wait_seconds=seconds if wait else 0)
         return until_settled(call, SandboxState.PAUSED, seconds, wait=wait)
 
-    def _resume(self, from_disk: bool, wait: bool, seconds: float) -> Steps:
+    def _resume(self, from_disk: bool, wait: bool, seconds: float) -> _Life:
         waiting = seconds if wait else 0
         call = lifecycle_calls.resume_sandbox(self.id, from_disk=from_disk, wait_seconds=waiting)
         return until_settled(call, SandboxState.RUNNING, seconds, wait=wait)
 
-    def _resize(self, disk_mib: int, wait: bool, seconds: float) -> Steps:
+    def _snapshot(
+        self, name: str | None, labels: Mapping[str, str] | None, keep_last: int | None, wait: bool, seconds: float
+    ) -> Steps[SnapshotDetails]:
+        call = snapshot_calls.take_snapshot(
+            self.id, name=name, labels=labels, keep_last=keep_last, wait_seconds=seconds if wait else 0
+        )
+        return until_ready(call, seconds, wait=wait)
+
+    def _resize(self, disk_mib: int, wait: bool, seconds: float) -> _Life:
         call = lifecycle_calls.resize_sandbox(self.id, disk_mib, wait_seconds=seconds if wait else 0)
         return until_settled(call, None, seconds, wait=wait)
 
-    def _retry(self, wait: bool, seconds: float) -> Steps:
+    def _retry(self, wait: bool, seconds: float) -> _Life:
         call = lifecycle_calls.retry_sandbox(self.id, wait_seconds=seconds if wait else 0)
         return until_settled(call, None, seconds, wait=wait)
 
@@ -193,6 +208,23 @@ class SandboxLife(Orders):
         """
         return self._carry_out(self._resume(from_disk, wait, timeout_seconds))
 
+    def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        keep_last: int | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
+    ) -> Snapshot:
+        """Save the running sandbox, memory and disk, under ``name`` (None: one is made), and return when sandboxes can
+        begin from it; this one goes on. With ``keep_last`` older snapshots of it go, so that so many are left.
+
+        Raises SnapshotFailedError, ConflictError when it does not run, TimeoutExceededError (it goes on).
+        """
+        steps = self._snapshot(name, labels, keep_last, wait, timeout_seconds)
+        return Snapshot(carry_out(self._lease.connection, steps), self._lease.another())
+
     def resize(
         self, *, disk_mib: int, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS
     ) -> SandboxDetails:
@@ -263,7 +295,7 @@ class SandboxLife(Orders):
             if wait and not gone:
                 raise not_gone_in_time(self.name)
 
-    def _carry_out(self, steps: Steps) -> SandboxDetails:
+    def _carry_out(self, steps: _Life) -> SandboxDetails:
         self.details = carry_out(self._lease.connection, steps)
         return self.details
 
@@ -310,6 +342,19 @@ class AsyncSandboxLife(Orders):
     ) -> SandboxDetails:
         """See ``Sandbox.resume``."""
         return await self._carry_out(self._resume(from_disk, wait, timeout_seconds))
+
+    async def snapshot(
+        self,
+        name: str | None = None,
+        *,
+        labels: Mapping[str, str] | None = None,
+        keep_last: int | None = None,
+        wait: bool = True,
+        timeout_seconds: float = DEFAULT_WAIT_SECONDS,
+    ) -> AsyncSnapshot:
+        """See ``Sandbox.snapshot``."""
+        steps = self._snapshot(name, labels, keep_last, wait, timeout_seconds)
+        return AsyncSnapshot(await carry_out_async(self._lease.connection, steps), self._lease.another())
 
     async def resize(
         self, *, disk_mib: int, wait: bool = True, timeout_seconds: float = DEFAULT_WAIT_SECONDS
@@ -372,34 +417,6 @@ class AsyncSandboxLife(Orders):
             if wait and not gone:
                 raise not_gone_in_time(self.name)
 
-    async def _carry_out(self, steps: Steps) -> SandboxDetails:
+    async def _carry_out(self, steps: _Life) -> SandboxDetails:
         self.details = await carry_out_async(self._lease.connection, steps)
         return self.details
-
-
-def carry_out(connection: Connection, steps: Steps) -> SandboxDetails:
-    answer: SandboxDetails | None = None
-    while True:
-        try:
-            step = steps.send(answer)
-        except StopIteration as end:
-            return end.value
-        answer = None
-        if isinstance(step, Call):
-            answer = connection.send(step)
-        else:
-            time.sleep(step)
-
-
-async def carry_out_async(connection: AsyncConnection, steps: Steps) -> SandboxDetails:
-    answer: SandboxDetails | None = None
-    while True:
-        try:
-            step = steps.send(answer)
-        except StopIteration as end:
-            return end.value
-        answer = None
-        if isinstance(step, Call):
-            answer = await connection.send(step)
-        else:
-            await asyncio.sleep(step)

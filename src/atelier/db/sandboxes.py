@@ -83,6 +83,7 @@ class SandboxRepository:
                     "expires_at": spec.expires_at,
                     "last_active_at": sandbox.last_active_at,
                     "snapshot_id": sandbox.snapshot_id,
+                    "disk_only": sandbox.disk_only,
                     "purpose": sandbox.purpose.value,
                     "failure_code": sandbox.failure_code,
                     "failure_message": sandbox.failure_message,
@@ -383,6 +384,7 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
         file_system_mib=row.file_system_mib,
         last_active_at=row.last_active_at,
         snapshot_id=row.snapshot_id,
+        disk_only=row.disk_only,
         purpose=SandboxPurpose(row.purpose),
     )
 

@@ -75,11 +75,18 @@ class SnapshotRepository:
         return None if row is None else _to_snapshot(row)
 
     def list_dependants(self, connection: Connection, snapshot_id: str) -> tuple[list[str], list[str]]:
-        """Names of the sandboxes whose disks stand over this snapshot's, and of the snapshots that were taken of
-        those."""
+        """Names of the sandboxes whose disks stand over this snapshot's, and of the snapshots whose disks do."""
         own = select(sandboxes.c.name).where(sandboxes.c.snapshot_id == snapshot_id, sandboxes.c.holds_volume)
-        children = select(snapshots.c.name).where(snapshots.c.parent_id == snapshot_id)
+        children = select(snapshots.c.name).where(snapshots.c.base_id == snapshot_id)
         return sorted(connection.execute(own).scalars()), sorted(connection.execute(children).scalars())
+
+    def list_unneeded_forks(self, connection: Connection) -> list[Snapshot]:
+        """Those made for forks of which no sandbox has a row any more, and over which no snapshot's disk stands."""
+        over_it = select(sandboxes.c.id).where(sandboxes.c.snapshot_id == snapshots.c.id)
+        child = snapshots.alias()
+        below = select(child.c.id).where(child.c.base_id == snapshots.c.id)
+        query = _ROW.where(snapshots.c.purpose == SnapshotPurpose.FORK.value, ~over_it.exists(), ~below.exists())
+        return [_to_snapshot(row) for row in connection.execute(query.order_by(snapshots.c.sequence))]
 
     def update(self, connection: Connection, snapshot: Snapshot) -> None:
         """Write all that may change: state, figures, checksums, trouble."""
@@ -91,6 +98,10 @@ class SnapshotRepository:
         )
 
     def delete(self, connection: Connection, snapshot_id: str) -> None:
+        """Its children in the tree become its parent's."""
+        parent = select(snapshots.c.parent_id).where(snapshots.c.id == snapshot_id)
+        parent_id = connection.execute(parent).scalar_one_or_none()
+        connection.execute(update(snapshots).where(snapshots.c.parent_id == snapshot_id).values(parent_id=parent_id))
         connection.execute(delete(snapshots).where(snapshots.c.id == snapshot_id))
 
 
@@ -104,6 +115,8 @@ def _to_values(snapshot: Snapshot) -> dict[str, Any]:
         "sandbox_id": snapshot.sandbox_id,
         "sandbox_name": snapshot.sandbox_name,
         "parent_id": snapshot.parent_id,
+        "base_id": snapshot.base_id,
+        "keep_last": snapshot.keep_last,
         "image": snapshot.image,
         "image_id": snapshot.image_id,
         "vcpu_count": snapshot.vcpu_count,
@@ -137,6 +150,8 @@ def _to_snapshot(row: Row[Any]) -> Snapshot:
         sandbox_id=row.sandbox_id,
         sandbox_name=row.sandbox_name,
         parent_id=row.parent_id,
+        base_id=row.base_id,
+        keep_last=row.keep_last,
         image=row.image,
         image_id=row.image_id,
         vcpu_count=row.vcpu_count,

@@ -73,15 +73,17 @@ sandboxes = Table(
     Column("network_gateway", Text),
     # Whether the policy is written down and perhaps not in force yet.
     Column("network_pending", Boolean, nullable=False, server_default="0"),
+    # NetworkPolicy.to_json; null: the open policy, which all had before there were others.
+    Column("network_policy", JSON(none_as_null=True)),
     # MachineRecord.to_json: what its machine was made of when it last began to run.
     Column("machine", JSON(none_as_null=True)),
     # The snapshot that it began from; null: its image, or a template.
     Column("snapshot_id", Text),
+    # Whether only its disk began from there: it booted, with a memory of its own.
+    Column("disk_only", Boolean, nullable=False, server_default="0"),
     Column("purpose", Text, nullable=False, server_default="user"),
     # SavedMemory.to_json: of a paused sandbox.
     Column("saved_memory", JSON(none_as_null=True)),
-    # NetworkPolicy.to_json; null: the open policy, which all had before there were others. Last, as it may be long.
-    Column("network_policy", JSON(none_as_null=True)),
     Index("sandboxes_by_lease", "host_id", "network_lease", unique=True),
     sqlite_autoincrement=True,
 )
@@ -131,6 +133,9 @@ snapshots = Table(
     Column("sandbox_id", Text, nullable=False),
     Column("sandbox_name", Text, nullable=False),
     Column("parent_id", Text),
+    # The snapshot over whose disk this one's stands.
+    Column("base_id", Text),
+    Column("keep_last", Integer),
     Column("image", Text, nullable=False),
     Column("image_id", Text, nullable=False),
     Column("vcpu_count", Integer, nullable=False),

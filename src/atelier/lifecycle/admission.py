@@ -7,14 +7,17 @@ part of the room, since their promises are counted beside it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from atelier.db.engine import Database
 from atelier.db.sandboxes import SandboxRepository, Usage
+from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.model.errors import CapacityError
+from atelier.model.sandbox import SandboxSpec
 
 _MIB = 2**20
 
@@ -38,6 +41,11 @@ class Wish:
     disk_mib: int = 0
     slots: int = 0
 
+    @classmethod
+    def new(cls, spec: SandboxSpec) -> Wish:
+        """All that a new sandbox needs."""
+        return cls(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1)
+
 
 @dataclass(frozen=True, slots=True)
 class RoomPolicy:
@@ -56,14 +64,29 @@ class HostRoom:
     """Measures what this host has for sandboxes, those that it has included."""
 
     def __init__(
-        self, database: Database, host_id: str, vmm: VmmDriver, storage: StorageDriver, policy: RoomPolicy
+        self,
+        database: Database,
+        host_id: str,
+        *,
+        vmm: VmmDriver,
+        storage: StorageDriver,
+        network: NetworkDriver,
+        policy: RoomPolicy,
     ) -> None:
         self._database = database
         self._sandboxes = SandboxRepository()
         self._host_id = host_id
         self._vmm = vmm
         self._storage = storage
+        self._network = network
         self._policy = policy
+
+    async def check(self, *wishes: Wish) -> None:
+        """Raise CapacityError if they would not fit now. Nothing is promised by this."""
+        capacity = await self.measure()
+        with self._database.read() as connection:
+            usage = self._sandboxes.sum_usage(connection, self._host_id)
+        check_admission(capacity, usage, *wishes)
 
     async def measure(self) -> Capacity:
         policy, fixed = self._policy, self._policy.fixed
@@ -85,7 +108,7 @@ class HostRoom:
             vcpu_count=fixed.vcpu_count,
             memory_mib=None if memory_mib is None else max(0, memory_mib),
             disk_mib=None if disk_mib is None else max(0, disk_mib),
-            slots=fixed.slots,
+            slots=min((each for each in (fixed.slots, self._network.slot_count) if each is not None), default=None),
         )
 
 
@@ -96,7 +119,9 @@ def check_admission(capacity: Capacity, usage: Usage, *wishes: Wish) -> None:
     if not shortages:
         return
     if len(wishes) > 1:
-        fitting = max(n for n in range(len(wishes)) if not _find_shortages(capacity, usage, wishes[:n])[0])
+        # The first number that is too many, by halves: it may be asked for thousands.
+        counts = range(len(wishes) + 1)
+        fitting = bisect_left(counts, True, key=lambda n: bool(_find_shortages(capacity, usage, wishes[:n])[0])) - 1
         shortages.append(f"{fitting} of the {len(wishes)} would fit")
     hint = "stop or remove sandboxes (atelier ls, stop, rm), or ask for less"
     if hopeless:

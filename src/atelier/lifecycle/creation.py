@@ -76,18 +76,21 @@ class Creation:
         policy: NetworkPolicy = OPEN_POLICY,
         *,
         snapshot_id: str | None = None,
+        disk_only: bool = False,
         purpose: SandboxPurpose = SandboxPurpose.USER,
     ) -> Sandbox:
         """Write the row and the saga in one transaction, begin, and return the row in state ``creating``.
         ``snapshot_id``: it goes on from there instead of booting; ``spec`` then has the snapshot's sizes, and a disk of
-        that size or more.
+        that size or more. ``disk_only``: it boots, from the snapshot's disk.
 
         Raises ConflictError (``name_taken``, ``snapshot_not_ready``), NotFoundError (``snapshot_not_found``),
         CapacityError, InvalidRequestError (``expiry_in_past``), PreconditionError (``network_closed``).
         """
         if snapshot_id is None and purpose is SandboxPurpose.USER and (pooled := await self._claim(name, spec, policy)):
             return pooled
-        (sandbox,) = await self.start_creates([(name, spec)], policy, snapshot_id=snapshot_id, purpose=purpose)
+        (sandbox,) = await self.start_creates(
+            [(name, spec)], policy, snapshot_id=snapshot_id, disk_only=disk_only, purpose=purpose
+        )
         return sandbox
 
     async def _claim(self, name: str, spec: SandboxSpec, policy: NetworkPolicy) -> Sandbox | None:
@@ -118,6 +121,7 @@ class Creation:
         policy: NetworkPolicy = OPEN_POLICY,
         *,
         snapshot_id: str | None = None,
+        disk_only: bool = False,
         purpose: SandboxPurpose = SandboxPurpose.USER,
     ) -> list[Sandbox]:
         """Several, or none: ``wanted`` are names and specs. Raises what ``start_create`` raises; CapacityError says how
@@ -136,6 +140,7 @@ class Creation:
                 created_at=now,
                 updated_at=now,
                 snapshot_id=snapshot_id,
+                disk_only=disk_only,
                 purpose=purpose,
             )
             for name, spec in wanted
@@ -146,7 +151,7 @@ class Creation:
             if snapshot_id is not None:
                 self._snapshots.check_ready(connection, snapshot_id)
             usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(capacity, usage, *(_wish(sandbox.spec) for sandbox in rows))
+            check_admission(capacity, usage, *(Wish.new(sandbox.spec) for sandbox in rows))
             for sandbox in rows:
                 own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
                 self._transitions.begin(connection, sandbox, own)
@@ -170,6 +175,15 @@ class Creation:
             else:
                 return rows
 
+    async def check_room(self, specs: Sequence[SandboxSpec]) -> None:
+        """Raise CapacityError, which says how many would fit, where ``start_creates`` would; nothing is promised."""
+        while True:
+            try:
+                return await self._room.check(*(Wish.new(spec) for spec in specs))
+            except CapacityError:
+                if not await self.warm_pools.give_way():
+                    raise
+
 
 def check_expiry(spec: SandboxSpec, now: datetime) -> None:
     """Raises InvalidRequestError (``expiry_in_past``)."""
@@ -179,7 +193,3 @@ def check_expiry(spec: SandboxSpec, now: datetime) -> None:
             code="expiry_in_past",
             hint="give a time that is still to come",
         )
-
-
-def _wish(spec: SandboxSpec) -> Wish:
-    return Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib, slots=1)

@@ -23,7 +23,7 @@ from atelier.lifecycle.snapshot_checks import SnapshotChecks
 from atelier.lifecycle.snapshot_files import damaged
 from atelier.model.errors import AtelierError
 from atelier.model.image import BuildProgress, Image
-from atelier.model.machine import BootFiles
+from atelier.model.machine import BootFiles, Disk
 from atelier.model.sandbox import DEFAULT_DISK_MIB, Sandbox
 from atelier.model.snapshot import Snapshot
 
@@ -52,6 +52,9 @@ class Origins:
         if sandbox.snapshot_id is not None:
             with self.database.read() as connection:
                 snapshot = self.checks.rows.repository.get(connection, sandbox.snapshot_id)
+            if sandbox.disk_only:
+                await self.checks.check_whole(snapshot)
+                return await self._from_disk(snapshot, sandbox, boot)
             await self.checks.check_usable(snapshot, boot)
             return await self._from_snapshot(snapshot, boot)
         image = await self.images.ensure_image(sandbox.spec.image, report)
@@ -65,6 +68,13 @@ class Origins:
             "disk_mib": sandbox.spec.disk_mib,
             "boot": boot_files_to_json(boot),
         }
+
+    async def check_fits(self, snapshot: Snapshot) -> None:
+        """That a machine of this host could be restored from it, before a sandbox is begun that would fail.
+
+        Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``), and what the image driver raises.
+        """
+        await self.checks.check_fits(snapshot, await self.images.ensure_boot_files(lambda _: None))
 
     async def template_key(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> str:
         """What a template must have in common with the machines that are restored from it."""
@@ -99,9 +109,7 @@ class Origins:
         return template
 
     async def _from_snapshot(self, snapshot: Snapshot, boot: BootFiles) -> dict[str, Any]:
-        disk = await self.storage.find_snapshot_disk(snapshot.id)
-        if disk is None:
-            raise damaged(self.checks.files.image(snapshot.id).memory.parent, "its disk is gone")
+        disk = await self._find_disk(snapshot)
         machine = snapshot.machine
         boot = replace(
             boot,
@@ -118,6 +126,24 @@ class Origins:
             "boot": boot_files_to_json(boot),
             "restore": restore_to_json(self.checks.files.image(snapshot.id)),
         }
+
+    async def _from_disk(self, snapshot: Snapshot, sandbox: Sandbox, boot: BootFiles) -> dict[str, Any]:
+        """A machine of today's make, which boots; its disk has its size from the beginning on."""
+        disk = await self._find_disk(snapshot)
+        return {
+            "image_id": snapshot.image_id,
+            "path": str(disk.top.path),
+            "format": disk.top.format,
+            "size_mib": snapshot.file_system_mib,
+            "disk_mib": sandbox.spec.disk_mib,
+            "boot": boot_files_to_json(boot),
+        }
+
+    async def _find_disk(self, snapshot: Snapshot) -> Disk:
+        disk = await self.storage.find_snapshot_disk(snapshot.id)
+        if disk is None:
+            raise damaged(self.checks.files.image(snapshot.id).memory.parent, "its disk is gone")
+        return disk
 
 
 def template_disk_mib(image: Image) -> int:

@@ -83,7 +83,9 @@ class SandboxLifecycle:
         self._run = run
         self._host_id = host_id or installation_id
         self._now = now
-        self._room = HostRoom(database, self._host_id, vmm, storage, room or RoomPolicy())
+        self._room = HostRoom(
+            database, self._host_id, vmm=vmm, storage=storage, network=network, policy=room or RoomPolicy()
+        )
         self._sandboxes = parts.sandboxes
         self._transitions = parts.transitions
         self._consoles = parts.consoles
@@ -92,6 +94,7 @@ class SandboxLifecycle:
         self.network_policies = parts.network_policies
         self.snapshots = parts.snapshots
         self.snapshot_checks = parts.checks
+        self.origins = parts.origins
         creation = Creation(
             database=database,
             executor=self._executor,
@@ -108,6 +111,7 @@ class SandboxLifecycle:
         )
         self.start_create = creation.start_create
         self.start_creates = creation.start_creates
+        self.check_room = creation.check_room
         self.warm_pools = creation.warm_pools
         self.templates = Templates(
             database=database,
@@ -276,6 +280,7 @@ class SandboxLifecycle:
         async def request() -> None:
             with log_context(sandbox_id=sandbox_id):
                 await self._executor.request_unwind(saga_id, mark)
+                self._background.spawn(self._drop_after(saga_id), f"drop what {sandbox_id} needed")
 
         try:
             await self._background.unless_interrupted(request())
@@ -440,6 +445,10 @@ class SandboxLifecycle:
             if not self._executor.is_under_way(record.id):
                 self._go_on(sandbox_id, record.id)
         self._machines.watch(sandbox_id)
+
+    async def _drop_after(self, saga_id: str) -> None:
+        await self._executor.wait(saga_id)
+        await self.snapshots.drop_unneeded()
 
     def _get(self, sandbox_id: str) -> Sandbox:
         with self._database.read() as connection:

@@ -54,7 +54,8 @@ class BakeSteps:
         self.files.remove_stream(context.subject_id)
         return {}
 
-    async def remove_files(self, context: StepContext) -> None:
+    async def remove_taken(self, context: StepContext) -> None:
+        await self.storage.ensure_snapshot_disk_absent(context.subject_id)
         await self.files.remove(context.subject_id)
 
     async def nothing(self, context: StepContext) -> dict[str, Any]:
@@ -127,8 +128,8 @@ def define_bake(bake: BakeSteps) -> SagaDefinition[Connection]:
     return SagaDefinition(
         KIND,
         (
-            # The folder was made when the snapshot was taken; it goes last.
-            Step("files", bake.nothing, bake.remove_files),
+            # The folder and the frozen layer are from when the snapshot was taken; they go last.
+            Step("files", bake.nothing, bake.remove_taken),
             Step("disk", bake.make_disk, bake.remove_disk),
             Step("image", bake.make_image, bake.remove_image),
             Step("checksums", bake.measure),

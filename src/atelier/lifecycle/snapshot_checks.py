@@ -37,16 +37,31 @@ class SnapshotChecks:
         Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``: it names the field), HostError
         (``snapshot_damaged``), after which it is out of service.
         """
+        await self.check_fits(snapshot, boot)
+        await self.check_whole(snapshot)
+
+    async def check_fits(self, snapshot: Snapshot, boot: BootFiles) -> None:
+        """That this host's machines are like the one that was saved; ``boot`` is what it would boot.
+
+        Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``: it names the field).
+        """
         require_ready(snapshot)
         present = await self.vmm.stamp(boot, self.network.attachment_kind)
         if difference := snapshot.machine.stamp.difference(present):
             raise ConflictError(
                 f"the snapshot {snapshot.name} does not fit this host's machines: {difference}",
                 code="snapshot_incompatible",
-                hint="begin from its disk alone, which boots: atelier create --snapshot ... --disk-only",
+                hint=f"begin from its disk alone, which boots: atelier create --snapshot {snapshot.name} --disk-only",
             )
-        rebooted = snapshot.boot_id != self.vmm.boot_id()
-        await self._check(snapshot, thoroughly=rebooted)
+
+    async def check_whole(self, snapshot: Snapshot) -> None:
+        """That its files are what was written; the large ones are read where the host was booted since that was known.
+
+        Raises ConflictError (``snapshot_not_ready``), HostError (``snapshot_damaged``), after which it is out of
+        service.
+        """
+        require_ready(snapshot)
+        await self._check(snapshot, thoroughly=snapshot.boot_id != self.vmm.boot_id())
 
     async def check_all(self) -> None:
         """Read every snapshot through, large files included. The body of a background loop."""
@@ -84,11 +99,20 @@ class SnapshotChecks:
         await self.database.write(note)
 
 
+_NOT_READY_HINTS = {
+    SnapshotState.TAKING: "wait until it is ready: atelier snapshots get {name}",
+    SnapshotState.BAKING: "wait until it is ready: atelier snapshots get {name}",
+    SnapshotState.DELETING: "choose another (atelier snapshots), or take a new one",
+    SnapshotState.FAILED: "nothing of it is left; atelier snapshots get {name} says why; take it anew",
+    SnapshotState.DAMAGED: "it serves nobody any more; choose another (atelier snapshots), or take a new one",
+}
+
+
 def require_ready(snapshot: Snapshot) -> None:
     """Raises ConflictError (``snapshot_not_ready``)."""
     if snapshot.state is not SnapshotState.READY:
         raise ConflictError(
             f"the snapshot {snapshot.name} is {snapshot.state}",
             code="snapshot_not_ready",
-            hint=snapshot.failure_message or "wait until it is ready (atelier snapshots)",
+            hint=_NOT_READY_HINTS[snapshot.state].format(name=snapshot.name),
         )

@@ -46,7 +46,9 @@ class SnapshotRows:
     def fail(
         self, connection: Connection, snapshot_id: str, failure: Failure, state: SnapshotState = SnapshotState.FAILED
     ) -> None:
-        """To ``state``, with the reason."""
+        """To ``state``, with the reason. Nothing where the row is gone: it was deleted while something was stuck."""
+        if self.repository.find(connection, snapshot_id) is None:
+            return
         self.move(
             connection,
             snapshot_id,

@@ -52,13 +52,14 @@ class TakeSteps:
         return {"path": str(top.path)}
 
     async def settle_layer(self, context: StepContext) -> None:
-        """Whichever disk the machine writes to by now is the sandbox's."""
+        """Whichever disk the machine writes to by now is the sandbox's, and nothing is held for the snapshot."""
         directory = self.steps.directory(context)
         switched = True
         if await self.steps.vmm.find_process(context.subject_id, directory) is not None:
             top = await self.storage.begin_layer(context.subject_id, context.inputs["snapshot_id"])
             switched = await self.steps.vmm.writes_to(directory, ROOT_DISK_SERIAL, top)
         await self.storage.end_layer(context.subject_id, context.inputs["snapshot_id"], switched=switched)
+        await self.storage.ensure_snapshot_disk_absent(context.inputs["snapshot_id"])
 
     async def save(self, context: StepContext) -> dict[str, Any]:
         snapshot_id = context.inputs["snapshot_id"]

@@ -1,4 +1,4 @@
-"""The door to snapshots: take, wait, delete.
+"""The door to snapshots: take, wait, delete; and what of them goes by itself.
 
 Called by ``services/snapshots.py`` and by ``templates``. Taking is a saga of the
 sandbox, all that comes after is one of the snapshot; both go on without the caller.
@@ -7,11 +7,13 @@ sandbox, all that comes after is one of the snapshot; both go on without the cal
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import datetime
 
 from atelier.db.engine import Connection, Database
-from atelier.db.sagas import list_open_sagas_of
+from atelier.db.sagas import delete_sagas_of, list_open_sagas_of
 from atelier.db.sandbox_machines import SandboxMachineRepository
 from atelier.db.sandboxes import SandboxRepository
 from atelier.db.snapshots import SnapshotRepository
@@ -21,7 +23,7 @@ from atelier.lifecycle.snapshot_bake import bake_saga_id
 from atelier.lifecycle.snapshot_checks import require_ready
 from atelier.lifecycle.snapshot_rows import SnapshotRows, snapshot_topic
 from atelier.lifecycle.snapshot_take import take_saga_id
-from atelier.model.errors import ConflictError, HostError, NotFoundError
+from atelier.model.errors import AtelierError, ConflictError, HostError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.snapshot import Snapshot, SnapshotPurpose, SnapshotState
 from atelier.model.states import SandboxState
@@ -29,7 +31,11 @@ from atelier.saga.executor import Executor
 from atelier.saga.log import SagaGoneError
 from atelier.telemetry.logs import log_context
 
+_logger = logging.getLogger(__name__)
+
 _UNDER_WAY = (SnapshotState.TAKING, SnapshotState.BAKING, SnapshotState.DELETING)
+
+_NOT_DROPPED = (SnapshotState.TAKING, SnapshotState.DELETING)
 
 
 class Snapshots:
@@ -52,6 +58,8 @@ class Snapshots:
         self._snapshots: SnapshotRepository = rows.repository
         self._sandboxes = SandboxRepository()
         self._machines = SandboxMachineRepository()
+        self._held: set[str] = set()
+        self._dropping = asyncio.Lock()
 
     # --- beginning things ---------------------------------------------------------------------------------------------
 
@@ -61,10 +69,13 @@ class Snapshots:
         name: str,
         *,
         labels: dict[str, str] | None = None,
+        keep_last: int | None = None,
         purpose: SnapshotPurpose = SnapshotPurpose.USER,
         template_key: str = "",
     ) -> Snapshot:
         """Begin to save a running sandbox; the snapshot's row in state ``taking``. The sandbox stays ``running``.
+        ``keep_last``: once it is ready, older ones of the same sandbox go, so that so many are left, but for those that
+        something needs.
 
         Raises NotFoundError, ConflictError (``name_taken``, ``invalid_state``, ``sandbox_busy``).
         """
@@ -85,6 +96,7 @@ class Snapshots:
                     code="sandbox_busy",
                     hint="wait for it to end; atelier events shows what goes on",
                 )
+            self._forget_failed(connection, name)
             now = self._now()
             spec = sandbox.spec
             snapshot = Snapshot(
@@ -96,6 +108,8 @@ class Snapshots:
                 sandbox_id=sandbox.id,
                 sandbox_name=sandbox.name,
                 parent_id=self._find_parent(connection, sandbox_id),
+                base_id=sandbox.snapshot_id,
+                keep_last=keep_last,
                 image=spec.image,
                 image_id=spec.image_id,
                 vcpu_count=spec.vcpu_count,
@@ -179,6 +193,36 @@ class Snapshots:
         (``snapshot_not_ready``)."""
         require_ready(self._snapshots.get(connection, snapshot_id))
 
+    # --- what goes by itself ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def holding(self, snapshot_id: str) -> Generator[None]:
+        """Nothing of this goes by itself: somebody is about to begin sandboxes from it."""
+        self._held.add(snapshot_id)
+        try:
+            yield
+        finally:
+            self._held.discard(snapshot_id)
+
+    def drop_unneeded_soon(self) -> None:
+        self._background.spawn(self.drop_unneeded(), "drop snapshots that nothing needs")
+
+    async def drop_unneeded(self) -> None:
+        """Delete what was made for forks and is needed by none any more, and what is older than was to be kept
+        (``keep_last``). After destroys and bakes, and the body of a background loop."""
+        async with self._dropping:
+            with self._database.read() as connection:
+                forks = self._snapshots.list_unneeded_forks(connection)
+                ready = self._snapshots.list_in(connection, [SnapshotState.READY], [SnapshotPurpose.USER])
+            spent = [each for each in forks if each.id not in self._held and each.state not in _NOT_DROPPED]
+            for snapshot in [*spent, *_beyond_kept(ready)]:
+                try:
+                    await self.delete(snapshot.id)
+                except (ConflictError, NotFoundError):
+                    continue
+                except AtelierError as error:
+                    _logger.warning("the snapshot %s, which nothing needs, stays for now: %s", snapshot.name, error)
+
     # --- waiting and finding ------------------------------------------------------------------------------------------
 
     async def wait_settled(self, snapshot_id: str, timeout_seconds: float | None) -> Snapshot | None:
@@ -205,6 +249,15 @@ class Snapshots:
         ready = [each.id for each in own if each.state in (SnapshotState.READY, SnapshotState.BAKING)]
         return ready[-1] if ready else self._sandboxes.find_origin(connection, sandbox_id)
 
+    def _forget_failed(self, connection: Connection, name: str) -> None:
+        """Nothing is left of a snapshot that failed but the words: its name is free."""
+        failed = self._snapshots.find(connection, name)
+        if failed is None or failed.state is not SnapshotState.FAILED:
+            return
+        if not any(list_open_sagas_of(connection, each) for each in (failed.id, failed.sandbox_id)):
+            self._rows.end(connection, failed.id)
+            delete_sagas_of(connection, failed.id)
+
     def _go_on(self, snapshot: Snapshot) -> None:
         with log_context(sandbox_id=snapshot.sandbox_id):
             self._executor.start(take_saga_id(snapshot.sandbox_id))
@@ -220,3 +273,18 @@ class Snapshots:
         if state is SnapshotState.BAKING:
             with log_context(sandbox_id=snapshot.sandbox_id):
                 self._executor.start(bake_saga_id(snapshot.id))
+            await self._executor.wait(bake_saga_id(snapshot.id))
+            await self.drop_unneeded()
+
+
+def _beyond_kept(ready: list[Snapshot]) -> list[Snapshot]:
+    """Of snapshots in the order in which they were taken, those that their sandbox's latest one does not keep."""
+    by_sandbox: dict[str, list[Snapshot]] = {}
+    for snapshot in ready:
+        by_sandbox.setdefault(snapshot.sandbox_id, []).append(snapshot)
+    return [
+        snapshot
+        for own in by_sandbox.values()
+        if (keep_last := own[-1].keep_last) is not None
+        for snapshot in own[:-keep_last]
+    ]

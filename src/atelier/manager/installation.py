@@ -102,6 +102,7 @@ class Installation:
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
+                (_RECONCILE_SECONDS, lifecycle.snapshots.drop_unneeded),
                 (_TIME_LIMIT_SECONDS, lifecycle.time_limits.enforce),
                 (_NETWORK_POLICY_SECONDS, lifecycle.network_policies.enforce_pending),
                 (_CLOCK_SECONDS, fleet.keep_clocks),

@@ -48,6 +48,7 @@ from atelier.services.host import HostService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
+from atelier.services.snapshots import SnapshotService
 
 _MEMORY_RESERVE_MIB = 512
 """What the host itself, manager and gateway keep of its memory."""
@@ -97,6 +98,7 @@ def assemble(
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     return Services(
         sandboxes=sandboxes,
+        snapshots=SnapshotService(database, lifecycle),
         networks=NetworkService(database, drivers.network, lifecycle.network_policies),
         sessions=GuestSessions(sandboxes.get, sandboxes.wake, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),

@@ -17,6 +17,9 @@ MIN_VCPU_COUNT, MAX_VCPU_COUNT = 1, 32
 MIN_MEMORY_MIB, MAX_MEMORY_MIB = 128, 1024 * 1024
 MIN_DISK_MIB, MAX_DISK_MIB = 512, 16 * 1024 * 1024
 
+MAX_FORK_COUNT = 10_000
+"""Beyond what any host holds, which says by itself what would fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
@@ -50,9 +53,9 @@ class SandboxPurpose(StrEnum):
 class Sandbox:
     """One row of the table ``sandboxes``. ``failure_*`` are set in state ``failed``, and in any state when what is under
     way is stuck. ``holds_volume``: it has a disk, or is about to. ``file_system_mib``: what the guest's root file system
-    was grown to; 0: never. ``last_active_at``: the last use that was written down; None: it has never run. ``snapshot_id``: the snapshot,
-    a template included, that its machine was restored from when it was created and its disk stands over; None: it
-    booted from its image."""
+    was grown to; 0: never. ``last_active_at``: the last use that was written down; None: it has never run.
+    ``snapshot_id``: the snapshot that its machine was restored from when it was created and its disk stands over; None:
+    its image, or a template. ``disk_only``: it took the snapshot's disk alone, and booted."""
 
     id: str
     name: str
@@ -70,4 +73,5 @@ class Sandbox:
     file_system_mib: int = 0
     last_active_at: datetime | None = None
     snapshot_id: str | None = None
+    disk_only: bool = False
     purpose: SandboxPurpose = SandboxPurpose.USER

@@ -33,7 +33,9 @@ class SnapshotPurpose(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One row of the table ``snapshots``. ``sandbox_id`` and ``sandbox_name`` are those of the sandbox that it was taken
-    of, which may be gone; ``parent_id`` is the snapshot from which that sandbox began, or its own latest one.
+    of, which may be gone; ``parent_id`` is the snapshot from which that sandbox began, or its own latest one, and ``base_id``
+    always the first: the one over whose disk this one's stands. ``keep_last``: how many of the sandbox's snapshots, this
+    one included, are kept once it is ready; None: all.
     ``memory_bytes`` and ``disk_bytes`` are what is really occupied on disk; 0 until it is ready. ``template_key``: what a
     template fits; empty for others."""
 
@@ -54,6 +56,8 @@ class Snapshot:
     created_at: datetime
     updated_at: datetime
     parent_id: str | None = None
+    base_id: str | None = None
+    keep_last: int | None = None
     labels: dict[str, str] = field(default_factory=dict[str, str])
     environment: dict[str, str] = field(default_factory=dict[str, str])
     template_key: str = ""

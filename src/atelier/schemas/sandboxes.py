@@ -7,12 +7,14 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from atelier.model.ids import NAME_MAX_LENGTH
 from atelier.model.sandbox import (
     DEFAULT_DISK_MIB,
     DEFAULT_IMAGE,
     DEFAULT_MEMORY_MIB,
     DEFAULT_VCPU_COUNT,
     MAX_DISK_MIB,
+    MAX_FORK_COUNT,
     MAX_MEMORY_MIB,
     MAX_VCPU_COUNT,
     MIN_DISK_MIB,
@@ -31,7 +33,9 @@ LabelValue = Annotated[str, StringConstraints(max_length=255)]
 
 class CreateSandboxRequest(BaseModel):
     """``name``: a DNS label of at most 40 characters, unique; generated if absent. ``network``: if absent, the internet,
-    and nothing else."""
+    and nothing else. ``snapshot``: id or name of one to go on from; image, vCPUs and memory are then the snapshot's, its
+    disk's size the least, and its environment stands below this one. ``disk_only``: boot from the snapshot's disk, and
+    leave its memory."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,6 +49,19 @@ class CreateSandboxRequest(BaseModel):
     auto_stop_after_idle_seconds: IdleSeconds | None = None
     expires_at: AwareDatetime | None = None
     network: NetworkPolicy | None = None
+    snapshot: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    disk_only: bool = False
+
+
+class ForkRequest(BaseModel):
+    """``count`` sandboxes, named ``<name_prefix>-1`` and so on (absent: after the one that is forked; numbers that are
+    taken are passed over). ``labels``: beside those of the one that is forked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    count: int = Field(1, ge=1, le=MAX_FORK_COUNT)
+    name_prefix: Annotated[str, StringConstraints(min_length=1, max_length=NAME_MAX_LENGTH)] | None = None
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
 
 
 class ChangeSandboxRequest(BaseModel):
@@ -81,7 +98,8 @@ class ResizeRequest(BaseModel):
 
 class Sandbox(BaseModel):
     """A sandbox as the API shows it. ``failure`` is set in state ``failed``, in any state when what is under way is
-    stuck, and in ``running`` or ``paused`` when it could not be paused or resumed; ``stop_reason`` in state ``stopped``. ``last_active_at`` lags behind by up to a minute."""
+    stuck, and in ``running`` or ``paused`` when it could not be paused or resumed; ``stop_reason`` in state ``stopped``.
+    ``last_active_at`` lags behind by up to a minute. ``snapshot_id``: the snapshot that it began from."""
 
     id: str
     name: str
@@ -98,8 +116,13 @@ class Sandbox(BaseModel):
     auto_stop_after_idle_seconds: int | None = None
     expires_at: datetime | None = None
     last_active_at: datetime | None = None
+    snapshot_id: str | None = None
     failure: ErrorBody | None = None
     console_tail: str | None = None
+
+
+class SandboxList(BaseModel):
+    items: list[Sandbox]
 
 
 class SandboxPage(BaseModel):

@@ -28,27 +28,42 @@ class SandboxService:
         self._images = images
         self._lifecycle = lifecycle
 
-    async def create(self, name: str | None, spec: SandboxSpec, policy: NetworkPolicy = OPEN_POLICY) -> Sandbox:
-        """Begin to create a sandbox; returns its row in state ``creating``.
+    async def create(
+        self,
+        name: str | None,
+        spec: SandboxSpec,
+        policy: NetworkPolicy = OPEN_POLICY,
+        *,
+        snapshot_id: str | None = None,
+        disk_only: bool = False,
+    ) -> Sandbox:
+        """Begin to create a sandbox; returns its row in state ``creating``. ``snapshot_id``: it begins there, with the
+        spec that ``SnapshotService.begin_from`` has made for it, or with ``disk_only`` boots from the disk there.
 
-        Raises InvalidRequestError (name), NotFoundError (``image_not_found``), ConflictError (``name_taken``),
-        CapacityError, PreconditionError (``network_closed``).
+        Raises InvalidRequestError (name), NotFoundError (``image_not_found``, ``snapshot_not_found``), ConflictError
+        (``name_taken``, ``snapshot_not_ready``), CapacityError, PreconditionError (``network_closed``).
         """
+        if snapshot_id is None:
+            await self._check_image(spec.image)
+        chosen = None if name is None else validate_name(name)
+        for tries_left in reversed(range(_NAME_TRIES)):
+            try:
+                return await self._lifecycle.start_create(
+                    chosen or new_sandbox_name(), spec, policy, snapshot_id=snapshot_id, disk_only=disk_only
+                )
+            except ConflictError as error:
+                if chosen or not tries_left or error.code != "name_taken":
+                    raise
+        raise AssertionError("the last try has returned or raised")
+
+    async def _check_image(self, image: str) -> None:
         recipes = await self._images.list_recipes()
-        if spec.image not in recipes:
+        if image not in recipes:
             raise NotFoundError(
-                f"there is no image {spec.image!r}",
+                f"there is no image {image!r}",
                 code="image_not_found",
                 hint=f"known images: {', '.join(sorted(recipes))}",
             )
-        if name is not None:
-            return await self._lifecycle.start_create(validate_name(name), spec, policy)
-        for _ in range(_NAME_TRIES - 1):
-            try:
-                return await self._lifecycle.start_create(new_sandbox_name(), spec, policy)
-            except ConflictError:
-                continue
-        return await self._lifecycle.start_create(new_sandbox_name(), spec, policy)
 
     async def wait_settled(self, sandbox_id: str, timeout_seconds: float) -> tuple[Sandbox, bool]:
         """The row once nothing is under way with it but what is stuck, and True; or as it is after

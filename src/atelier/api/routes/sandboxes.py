@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from atelier.api.parameters import SandboxReference, looking_session_of, services_of
+from atelier.api.parameters import (
+    LabelFilter,
+    SandboxReference,
+    WaitSeconds,
+    looking_session_of,
+    parse_label_filter,
+    services_of,
+)
 from atelier.api.rendering import parse_network_policy, render_sandbox
 from atelier.model import sandbox as sandbox_model
 from atelier.model.errors import InvalidRequestError
@@ -29,7 +36,6 @@ from atelier.services.guest_sessions import GuestSession
 router = APIRouter(prefix="/sandboxes", tags=["sandboxes"])
 
 _ENDED: dict[int | str, dict[str, Any]] = {200: {"model": Sandbox, "description": "It has ended."}}
-WaitSeconds = Annotated[float, Query(gt=0, le=3600, description="how long to wait at most")]
 
 
 @router.post(
@@ -59,7 +65,15 @@ async def create_sandbox(
         expires_at=body.expires_at,
     )
     policy = parse_network_policy(body.network) if body.network is not None else OPEN_POLICY
-    row = await service.create(body.name, spec, policy)
+    snapshot_id = None
+    if body.snapshot is not None:
+        snapshot, spec = await services_of(request).snapshots.begin_from(
+            body.snapshot, spec, body.model_fields_set, disk_only=body.disk_only
+        )
+        snapshot_id = snapshot.id
+    elif body.disk_only:
+        raise InvalidRequestError("disk_only says how to begin from a snapshot, and none is given", hint="name one")
+    row = await service.create(body.name, spec, policy, snapshot_id=snapshot_id, disk_only=body.disk_only)
     if wait:
         row, _ = await service.wait_settled(row.id, timeout_seconds)
         if row.state is not SandboxState.CREATING:
@@ -164,15 +178,10 @@ async def list_sandboxes(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
     cursor: Annotated[str, Query(max_length=200, description="`next_cursor` of the page before")] = "",
     state: SandboxState | None = None,
-    label: Annotated[list[str] | None, Query(description="`key=value`; several must all hold", max_length=16)] = None,
+    label: LabelFilter = None,
 ) -> SandboxPage:
     """List sandboxes, newest first, page by page."""
-    labels: dict[str, str] = {}
-    for pair in label or []:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise InvalidRequestError(f"the label filter {pair!r} is not of the form key=value", hint="?label=team=web")
-        labels[key] = value
+    labels = parse_label_filter(label)
     rows, next_cursor = services_of(request).sandboxes.list_page(limit, cursor, state, labels)
     return SandboxPage(items=[render_sandbox(row) for row in rows], next_cursor=next_cursor)
 

@@ -21,6 +21,8 @@ from atelier.cli.invocation import (
 @click.command(short_help="Create a sandbox.")
 @click.option("--name", metavar="NAME", help="A DNS label of at most 40 characters.  [default: generated]")
 @click.option("--image", metavar="IMAGE", help="The image to start from.  [default: base]")
+@click.option("--snapshot", metavar="SNAPSHOT", help="Go on from this snapshot, with its image, CPUs and memory.")
+@click.option("--disk-only", is_flag=True, help="With --snapshot: boot from its disk, and leave its memory.")
 @click.option("--cpus", "vcpu_count", type=int, metavar="N", help="Virtual CPUs.  [default: 1]")
 @click.option("--memory", "memory_mib", type=MEBIBYTES, help="Memory: 512, 512M or 2G.  [default: 512M]")
 @click.option("--disk", "disk_mib", type=MEBIBYTES, help="Disk: 4096, 4096M or 4G.  [default: 4G]")
@@ -42,6 +44,8 @@ def create(
     invocation: Invocation,
     name: str | None,
     image: str | None,
+    snapshot: str | None,
+    disk_only: bool,
     vcpu_count: int | None,
     memory_mib: int | None,
     disk_mib: int | None,
@@ -69,6 +73,7 @@ def create(
       atelier create --expires-in 2h --stop-when-idle 30m
       atelier create --allow github.com --allow '*.github.com' --download 10mbit
       atelier create --egress none
+      atelier create --snapshot ready --disk 16G
       box=$(atelier create --label team=web)
     """
     from atelier.cli.output import print_line, print_model, print_note, printable_block
@@ -76,6 +81,8 @@ def create(
     from atelier.client.sandbox import Sandbox
     from atelier.client.sandbox_failures import SandboxFailedError
 
+    if disk_only and snapshot is None:
+        raise click.UsageError("--disk-only says how to begin from a snapshot: name one with --snapshot.")
     policy = _network_policy(egress, allow, download, upload)
     with invocation.connect() as connection:
         try:
@@ -91,6 +98,8 @@ def create(
                     expires_in_seconds=expires_in_seconds,
                     auto_stop_after_idle_seconds=idle_seconds,
                     network=policy,
+                    snapshot=snapshot,
+                    disk_only=disk_only,
                     wait=not no_wait,
                     timeout_seconds=timeout_seconds,
                     connection=connection,

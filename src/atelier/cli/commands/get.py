@@ -64,6 +64,7 @@ def get(invocation: Invocation, sandbox: str, metrics: bool, as_json: bool) -> N
             ("state", f"stopped ({CUT_OFF})" if found.stop_reason is StopReason.FORCED else show_state(found)),
             *list_trouble(found),
             ("image", f"{found.image} ({found.image_id})" if found.image_id else found.image),
+            ("began from", f"snapshot {found.snapshot_id}" if found.snapshot_id else ""),
             ("vcpus", str(found.vcpu_count)),
             ("memory", show_mebibytes(found.memory_mib)),
             ("disk", show_mebibytes(found.disk_mib)),

@@ -22,11 +22,11 @@ from atelier.model.machine import MemoryImage, MemoryStream
 class GuestMemory(Protocol):
     """What the fake guests remember: files and processes travel with their machine."""
 
-    def dump(self, sandbox_id: str) -> bytes:
+    def dump(self, sandbox_id: str, /) -> bytes:
         """Everything that the guest of this sandbox would find again."""
         ...
 
-    def load(self, sandbox_id: str, data: bytes) -> None:
+    def load(self, sandbox_id: str, data: bytes, /) -> None:
         """Let this sandbox's guest be what was dumped."""
         ...
 

@@ -15,6 +15,7 @@ down_revision = "0003"
 def upgrade() -> None:
     op.add_column("sandboxes", sa.Column("machine", sa.JSON))
     op.add_column("sandboxes", sa.Column("snapshot_id", sa.Text))
+    op.add_column("sandboxes", sa.Column("disk_only", sa.Boolean, nullable=False, server_default="0"))
     op.add_column("sandboxes", sa.Column("purpose", sa.Text, nullable=False, server_default="user"))
     op.add_column("sandboxes", sa.Column("saved_memory", sa.JSON))
     op.create_table(
@@ -28,6 +29,8 @@ def upgrade() -> None:
         sa.Column("sandbox_id", sa.Text, nullable=False),
         sa.Column("sandbox_name", sa.Text, nullable=False),
         sa.Column("parent_id", sa.Text),
+        sa.Column("base_id", sa.Text),
+        sa.Column("keep_last", sa.Integer),
         sa.Column("image", sa.Text, nullable=False),
         sa.Column("image_id", sa.Text, nullable=False),
         sa.Column("vcpu_count", sa.Integer, nullable=False),
