@@ -1,243 +1,26 @@
-"""What every VMM driver keeps to when it saves a machine and lets it go on elsewhere. The real one has a guest that
-counts, in its memory and on its disk, and says what it finds there.
-"""
+"""What every VMM driver keeps to when it saves a machine and lets it go on elsewhere."""
 
 from __future__ import annotations
 
 import asyncio
-import re
-import shutil
-import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.real_machines import INIT_PREPARES, NO_QEMU, emulated, get_boot_files, machine_spec, make_overlay, with_init
+from tests.real_machines import NO_QEMU
+from tests.saved_machines import CLONE, OTHER, PARENT, PATIENCE_SECONDS, FakeStage, QemuStage, Stage, nothing, running
 
-from atelier.drivers.network.user import UserNetwork
-from atelier.drivers.vmm.fake import FakeVmm
-from atelier.drivers.vmm.interface import VmmDriver
-from atelier.host import processes
-from atelier.host.unconnected_tap import unconnected_tap
-from atelier.model.errors import CommandError, ConflictError, HostError, VmmError
-from atelier.model.machine import (
-    ROOT_DISK_SERIAL,
-    BootFiles,
-    Disk,
-    DiskFile,
-    MachineSpec,
-    MachineStamp,
-    MemoryImage,
-    MemoryStream,
-    NetworkAttachment,
-)
-
-PARENT, CLONE, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc"
-INSTALLATION = "save"
-PATIENCE_SECONDS = 120
-COUNTS = (
-    INIT_PREPARES
-    + """
-for block in /sys/block/vd*; do
-    read -r serial <$block/serial
-    [ "$serial" = atelier-root ] && root=/dev/${block##*/}
-done
-mkdir -p /kept
-mount -t tmpfs kept /kept
-dd if=/dev/urandom of=/kept/random bs=1M count=8 2>/dev/null
-sum=$(md5sum </kept/random)
-ip link set eth0 up
-count=0
-while true; do
-    count=$((count + 1))
-    was=$(dd if=$root bs=8 skip=1000 count=1 iflag=direct 2>/dev/null)
-    printf %8s $count | dd of=$root bs=8 seek=1000 conv=notrunc,fsync 2>/dev/null
-    memory=whole
-    [ "$(md5sum </kept/random)" = "$sum" ] || memory=BROKEN
-    echo "COUNT $count disk $((was)) memory $memory link $(cat /sys/class/net/eth0/carrier)"
-    sleep 0.1
-done
-"""
-)
-SIGN = re.compile(r"COUNT (\d+) disk (\d+) memory (\w+) link (\d)\r?\n")
-
-
-@asynccontextmanager
-async def card_for(spec: MachineSpec) -> AsyncIterator[int | None]:
-    if spec.network.kind != "tap":
-        yield None
-        return
-    async with unconnected_tap() as descriptor:
-        yield descriptor
-
-
-async def best_network() -> NetworkAttachment:
-    """A TAP, whose card can do more than any other, where one can be made here."""
-    try:
-        async with unconnected_tap():
-            return NetworkAttachment("tap", "02:00:00:00:00:01")
-    except CommandError:
-        return await UserNetwork().ensure_slot(PARENT, 0)
-
-
-async def nothing() -> None:
-    """So that a machine runs on after it was saved."""
-
-
-class Stage(ABC):
-    """A driver with one running machine, which lasts for all tests; each leaves it running, its link open."""
-
-    vmm: VmmDriver
-    parent: MachineSpec
-    layers: list[DiskFile]
-    """What the parent's disk consists of, the file that it writes to first."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.sandboxes = [PARENT]
-
-    @abstractmethod
-    async def life(self, sandbox_id: str) -> tuple[int, bool]:
-        """A new sign of life of that guest: (its count, whether its link is up). Raises TimeoutError."""
-
-    @abstractmethod
-    async def end(self, sandbox_id: str) -> None:
-        """Let its VMM die without the driver."""
-
-    @abstractmethod
-    def overlay(self, name: str) -> Disk:
-        """A new disk over what the parent's consists of."""
-
-    def restored(self, sandbox_id: str, source: MemoryStream | MemoryImage) -> MachineSpec:
-        self.sandboxes.append(sandbox_id)
-        return replace(
-            self.parent,
-            sandbox_id=sandbox_id,
-            root=self.overlay(f"{sandbox_id}-root"),
-            run_directory=self.folder / sandbox_id,
-            restore_from=source,
-        )
-
-    async def start(self, spec: MachineSpec) -> None:
-        await self.vmm.ensure_run_directory(spec.sandbox_id, spec.run_directory)
-        async with card_for(spec) as descriptor:
-            await self.vmm.ensure_started(spec, descriptor)
-
-    async def stop(self, sandbox_id: str) -> None:
-        await self.vmm.ensure_stopped(sandbox_id, self.folder / sandbox_id, None)
-        await self.vmm.ensure_run_directory_absent(self.folder / sandbox_id)
-
-    async def saved(self, name: str) -> MemoryStream:
-        """The parent as it is now, over disk files that it writes to no more."""
-        top = self.overlay(f"{name}-next").top
-
-        async def switch() -> None:
-            await self.vmm.switch_disk(self.parent.run_directory, ROOT_DISK_SERIAL, top)
-
-        await self.vmm.save(self.parent.run_directory, self.folder / name, at_stop=switch, afterwards=nothing)
-        self.frozen = list(self.layers)
-        self.layers.insert(0, top)
-        return MemoryStream(self.folder / name)
-
-
-class QemuStage(Stage):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.vmm = emulated(INSTALLATION, folder)
-
-    async def begin(self) -> None:
-        boot = with_init(await get_boot_files(), COUNTS, self.folder)
-        self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
-        self.layers = [self.parent.root.top, *self.parent.root.backing]
-        self.frozen = list(self.layers)
-        await self.start(self.parent)
-        await self.life(PARENT)
-
-    async def life(self, sandbox_id: str) -> tuple[int, bool]:
-        seen = await self._signs(sandbox_id)
-        async with asyncio.timeout(PATIENCE_SECONDS):
-            # The second of two new ones: the first may have been under way.
-            while len(signs := await self._signs(sandbox_id)) < len(seen) + 2:
-                await asyncio.sleep(0.05)
-        assert all(memory == "whole" for _, _, memory, _ in signs)
-        assert all(int(disk) + 1 == int(count) for count, disk, _, _ in signs if count != "1"), signs
-        return int(signs[-1][0]), signs[-1][3] == "1"
-
-    async def _signs(self, sandbox_id: str) -> list[tuple[str, str, str, str]]:
-        console = (await self.vmm.console_tail(self.folder / sandbox_id, 1_000_000)).decode(errors="replace")
-        return SIGN.findall(console)
-
-    async def end(self, sandbox_id: str) -> None:
-        identity = await self.vmm.find_process(sandbox_id, self.folder / sandbox_id)
-        assert identity is not None
-        await processes.kill_and_wait(identity)
-
-    def overlay(self, name: str) -> Disk:
-        below = self.layers if name.endswith("-next") else self.frozen
-        return replace(make_overlay(self.folder / f"{name}.qcow2", below[0]), backing=tuple(below))
-
-
-class CountingGuests:
-    """The memory of fake guests: how often each was dumped."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, int] = {PARENT: 1}
-
-    def dump(self, sandbox_id: str) -> bytes:
-        return str(self.counts[sandbox_id]).encode()
-
-    def load(self, sandbox_id: str, data: bytes) -> None:
-        self.counts[sandbox_id] = int(data)
-
-
-class FakeStage(Stage):
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.guests = CountingGuests()
-        self.fake = self.vmm = FakeVmm(guest_memory=self.guests)
-
-    async def begin(self) -> None:
-        boot = BootFiles(Path("/x"), Path("/x"), Path("/x"), "", "")
-        self.layers = [DiskFile(self.folder / "root", "qcow2")]
-        disk = Disk(ROOT_DISK_SERIAL, self.layers[0])
-        network = NetworkAttachment("user_restricted")
-        self.parent = MachineSpec(PARENT, INSTALLATION, 1, 128, boot, disk, disk, network, self.folder / PARENT)
-        await self.start(self.parent)
-
-    async def life(self, sandbox_id: str) -> tuple[int, bool]:
-        if self.fake.is_stopped(sandbox_id):
-            raise TimeoutError
-        self.guests.counts[sandbox_id] += 1
-        return self.guests.counts[sandbox_id], self.fake.is_link_open(sandbox_id)
-
-    async def end(self, sandbox_id: str) -> None:
-        self.fake.end_machine(sandbox_id)
-
-    def overlay(self, name: str) -> Disk:
-        return Disk(ROOT_DISK_SERIAL, DiskFile(self.folder / f"{name}.qcow2", "qcow2"), tuple(self.layers))
+from atelier.model.errors import ConflictError, HostError, VmmError
+from atelier.model.machine import ROOT_DISK_SERIAL, MachineStamp, MemoryImage, MemoryStream
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param(QemuStage, marks=pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)), FakeStage]
 )
 def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
-    # Not pytest's folder: its path is too long for a socket.
-    folder = Path(tempfile.mkdtemp(prefix="atelier-save-"))
-    made = request.param(folder)
-
-    async def end() -> None:
-        for sandbox_id in made.sandboxes:
-            await made.stop(sandbox_id)
-
-    try:
-        asyncio.run(made.begin())
+    with running(request.param) as made:
         yield made
-    finally:
-        asyncio.run(end())
-        shutil.rmtree(folder)
 
 
 def _files(stage: Stage) -> set[str]:

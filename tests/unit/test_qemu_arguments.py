@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from atelier.drivers.vmm.qemu_arguments import (
+    EmptyDisk,
     MachineDescriptors,
     OpenDisk,
+    OpenMemory,
     kernel_command_line,
     machine_arguments,
     process_name,
@@ -119,3 +121,53 @@ def test_only_an_emulated_guest_is_told_the_counters_rate() -> None:
     told = kernel_command_line("tcg", 2_445_426, ("extra",)).split()
     assert {"tsc_early_khz=2445426", "lpj=9781704", "tsc=reliable", "no_timer_check", "extra"} <= set(told)
     assert not any("tsc" in word for word in kernel_command_line("kvm", 2_445_426).split())
+
+
+def test_memory_is_always_an_object_of_the_same_name_and_size() -> None:
+    """Else what one machine has saved would not be found by another."""
+    own = _arguments()
+    image = _restored(OpenMemory(31, shared=False))
+    baking = _restored(OpenMemory(31, shared=True))
+    for arguments in (own, image, baking):
+        (machine,) = _values(arguments, "-machine")
+        assert "memory-backend=ram" in machine.split(",")
+        (memory,) = _values(arguments, "-object")
+        assert {"id=ram", "size=300M"} <= set(memory.split(","))
+    assert _values(own, "-object")[0].startswith("memory-backend-ram,")
+    assert _values(image, "-object") == ["memory-backend-file,id=ram,size=300M,mem-path=/proc/self/fd/31,share=off"]
+    assert _values(baking, "-object")[0].endswith(",share=on")
+
+
+def test_a_restored_machine_has_no_kernel_and_waits() -> None:
+    arguments = _restored(None)
+    assert not {"-kernel", "-initrd", "-append"} & set(arguments)
+    assert "-S" in arguments
+    assert _values(arguments, "-incoming") == ["defer"]
+    assert not {"-S", "-incoming"} & set(_arguments())
+
+
+def test_all_devices_are_the_same_however_a_machine_begins() -> None:
+    baking = _restored(
+        OpenMemory(31, shared=True), (EmptyDisk("atelier-root", False), EmptyDisk("atelier-tools", True))
+    )
+
+    def devices(arguments: list[str]) -> list[str]:
+        return [value.split("drive=")[0] + value.partition(",serial=")[2] for value in _values(arguments, "-device")]
+
+    assert devices(_arguments()) == devices(_restored(None)) == devices(baking)
+    nodes = [_properties(value) for value in _values(baking, "-blockdev")]
+    assert [(node["driver"], node["read-only"]) for node in nodes] == [("null-co", "off"), ("null-co", "on")]
+
+
+def _restored(memory: OpenMemory | None, disks: tuple[OpenDisk | EmptyDisk, ...] = (ROOT, TOOLS)) -> list[str]:
+    return machine_arguments(
+        Path("/usr/bin/qemu"),
+        "restored",
+        accelerator="tcg",
+        vcpu_count=2,
+        memory_mib=300,
+        command_line="",
+        descriptors=MachineDescriptors(console=13, control_socket=14, guest_socket=15),
+        disks=disks,
+        memory=memory,
+    )

@@ -2,23 +2,29 @@
 
 Called by the VMM drivers. So a process with a limit on its files can write a large one, it cannot change the file
 afterwards, it may be kept waiting, and it sees a full disk as a reader that went away. Bytes go from pipe to file inside
-the kernel. Source: pipe(7), splice(2).
+the kernel. Source: pipe(7), fcntl(2), splice(2).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import os
 import select
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from atelier.host.files import refusal_as_error, sync_folder
 from atelier.model.errors import HostError
 
-_PIECE_BYTES = 1024 * 1024
+_T = TypeVar("_T")
+_WIDE_BYTES = 1024 * 1024
+"""Of a pipe: with less room writer and reader wait for each other all the time. As much as anybody may have."""
+_NARROW_BYTES = 64 * 1024
 _LOOK_AGAIN_MS = 100
 
 
@@ -33,9 +39,12 @@ class PipedFile:
         self._open = threading.Event()
         self._open.set()
         self._abandoned = threading.Event()
-        self._copying = asyncio.ensure_future(asyncio.to_thread(self._copy))
+        self._loop = asyncio.get_running_loop()
+        self._copied: asyncio.Future[int] = self._loop.create_future()
         # Asked for by ``end`` only; an abandoned copy's failure is nobody's concern.
-        self._copying.add_done_callback(lambda copying: copying.cancelled() or copying.exception())
+        self._copied.add_done_callback(lambda copied: copied.cancelled() or copied.exception())
+        # A thread of its own, not one of the loop's few: it waits for others, who may need one of those.
+        threading.Thread(target=self._run, name="piped file", daemon=True).start()
 
     def handed_over(self) -> None:
         """The pipe ends with its writer from now on."""
@@ -44,7 +53,7 @@ class PipedFile:
             self.write_end = -1
 
     def hold(self) -> None:
-        """Let the writer wait as soon as the pipe is full (64 KiB)."""
+        """Let the writer wait when it has written another 64 KiB."""
         self._open.clear()
 
     def go_on(self) -> None:
@@ -55,7 +64,7 @@ class PipedFile:
 
         Raises DiskFullError, HostError (``stream_too_long`` beyond the limit).
         """
-        return await asyncio.shield(self._copying)
+        return await asyncio.shield(self._copied)
 
     async def keep(self, path: Path) -> None:
         """After ``end``: put the file on the disk under its name, in place of what bears it. Raises DiskFullError."""
@@ -72,20 +81,39 @@ class PipedFile:
         self.handed_over()
         self._abandoned.set()
         self._open.set()
-        await asyncio.wait([self._copying])
+        await asyncio.wait([self._copied])
         os.close(self._file)
         self._path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        try:
+            size_bytes = self._copy()
+        except Exception as error:
+            self._tell(self._copied.set_exception, error)
+        else:
+            self._tell(self._copied.set_result, size_bytes)
+
+    def _tell(self, tell: Callable[[_T], None], outcome: _T) -> None:
+        # The loop may have ended with its program.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(tell, outcome)
 
     def _copy(self) -> int:
         poll = select.poll()
         poll.register(self._read_end, select.POLLIN)
         size_bytes = 0
         try:
+            self._set_room(_WIDE_BYTES)
             while not self._abandoned.is_set():
-                if not self._open.wait(_LOOK_AGAIN_MS / 1000) or not poll.poll(_LOOK_AGAIN_MS):
+                if not self._open.is_set() and self._set_room(_NARROW_BYTES):
+                    while not self._open.wait(_LOOK_AGAIN_MS / 1000) and not self._abandoned.is_set():
+                        pass
+                    self._set_room(_WIDE_BYTES)
+                    continue
+                if not poll.poll(_LOOK_AGAIN_MS):
                     continue
                 with refusal_as_error(f"writing {self._path}"):
-                    moved = os.splice(self._read_end, self._file, _PIECE_BYTES)
+                    moved = os.splice(self._read_end, self._file, _WIDE_BYTES)
                 if moved == 0:
                     break
                 size_bytes += moved
@@ -97,6 +125,14 @@ class PipedFile:
             # The writer's next bytes fail: it learns that nobody takes them.
             os.close(self._read_end)
         return size_bytes
+
+    def _set_room(self, size_bytes: int) -> bool:
+        """Whether that worked: a pipe cannot have less than it holds, nor a user more than it may."""
+        try:
+            fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, size_bytes)
+        except OSError:
+            return False
+        return True
 
 
 @asynccontextmanager

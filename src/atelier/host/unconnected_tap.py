@@ -41,7 +41,7 @@ def _open() -> int:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     ours, its = socket.socketpair()
     with ours, its:
-        program = [sys.executable, "-m", __name__, str(its.fileno())]
+        program = [sys.executable, "-P", "-m", __name__, str(its.fileno())]
         arguments = ["unshare", *user, "--net", *program]
         try:
             subprocess.run(

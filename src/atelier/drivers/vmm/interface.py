@@ -123,7 +123,8 @@ class VmmDriver(Protocol):
         at_stop: SavingMoment | None = None,
         afterwards: SavingMoment | None = None,
     ) -> SavedMachine:
-        """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent).
+        """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent). What
+        a manager that died has begun bears that name with ``.new`` behind it, until it is begun again.
 
         Its memory is sent while it runs. ``before_stop`` is awaited once, still then, when little is left (it quiesces
         the guest); ``at_stop`` once, while the machine stands still and its disks are still the old ones (it switches
@@ -150,7 +151,8 @@ class VmmDriver(Protocol):
         ...
 
     async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
-        """Turn a stream into an image: two new files (mode 0400), the state last; each whole or absent.
+        """Turn a stream into an image: two new files (mode 0400), the state last; each whole or absent, ``.new`` as
+        above.
 
         ``spec`` is that of the saved machine but for two things: ``sandbox_id`` names what is baked, and
         ``run_directory`` is made and removed here. Its disks and its TAP are not touched. What a manager that died

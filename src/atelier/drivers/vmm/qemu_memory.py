@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from atelier.host.sealed_memory import sealed_copy
 from atelier.model.errors import VmmError
@@ -33,7 +34,7 @@ class SealedImages:
 
     def __init__(self) -> None:
         self._copies: dict[Path, _Copy] = {}
-        self._copying = asyncio.Lock()
+        self._copying: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
     async def opened(self, memory: Path, size_bytes: int) -> AsyncGenerator[int]:
@@ -41,7 +42,8 @@ class SealedImages:
 
         Raises VmmError (``restore_failed``) when the file is gone or of another size, HostError, DiskFullError.
         """
-        async with self._copying:
+        lock = self._copying.setdefault(memory, asyncio.Lock())
+        async with lock:
             self._drop_stale()
             copy = self._copies.get(memory)
             if copy is None:

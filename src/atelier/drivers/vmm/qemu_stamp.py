@@ -17,6 +17,7 @@ from atelier.model.machine import MachineStamp
 _FORMAT = 1
 """To be raised with every change of the devices that a machine has, or of their order."""
 
+_CPUINFO = Path("/proc/cpuinfo")
 _VERSION = re.compile(r"version (\d+\.\d+\.\d+)")
 _SHOWN_PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "model name")
 
@@ -31,7 +32,7 @@ async def read_version(executable: Path) -> str:
 
 def make_stamp(version: str, accelerator: AcceleratorKind, tsc_khz: int, network_kind: str) -> MachineStamp:
     """Under emulation the guest sees QEMU's own processor, whatever the host's is, but for the counter's rate."""
-    model, flags = ("max", "") if accelerator == "tcg" else _read_processor(Path("/proc/cpuinfo").read_text())
+    model, flags = ("max", "") if accelerator == "tcg" else _read_processor(_CPUINFO.read_text())
     return MachineStamp(
         vmm=f"qemu-{accelerator}",
         vmm_version=version,
