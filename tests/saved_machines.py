@@ -145,12 +145,15 @@ class Stage(ABC):
 
 
 class QemuStage(Stage):
-    def __init__(self, folder: Path) -> None:
+    """``boot``: files that this user can read; those of the cache by default."""
+
+    def __init__(self, folder: Path, boot: BootFiles | None = None) -> None:
         super().__init__(folder)
+        self._boot = boot
         self.vmm = emulated(INSTALLATION, folder)
 
     async def begin(self) -> None:
-        boot = with_init(await get_boot_files(), COUNTS, self.folder)
+        boot = with_init(self._boot or await get_boot_files(), COUNTS, self.folder)
         self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
         self.layers = [self.parent.root.top, *self.parent.root.backing]
         self.frozen = list(self.layers)
