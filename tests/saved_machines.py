@@ -23,6 +23,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.host import processes
 from atelier.host.unconnected_tap import unconnected_tap
 from atelier.model.errors import CommandError
+from atelier.model.ids import new_installation_id
 from atelier.model.machine import (
     ROOT_DISK_SERIAL,
     BootFiles,
@@ -35,7 +36,8 @@ from atelier.model.machine import (
 )
 
 PARENT, CLONE, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc"
-INSTALLATION = "save"
+INSTALLATION = new_installation_id()
+"""Of this run alone: another one beside it would end these machines as its own."""
 PATIENCE_SECONDS = 120
 COUNTS = (
     INIT_PREPARES
