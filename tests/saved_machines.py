@@ -168,7 +168,7 @@ class QemuStage(Stage):
             # The second of two new ones: the first may have been under way.
             while len(signs := await self.signs(sandbox_id)) < len(seen) + 2:
                 await asyncio.sleep(0.05)
-        assert all(memory == "whole" for _, _, _, memory, _ in signs)
+        assert all(memory == "whole" for _, _, _, memory, _ in signs), signs
         assert all(int(disk) + 1 == int(count) for count, disk, *_ in signs if count != "1"), signs
         return int(signs[-1][0]), signs[-1][4] == "1"
 
