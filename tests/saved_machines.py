@@ -23,6 +23,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.host import processes
 from atelier.host.unconnected_tap import unconnected_tap
 from atelier.model.errors import CommandError
+from atelier.model.ids import new_installation_id
 from atelier.model.machine import (
     ROOT_DISK_SERIAL,
     BootFiles,
@@ -35,7 +36,8 @@ from atelier.model.machine import (
 )
 
 PARENT, CLONE, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc"
-INSTALLATION = "save"
+INSTALLATION = new_installation_id()
+"""Of this run alone: another one beside it would end these machines as its own."""
 PATIENCE_SECONDS = 120
 COUNTS = (
     INIT_PREPARES
@@ -149,12 +151,15 @@ class Stage(ABC):
 
 
 class QemuStage(Stage):
-    def __init__(self, folder: Path) -> None:
+    """``boot``: files that this user can read; those of the cache by default."""
+
+    def __init__(self, folder: Path, boot: BootFiles | None = None) -> None:
         super().__init__(folder)
+        self._boot = boot
         self.vmm = emulated(INSTALLATION, folder)
 
     async def begin(self) -> None:
-        boot = with_init(await get_boot_files(), COUNTS, self.folder)
+        boot = with_init(self._boot or await get_boot_files(), COUNTS, self.folder)
         self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
         self.layers = [self.parent.root.top, *self.parent.root.backing]
         self.frozen = list(self.layers)
@@ -167,7 +172,7 @@ class QemuStage(Stage):
             # The second of two new ones: the first may have been under way.
             while len(signs := await self.signs(sandbox_id)) < len(seen) + 2:
                 await asyncio.sleep(0.05)
-        assert all(memory == "whole" for _, _, _, memory, _ in signs)
+        assert all(memory == "whole" for _, _, _, memory, _ in signs), signs
         assert all(int(disk) + 1 == int(count) for count, disk, *_ in signs if count != "1"), signs
         return int(signs[-1][0]), signs[-1][4] == "1"
 

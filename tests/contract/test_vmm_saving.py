@@ -12,7 +12,7 @@ from tests.real_machines import NO_QEMU
 from tests.saved_machines import CLONE, OTHER, PARENT, PATIENCE_SECONDS, FakeStage, QemuStage, Stage, nothing, running
 
 from atelier.model.errors import ConflictError, HostError, VmmError
-from atelier.model.machine import ROOT_DISK_SERIAL, MachineStamp, MemoryImage, MemoryStream
+from atelier.model.machine import ROOT_DISK_SERIAL, MachineStamp, MemoryImage, MemoryStream, SavedMachine
 
 
 @pytest.fixture(
@@ -184,6 +184,19 @@ async def test_giving_up_while_saving_leaves_the_machine_running(stage: Stage, m
         await saving
     await stage.life(PARENT)
     assert _files(stage) & {"given-up", "given-up.new"} == set()
+
+
+async def test_two_saves_at_once_are_one_and_a_refusal(stage: Stage) -> None:
+    targets = [stage.folder / name for name in ("first-at-once", "second-at-once")]
+    run = stage.parent.run_directory
+
+    async def take_a_moment() -> None:
+        await asyncio.sleep(0.2)
+
+    saves = (stage.vmm.save(run, target, at_stop=take_a_moment, go_on=True) for target in targets)
+    outcomes = await asyncio.gather(*saves, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [SavedMachine, ConflictError]
+    await stage.life(PARENT)
 
 
 async def test_a_folder_that_is_not_there(stage: Stage) -> None:

@@ -8,13 +8,15 @@ import ctypes
 import fcntl
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.real_machines import NO_QEMU, emulated
+from tests.real_machines import NO_QEMU, emulated, get_boot_files
 from tests.saved_machines import (
     CLONE,
     INSTALLATION,
@@ -26,6 +28,7 @@ from tests.saved_machines import (
     nothing,
     running,
 )
+from tests.vm.ordinary_user import as_ordinary_user
 from tests.vm.test_full_disk import mounted
 
 from atelier.drivers.vmm import qemu, qemu_baking, qemu_saving
@@ -234,6 +237,31 @@ async def test_sealed_memory_is_refused_to_a_machine_that_would_share_it(stage: 
         os.close(sealed)
     assert "not permitted" in (spec.run_directory / "qemu.log").read_text()
     await stage.stop(CLONE)
+
+
+def test_an_ordinary_user_saves_machines_too() -> None:
+    with tempfile.TemporaryDirectory(prefix="atelier-boot-") as name:
+        Path(name).chmod(0o755)
+        found = asyncio.run(get_boot_files())
+        copies = [shutil.copyfile(file, Path(name) / file.name) for file in (found.kernel, found.initramfs)]
+        boot = replace(found, kernel=copies[0], initramfs=copies[1])
+
+        def act() -> list[bool]:
+            with running(lambda folder: QemuStage(folder, boot)) as stage:
+                return asyncio.run(_save_and_bake(stage))
+
+        # Its links: neither was open.
+        assert as_ordinary_user(act) == [False, False]
+
+
+async def _save_and_bake(stage: QemuStage) -> list[bool]:
+    stream = await stage.saved("an-ordinary-users")
+    made = MemoryImage(stage.folder / "memory", stage.folder / "state")
+    await stage.vmm.bake(stream, _baking(stage), made)
+    specs = [stage.restored(CLONE, stream), stage.restored(OTHER, made)]
+    for spec in specs:
+        await stage.start(spec)
+    return [(await stage.life(spec.sandbox_id))[1] for spec in specs]
 
 
 # --- who dies in the middle -------------------------------------------------------------------------------------------

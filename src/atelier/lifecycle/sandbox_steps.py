@@ -120,21 +120,15 @@ class SandboxSteps:
         up to the VMM process, so that unwinding kills the VMM first and frees the network last. ``keeps_disk``: slot
         and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``).
 
-        ``spend_memory`` gives up the memory that the machine was restored from, once it stands in the machine. Without
-        it a sandbox has no more saved memory from the beginning on: what it may have had does not fit its disk any
-        more as soon as its guest runs."""
+        ``spend_memory`` gives up the memory of a paused sandbox that its machine was restored from, once it stands in
+        the machine."""
         free_slot, remove_volume = self._free_slot, self._remove_volume
         if keeps_disk:
             free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
-        if not spend_memory:
-            memory: Step[Connection] = Step("memory", self._give_memory_up, self._remove_memory, self._commit_no_memory)
-        else:
-            memory = Step("memory", self._nothing, self._remove_memory)
         return (
             find,
             Step("network", self._take_slot, free_slot, self._commit_slot),
             Step("volume", self._make_volume, remove_volume, self._commit_volume),
-            memory,
             Step("run_directory", self._make_run_directory, self._remove_run_directory),
             Step("guest_channel", self._attach_channel, self._detach_channel),
             Step("vmm", self._start_vmm, self._stop_vmm, self._commit_vmm),
@@ -215,9 +209,12 @@ class SandboxSteps:
         await self.network.ensure_slot_absent(context.subject_id)
 
     async def _make_volume(self, context: StepContext) -> dict[str, Any]:
-        if disk := context.outputs["image"].get("disk"):
-            return disk
         origin = context.outputs["image"]
+        if disk := origin.get("disk"):
+            if "restore" not in origin:
+                # It is booted: what it had in memory when it was paused fits its disk no more.
+                await self.memories.remove(context.subject_id)
+            return disk
         if "restore" in origin and await self.storage.find_volume(context.subject_id) is not None:
             # Of an earlier run of this list: its guest may have written to it, and the memory to restore knows nothing
             # of that. Nobody else has used it yet.
@@ -230,24 +227,13 @@ class SandboxSteps:
 
     def _commit_volume(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         self.sandboxes.set_holds_volume(connection, record.subject_id, True)
+        if "restore" not in record.outputs["image"]:
+            SandboxMachineRepository().set_saved_memory(connection, record.subject_id, None)
 
     async def _remove_volume(self, context: StepContext) -> None:
-        await self.storage.ensure_volume_absent(context.subject_id)
-
-    async def _give_memory_up(self, context: StepContext) -> dict[str, Any]:
+        """With it goes what a paused sandbox has of its memory."""
         await self.memories.remove(context.subject_id)
-        return {}
-
-    def _commit_no_memory(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
-        SandboxMachineRepository().set_saved_memory(connection, record.subject_id, None)
-
-    async def _nothing(self, context: StepContext) -> dict[str, Any]:
-        return {}
-
-    async def _remove_memory(self, context: StepContext) -> None:
-        """Only with the sandbox itself: what could not be resumed now may be resumed later."""
-        if context.unwind_requested:
-            await self.memories.remove(context.subject_id)
+        await self.storage.ensure_volume_absent(context.subject_id)
 
     async def _make_run_directory(self, context: StepContext) -> dict[str, Any]:
         await self.vmm.ensure_run_directory(context.subject_id, self.directory(context))

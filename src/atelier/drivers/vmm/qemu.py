@@ -78,7 +78,8 @@ class QemuVmm:
         self._preparing = asyncio.Lock()
         self._starting: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._images = SealedImages()
-        self._saving: dict[Path, QmpConnection] = {}
+        self._saving: dict[Path, QmpConnection | None] = {}
+        """By run directory, the connection over which a machine is being saved, once there is one."""
         self._version: tuple[tuple[int, int], str] | None = None
         self.kvm_answer: KvmAnswer | None = None
 
@@ -312,14 +313,15 @@ class QemuVmm:
     ) -> SavedMachine:
         if run_directory in self._saving:
             raise ConflictError(f"the machine in {run_directory} is being saved already", code="saving")
-        async with self._control(run_directory, _START_TIMEOUT_SECONDS) as control:
-            self._saving[run_directory] = control
-            try:
+        self._saving[run_directory] = None
+        try:
+            async with self._control(run_directory, _START_TIMEOUT_SECONDS) as control:
+                self._saving[run_directory] = control
                 return await save_machine(
                     control, target, before_stop=before_stop, at_stop=at_stop, afterwards=afterwards
                 )
-            finally:
-                del self._saving[run_directory]
+        finally:
+            del self._saving[run_directory]
 
     async def go_on(self, run_directory: Path) -> None:
         async with self._control(run_directory) as control:
@@ -342,6 +344,8 @@ class QemuVmm:
             await bake_image(self._host(), stream, spec, image)
         except (VmmError, CommandError) as error:
             said = read_tail(folder.stderr, _STDERR_TAIL_BYTES).decode(errors="replace").strip()
+            if isinstance(error, CommandError) and not said:
+                raise
             raise VmmError(
                 f"the saved machine {stream.path} could not be baked: {said or error.message}",
                 code="bake_failed",

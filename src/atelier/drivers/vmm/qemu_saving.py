@@ -37,6 +37,7 @@ _LITTLE_LEFT_BYTES = (64 * _MIB, 128 * _MIB)
 _FIRST_STOP_MS, _LONGEST_STOP_MS = 50, 2_000_000
 """How long the last part may take to send: at first; and, doubled again and again, at last whatever it takes."""
 _PATIENCE_SECONDS = 0.25
+_ABANDON_SECONDS = 30.0
 
 
 async def save_machine(
@@ -75,7 +76,7 @@ async def _stream(control: QmpConnection, target: Path, memory_bytes: int) -> As
             yield stream
         except BaseException:
             # What went wrong is told already; a VMM that is gone runs nothing.
-            with contextlib.suppress(VmmError):
+            with contextlib.suppress(VmmError, TimeoutError):
                 await asyncio.shield(_abandon(control, stream))
             raise
 
@@ -83,7 +84,9 @@ async def _stream(control: QmpConnection, target: Path, memory_bytes: int) -> As
 async def _abandon(control: QmpConnection, stream: PipedFile) -> None:
     # A QEMU that waits for room in the pipe learns of nothing else.
     stream.go_on()
-    await run_on(control)
+    # Whoever gave up is to be free again, whatever the VMM says.
+    async with asyncio.timeout(_ABANDON_SECONDS):
+        await run_on(control)
 
 
 async def _begin(control: QmpConnection, stream: PipedFile) -> None:
