@@ -193,7 +193,7 @@ async def test_two_saves_at_once_are_one_and_a_refusal(stage: Stage) -> None:
     async def take_a_moment() -> None:
         await asyncio.sleep(0.2)
 
-    saves = (stage.vmm.save(run, target, at_stop=take_a_moment, go_on=True) for target in targets)
+    saves = (stage.vmm.save(run, target, at_stop=take_a_moment, afterwards=nothing) for target in targets)
     outcomes = await asyncio.gather(*saves, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [SavedMachine, ConflictError]
     await stage.life(PARENT)

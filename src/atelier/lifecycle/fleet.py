@@ -23,8 +23,14 @@ from atelier.model.states import UNDER_WAY, SandboxState
 _logger = logging.getLogger(__name__)
 
 _AT_ONCE = 16
-_ACTIVE = (SandboxState.CREATING, SandboxState.STARTING, SandboxState.RUNNING, SandboxState.STOPPING)
-_WITH_MACHINE = (SandboxState.CREATING, SandboxState.STARTING, SandboxState.RUNNING)
+_WITH_MACHINE = (
+    SandboxState.CREATING,
+    SandboxState.STARTING,
+    SandboxState.RESUMING,
+    SandboxState.RUNNING,
+    SandboxState.PAUSING,
+)
+_ACTIVE = (*_WITH_MACHINE, SandboxState.STOPPING)
 
 
 class SandboxFleet:

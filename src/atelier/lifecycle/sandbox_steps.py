@@ -29,6 +29,7 @@ from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.consoles import KeptConsoles
+from atelier.lifecycle.file_system_growth import grow_root_file_system
 from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.origins import Origins
 from atelier.lifecycle.progress import ProgressEvents
@@ -50,13 +51,11 @@ from atelier.model.errors import (
     AtelierError,
     ConflictError,
     GuestError,
-    GuestUnreachableError,
     HostError,
-    NotFoundError,
     TimeoutExceededError,
     VmmError,
 )
-from atelier.model.guest import GuestIdentity, ProcessEnded, ProcessOutput, ProcessSpec
+from atelier.model.guest import GuestIdentity
 from atelier.model.layout import RunLayout
 from atelier.model.machine import (
     ROOT_DISK_SERIAL,
@@ -76,14 +75,6 @@ from atelier.saga.log import SagaRecord
 WARNING = "sandbox.warning"
 
 _ENTROPY_BYTES = 64
-_GROWTH_SECONDS = 300.0
-_GROWTH_OUTPUT_BYTES = 4096
-_PROGRAM_NOT_FOUND = 127
-# The device node may be missing in an image with a /dev of its own. The growth is online, to the disk's size.
-_GROWTH_SCRIPT = (
-    "test -e /dev/vda || { IFS=: read -r major minor </sys/block/vda/dev && mknod /dev/vda b $major $minor; }; "
-    "exec resize2fs /dev/vda"
-)
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -371,35 +362,8 @@ class SandboxSteps:
             return {"file_system_mib": sandbox.spec.disk_mib}
         if _is_restored(context):
             await self.vmm.resize_disk(self.directory(context), ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
-        warning = await self.while_machine_runs(context, self._run_resize(sandbox.id))
+        warning = await self.while_machine_runs(context, grow_root_file_system(self.guests, sandbox.id))
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
-
-    async def _run_resize(self, sandbox_id: str) -> str:
-        """Grow the root file system to its disk, online. Returns a warning where the image cannot; raises GuestError
-        when it should have worked."""
-        spec = ProcessSpec(("sh", "-c", _GROWTH_SCRIPT), user="root", timeout_seconds=_GROWTH_SECONDS)
-        without = "the image has no resize2fs: the file system keeps the image's size, not the disk's"
-        output = bytearray()
-        try:
-            async with self.guests.start_process(sandbox_id, spec) as events:
-                async for event in events:
-                    if isinstance(event, ProcessOutput):
-                        output += event.data
-                        del output[:-_GROWTH_OUTPUT_BYTES]
-                    elif isinstance(event, ProcessEnded):
-                        if event.exit_code == 0:
-                            return ""
-                        if event.exit_code == _PROGRAM_NOT_FOUND:
-                            return without
-                        said = output.decode("utf-8", "replace").strip()
-                        raise GuestError(
-                            f"the file system could not be grown: resize2fs: {event.error or event.status}: {said}",
-                            code="file_system_not_grown",
-                            hint="look at the console's end for errors of the disk",
-                        )
-        except NotFoundError:
-            return without
-        raise GuestUnreachableError(f"the guest of {sandbox_id} went silent while its file system was grown")
 
     def _commit_growth(self, connection: Connection, record: SagaRecord, output: dict[str, Any]) -> None:
         if file_system_mib := output.get("file_system_mib"):
@@ -444,7 +408,7 @@ class SandboxSteps:
         identity = await self.vmm.find_process(sandbox.id, self.directory(context))
         if sandbox.state is not SandboxState.RUNNING or identity is None:
             return {}
-        warning = await self._run_resize(sandbox.id)
+        warning = await grow_root_file_system(self.guests, sandbox.id)
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
 
     async def while_machine_runs(self, context: StepContext, work: Coroutine[Any, Any, _T]) -> _T:
