@@ -93,11 +93,13 @@ class Templates:
                 for each in SandboxRepository().list_in(connection)
                 if each.purpose is SandboxPurpose.TEMPLATE and each.state is not SandboxState.DESTROYING
             ]
+        for sandbox in sandboxes:
+            await self._try(self._destroy(sandbox.id))
+        # Only now: what was being taken of these has failed by their end.
+        with self._database.read() as connection:
             spoilt = SnapshotRepository().list_in(
                 connection, [SnapshotState.FAILED, SnapshotState.DAMAGED], [SnapshotPurpose.TEMPLATE]
             )
-        for sandbox in sandboxes:
-            await self._try(self._destroy(sandbox.id))
         for template in spoilt:
             await self._try(self._snapshots.delete(template.id))
 
