@@ -89,9 +89,7 @@ class Templates:
         """After a start: what the last manager left of templates that it was about to make."""
         with self._database.read() as connection:
             sandboxes = [
-                each
-                for each in SandboxRepository().list_in(connection)
-                if each.purpose is SandboxPurpose.TEMPLATE and each.state is not SandboxState.DESTROYING
+                each for each in SandboxRepository().list_in(connection) if each.purpose is SandboxPurpose.TEMPLATE
             ]
         for sandbox in sandboxes:
             await self._try(self._destroy(sandbox.id))
