@@ -58,6 +58,7 @@ Examples:
   atelier pause box                           freeze it; the next use wakes it
   atelier snapshot box ready                  save it; atelier create --snapshot ready
   atelier fork box --count 5                  five that go on from where it is
+  atelier pool set base --size 5              keep five ready to be taken
   atelier rm box                              destroy it
   atelier down                                stop everything, end Atelier
 
