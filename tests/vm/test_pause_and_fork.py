@@ -93,7 +93,7 @@ def forks(box: Sandbox) -> Iterator[list[Sandbox]]:
     start(box, UUID_MAKER, "/home/user/answer")
     run(box, "echo kept >/home/user/before")
     made = box.fork(FORKS, name_prefix="fork", wait=False, timeout_seconds=WAIT_SECONDS)
-    run(box, "echo own >/home/user/after; pkill -f blocks-end")
+    run(box, "echo own >/home/user/after; pkill -f 'blocks-en[d]'")
     try:
         for fork in made:
             wait_until(lambda fork=fork: fork.refresh().state not in UNDER_WAY, WAIT_SECONDS)
@@ -177,7 +177,7 @@ def test_twenty_pauses_are_not_noticed(box: Sandbox) -> None:
         terminal.send(b"exit\n")
     counted = [
         tuple(int(word) for word in line.split())
-        for line in run(box, "pkill -f user/ticks; cat /home/user/ticks").splitlines()
+        for line in run(box, "pkill -f 'user/tick[s]'; cat /home/user/ticks").splitlines()
     ]
     assert [number for number, _, _ in counted] == list(range(len(counted)))
     assert len(counted) > PAUSES
@@ -192,7 +192,9 @@ def test_each_fork_is_somebody_of_its_own(manager: RunningManager, box: Sandbox,
     who = [answer.split() for answer in on_all(everybody, lambda each: run(each, WHO))]
     assert [answer[0] for answer in who] == ["box", *(f"fork-{number + 1}" for number in range(FORKS))]
     assert {len(answer) for answer in who} == {5}
-    for kind, found in zip(("hostname", "machine-id", "MAC", "generation", "host key"), zip(*who, strict=True), strict=True):
+    for kind, found in zip(
+        ("hostname", "machine-id", "MAC", "generation", "host key"), zip(*who, strict=True), strict=True
+    ):
         assert len(set(found)) == 1 + FORKS, kind
     tokens = rows(manager, "SELECT guest_token FROM sandboxes")
     assert len(set(tokens)) == len(tokens) >= 1 + FORKS
@@ -218,9 +220,13 @@ def test_no_random_block_occurs_twice(forks: list[Sandbox], box: Sandbox) -> Non
     for fork in forks:
         blocks = blocks_of(fork)
         own = [(generation, block) for generation, block in blocks if generation != first]
-        assert len(own) == 300 and {generation for generation, _ in own} == {run(fork, "cat /run/atelier/generation").strip()}
+        assert len(own) == 300 and {generation for generation, _ in own} == {
+            run(fork, "cat /run/atelier/generation").strip()
+        }
         inherited = {block for generation, block in blocks if generation == first}
-        assert inherited and inherited < set(drawn), "it was reading when it was saved, and so was its parent afterwards"
+        assert inherited and inherited < set(drawn), (
+            "it was reading when it was saved, and so was its parent afterwards"
+        )
         drawn += [block for _, block in own]
     assert len(set(drawn)) == len(drawn) > FORKS * 300
 
@@ -247,7 +253,9 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     ready = box.snapshot("ready", timeout_seconds=WAIT_SECONDS)
     run(box, "echo later >/home/user/later; pgrep -f 'sleep 765[4]'")
     with create(manager, name="other", snapshot=ready) as other:
-        assert run(other, "hostname; pgrep -fc 'sleep 765[4]'; cat /home/user/later 2>/dev/null || echo none").split() == [
+        assert run(
+            other, "hostname; pgrep -fc 'sleep 765[4]'; cat /home/user/later 2>/dev/null || echo none"
+        ).split() == [
             "other",
             "1",
             "none",
