@@ -3,8 +3,8 @@
 The rule: a clock that is behind by more than 0.5 s is stepped forward at once, one that is ahead by more than 60 s is
 stepped back at once; all else is slewed, at most 5 % faster or slower than the host, so that time never jumps back for
 a little and never stands still. The kernel slews by itself up to 0.2 s at a time and ends so by itself: an agent that
-is killed meanwhile leaves no clock behind that runs wrong. After a restore a clock that is behind is stepped however
-little that is (``catch_up``).
+is killed meanwhile leaves no clock behind that runs wrong. While the guest stands still, as after a restore, a clock that
+is behind is stepped however little that is (``catch_up``).
 """
 
 from __future__ import annotations

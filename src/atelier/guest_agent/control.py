@@ -114,7 +114,11 @@ def register(router: Router, state: AgentState) -> None:
         if offset_ns is not None and state.touches_system:
             from atelier.guest_agent import clock
 
-            clock.correct(offset_ns)
+            if state.gate.is_open:
+                clock.correct(offset_ns)
+            else:
+                # It stands still, so that nobody sees the step.
+                clock.catch_up(time.time_ns() - offset_ns)
         return {"timeNs": str(time_ns)}
 
     async def shut_down(message: Message, request: Request) -> Message:
@@ -139,6 +143,14 @@ def _apply(identity: Identity) -> None:
     """Make the guest's system what ``identity`` says. Raises ConnectError."""
     from atelier.guest_agent import identity as system
 
+    # First: until then it is late by all that is done before.
+    if identity.time_ns is not None:
+        if identity.is_restored:
+            from atelier.guest_agent import clock
+
+            clock.catch_up(identity.time_ns)
+        else:
+            system.set_clock(identity.time_ns)
     if identity.is_restored:
         from atelier.guest_agent import quiesce, tools_disk
 
@@ -147,13 +159,6 @@ def _apply(identity: Identity) -> None:
         except OSError as error:
             raise ConnectError("internal", f"cannot let the disk take writes: {error}") from None
         tools_disk.ensure_mounted()
-    if identity.time_ns is not None:
-        if identity.is_restored:
-            from atelier.guest_agent import clock
-
-            clock.catch_up(identity.time_ns)
-        else:
-            system.set_clock(identity.time_ns)
     if identity.entropy is not None:
         system.add_entropy(identity.entropy)
     if identity.hostname is not None:

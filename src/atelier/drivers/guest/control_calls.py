@@ -23,6 +23,7 @@ _READY_OVERLAP_SECONDS: Final = 0.25
 _READY_ATTEMPT_SECONDS: Final = 5.0
 _READY_ATTEMPTS_MAX: Final = 4
 _CLOCK_READINGS: Final = 4
+_CLOCK_LATE_SECONDS: Final = 0.03
 
 _CONTROL: Final = "atelier.v1.Control/"
 
@@ -102,6 +103,7 @@ def _identity_fields(identity: GuestIdentity) -> Message:
 
 
 async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
+    begun = time.monotonic()
     with _renamed(
         "restore_hook_failed", "mend the hook in the sandbox that the snapshot was made of, and snapshot it anew"
     ):
@@ -114,6 +116,9 @@ async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
             expected=(200, 204),
         )
     guest.token = identity.token
+    if identity.restored and time.monotonic() - begun > _CLOCK_LATE_SECONDS:
+        # The time may have been late by as much when the guest read it; nothing of its own has seen that so far.
+        await synchronize_clock(guest)
 
 
 async def quiesce(guest: GuestHttp) -> None:
