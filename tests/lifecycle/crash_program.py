@@ -75,6 +75,9 @@ class FileDrivers:
         return BootFiles(Path("/k"), Path("/i"), tools, "6.1", "t")
 
     async def ensure_image(self, name: str, report: Any, *, refresh: bool = False) -> Image:
+        return await self.find_image(name)
+
+    async def find_image(self, name: str) -> Image:
         return Image("base-1", name, Path("/b"), 1024, 1, datetime.now(UTC))
 
     slot_count: int | None = None
