@@ -224,13 +224,14 @@ def test_help_names_every_command_and_imports_nothing_slow(tmp_path: Path) -> No
         "image build",
         "image ls",
         *(f"snapshots {verb}" for verb in ("ls", "get", "rm")),
+        *(f"pool {verb}" for verb in ("ls", "set", "drain")),
         *(f"network {verb}" for verb in ("show", "allow", "deny", "limit")),
     ],
 )
 def test_every_command_explains_itself_with_an_example(name: str) -> None:
     result = CliRunner().invoke(cli, [*name.split(), "--help"])
     assert result.exit_code == 0
-    if name not in ("image", "network", "snapshots"):
+    if name not in ("image", "network", "pool", "snapshots"):
         assert "Example" in result.output
         assert "--json" in result.output
         assert "atelier " + name in result.output
