@@ -41,6 +41,8 @@ def running_manager(folder: Path, mode: str, accelerator: str, cache_dir: Path) 
         "ATELIER_RUN_DIR": str(folder / "run"),
         "ATELIER_CACHE_DIR": str(cache_dir),
         "ATELIER_ACCELERATOR": accelerator,
+        # What is measured has the machine to itself.
+        "ATELIER_TEMPLATES": "off",
     }
     arguments = ["-P", "-m", "atelier.manager", "--mode", mode, "--data-dir", str(data_dir), "--listen", "127.0.0.1:0"]
     arguments += ["--on-exit", "destroy"]

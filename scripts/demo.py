@@ -137,6 +137,8 @@ class OwnAtelier:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ATELIER_")}
         environment |= {name: os.environ[name] for name in kept if name in os.environ}
         environment["ATELIER_RUN_DIR"] = str(self.folder / "run")
+        # One sandbox is all that is shown: nothing is to be made ready for a second.
+        environment["ATELIER_TEMPLATES"] = "off"
         # VMMs run under users of their own when this is root, and must get to their sockets' folder.
         self.folder.chmod(0o711)
         with self.log.open("wb") as log:

@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from atelier.client.sandbox import AsyncSandbox, Sandbox
     from atelier.client.snapshots import AsyncSnapshot, Snapshot
+    from atelier.client.warm_pools import AsyncWarmPool, WarmPool
 
-__all__ = ["AsyncSandbox", "AsyncSnapshot", "Sandbox", "Snapshot", "__version__"]
+__all__ = ["AsyncSandbox", "AsyncSnapshot", "AsyncWarmPool", "Sandbox", "Snapshot", "WarmPool", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -26,4 +27,8 @@ def __getattr__(name: str) -> object:
         from atelier.client import snapshots
 
         return getattr(snapshots, name)
+    if name in ("WarmPool", "AsyncWarmPool"):
+        from atelier.client import warm_pools
+
+        return getattr(warm_pools, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,6 +36,7 @@ _QUICK = (
     "snapshot",
     "fork",
     "snapshots",
+    "pool",
 )
 PROGRAM = [sys.executable, "-m", "atelier.cli"]
 

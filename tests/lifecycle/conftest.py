@@ -61,6 +61,7 @@ class StubImages:
         self.faults = faults
         self.folder = folder
         self.size_mib = 1024
+        self.build = "0123456789abcdef"
 
     async def ensure_boot_files(self, report: Callable[[BuildProgress], None]) -> BootFiles:
         await self.faults.before("ensure_boot_files")
@@ -76,9 +77,10 @@ class StubImages:
                 report(BuildProgress("image", f"package {number}", number / 1000))
 
         await asyncio.to_thread(tell)
-        return Image(
-            f"{name}-0123456789abcdef", name, self.folder / f"{name}.ext4", self.size_mib, 1, datetime.now(UTC)
-        )
+        return await self.find_image(name)
+
+    async def find_image(self, name: str) -> Image:
+        return Image(f"{name}-{self.build}", name, self.folder / f"{name}.ext4", self.size_mib, 1, datetime.now(UTC))
 
 
 class Guests(FakeGuests):

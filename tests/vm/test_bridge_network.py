@@ -65,6 +65,7 @@ class BridgedManager:
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
             *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
+            "ATELIER_TEMPLATES=off",
             *(["ATELIER_NETWORK_HOME=host"] if lab.home is Home.HOST else []),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,

@@ -12,7 +12,18 @@ from starlette.staticfiles import StaticFiles
 import atelier
 from atelier.api import errors
 from atelier.api.authentication import Application, Gate
-from atelier.api.routes import events, host, images, metrics, networks, processes, sandboxes, snapshots, terminals
+from atelier.api.routes import (
+    events,
+    host,
+    images,
+    metrics,
+    networks,
+    processes,
+    sandboxes,
+    snapshots,
+    terminals,
+    warm_pools,
+)
 from atelier.api.routes import files as file_routes
 from atelier.api.services import Services
 from atelier.schemas.errors import ErrorBody
@@ -36,7 +47,18 @@ def describe_api(health: Health | None = None) -> FastAPI:
     )
     errors.install(app)
     api = APIRouter(prefix=API_PREFIX)
-    for module in (sandboxes, snapshots, networks, processes, terminals, file_routes, images, events, host):
+    for module in (
+        sandboxes,
+        snapshots,
+        warm_pools,
+        networks,
+        processes,
+        terminals,
+        file_routes,
+        images,
+        events,
+        host,
+    ):
         api.include_router(module.router)
     app.include_router(api)
     # Where monitoring systems look for it by themselves.

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 
+from atelier.lifecycle.warm_pools import PoolState
 from atelier.model import guest, image, network_policy, sandbox, snapshot
 from atelier.schemas.errors import ErrorBody
 from atelier.schemas.files import FileEntry
@@ -15,6 +16,7 @@ from atelier.schemas.networks import NetworkPolicy, NetworkUsage, SandboxNetwork
 from atelier.schemas.processes import EndedEvent, OutputEvent, Process, StartedEvent
 from atelier.schemas.sandboxes import Sandbox
 from atelier.schemas.snapshots import Snapshot
+from atelier.schemas.warm_pools import WarmPool
 from atelier.services.networks import NetworkState
 
 
@@ -87,6 +89,19 @@ def render_network(state: NetworkState) -> SandboxNetwork:
         address=state.address or None,
         gateway=state.gateway or None,
         usage=None if usage is None else NetworkUsage.model_validate(asdict(usage)),
+    )
+
+
+def render_warm_pool(state: PoolState) -> WarmPool:
+    pool, trouble = state.pool, state.trouble
+    return WarmPool(
+        image=pool.image,
+        vcpu_count=pool.vcpu_count,
+        memory_mib=pool.memory_mib,
+        size=pool.size,
+        ready=state.ready,
+        coming=state.coming,
+        failure=None if trouble is None else ErrorBody(code=trouble.code, message=trouble.message, hint=trouble.hint),
     )
 
 

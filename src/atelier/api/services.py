@@ -12,12 +12,14 @@ from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
 from atelier.services.snapshots import SnapshotService
+from atelier.services.warm_pools import WarmPoolService
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     sandboxes: SandboxService
     snapshots: SnapshotService
+    warm_pools: WarmPoolService
     networks: NetworkService
     sessions: GuestSessions
     images: ImageService

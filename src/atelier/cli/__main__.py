@@ -31,6 +31,7 @@ COMMANDS = {
     "snapshot": LazyCommand(f"{_COMMANDS}.snapshot:snapshot", "Save a running sandbox, to begin others there."),
     "fork": LazyCommand(f"{_COMMANDS}.fork:fork", "Make copies of a running sandbox."),
     "snapshots": LazyCommand(f"{_COMMANDS}.snapshots:snapshots", "List, show and delete snapshots."),
+    "pool": LazyCommand(f"{_COMMANDS}.pool:pool", "Keep sandboxes ready to be taken."),
     "resize": LazyCommand(f"{_COMMANDS}.resize:resize", "Grow a sandbox's disk."),
     "extend": LazyCommand(f"{_COMMANDS}.extend:extend", "Change how long a sandbox lives."),
     "network": LazyCommand(f"{_COMMANDS}.network:network", "Show and limit what a sandbox reaches."),

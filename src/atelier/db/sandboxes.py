@@ -158,20 +158,20 @@ class SandboxRepository:
         query = select(sandboxes.c.state, func.count()).group_by(sandboxes.c.state)
         return {SandboxState(state): count for state, count in connection.execute(query)}
 
-    def sum_usage(self, connection: Connection, host_id: str) -> Usage:
+    def sum_usage(self, connection: Connection, host_id: str, *, without: SandboxPurpose | None = None) -> Usage:
         """vCPUs and memory of all sandboxes that have, or are about to have, a VMM; volumes at their full sizes; a slot
-        for each that has a volume, since it is kept as long."""
+        for each that has a volume, since it is kept as long. ``without``: those of this purpose aside."""
+        counted = [sandboxes.c.host_id == host_id]
+        if without is not None:
+            counted.append(sandboxes.c.purpose != without.value)
         vmms = connection.execute(
             select(
                 func.coalesce(func.sum(sandboxes.c.vcpu_count), 0), func.coalesce(func.sum(sandboxes.c.memory_mib), 0)
-            ).where(
-                sandboxes.c.host_id == host_id,
-                sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]),
-            )
+            ).where(*counted, sandboxes.c.state.not_in([state.value for state in _WITHOUT_VMM]))
         ).one()
         held = connection.execute(
             select(func.coalesce(func.sum(sandboxes.c.disk_mib), 0), func.count()).where(
-                sandboxes.c.host_id == host_id, sandboxes.c.holds_volume
+                *counted, sandboxes.c.holds_volume
             )
         ).one()
         return Usage(vcpu_count=vmms[0], memory_mib=vmms[1], disk_mib=held[0], slots=held[1])
@@ -217,9 +217,11 @@ class SandboxRepository:
         return [_to_sandbox(row) for row in connection.execute(query.order_by(sandboxes.c.sequence))]
 
     def give_away(self, connection: Connection, sandbox_id: str, name: str, spec: SandboxSpec, at: datetime) -> None:
-        """A pooled sandbox becomes a user's, as though it had been made for that just now. Raises ConflictError
-        (``name_taken``)."""
+        """A pooled sandbox becomes a user's, as though it had been made for that just now, and so the newest. Raises
+        ConflictError (``name_taken``)."""
+        newest = connection.execute(select(func.max(sandboxes.c.sequence))).scalar_one()
         values = {
+            "sequence": newest + 1,
             "name": name,
             "purpose": SandboxPurpose.USER.value,
             "environment": spec.environment,

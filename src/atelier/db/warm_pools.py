@@ -16,6 +16,10 @@ class WarmPoolRepository:
         query = select(warm_pools).order_by(*warm_pools.primary_key.columns)
         return [WarmPool(row.image, row.vcpu_count, row.memory_mib, row.size) for row in connection.execute(query)]
 
+    def delete_of_image(self, connection: Connection, image: str) -> int:
+        """How many there were."""
+        return connection.execute(delete(warm_pools).where(warm_pools.c.image == image)).rowcount
+
     def put(self, connection: Connection, pool: WarmPool) -> None:
         """Size 0 takes the row away."""
         key = {"image": pool.image, "vcpu_count": pool.vcpu_count, "memory_mib": pool.memory_mib}

@@ -12,6 +12,7 @@ from datetime import datetime
 from atelier.db.engine import Connection, Database
 from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
+from atelier.drivers.images.interface import ImageDriver
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.lifecycle import sandbox_claim, sandbox_create
 from atelier.lifecycle.admission import HostRoom, Wish, check_admission
@@ -30,7 +31,8 @@ from atelier.saga.executor import Executor
 
 
 class Creation:
-    """``go_on(sandbox_id, saga_id)`` runs a saga that was written; ``destroy`` returns when nothing of a sandbox is left."""
+    """``go_on(sandbox_id, saga_id)`` runs a saga that was written; ``destroy_pooled`` returns when nothing of a sandbox
+    is left, and raises ConflictError where it is in no pool any more."""
 
     def __init__(
         self,
@@ -38,6 +40,7 @@ class Creation:
         database: Database,
         executor: Executor[Connection],
         transitions: Transitions,
+        images: ImageDriver,
         network: NetworkDriver,
         network_policies: NetworkPolicies,
         snapshots: Snapshots,
@@ -46,7 +49,7 @@ class Creation:
         host_id: str,
         now: Callable[[], datetime],
         go_on: Callable[[str, str], None],
-        destroy: Callable[[str], Awaitable[None]],
+        destroy_pooled: Callable[[str], Awaitable[None]],
     ) -> None:
         self._database = database
         self._executor = executor
@@ -63,10 +66,11 @@ class Creation:
         self.warm_pools = WarmPools(
             database=database,
             host_id=host_id,
+            images=images,
             transitions=transitions,
             now=now,
             create=self.start_create,
-            destroy=destroy,
+            destroy=destroy_pooled,
         )
 
     async def start_create(
@@ -96,9 +100,12 @@ class Creation:
     async def _claim(self, name: str, spec: SandboxSpec, policy: NetworkPolicy) -> Sandbox | None:
         """One that waits in a warm pool, as if it had been created just now; None where there is none."""
         check_expiry(spec, self._now())
+        offered = await self.warm_pools.offer(spec, policy)
+        if offered is None:
+            return None
 
         def take(connection: Connection) -> Sandbox | None:
-            sandbox = self.warm_pools.take(connection, name, spec, policy)
+            sandbox = self.warm_pools.take(connection, name, offered)
             if sandbox is not None:
                 saga_id = f"{sandbox_claim.KIND}/{sandbox.id}"
                 self._executor.insert(connection, sandbox_claim.KIND, saga_id, sandbox.id)
@@ -111,8 +118,6 @@ class Creation:
                 self._background.spawn(self.warm_pools.keep(), "fill the warm pools")
             return sandbox
 
-        if not self.warm_pools.may_have(spec, policy):
-            return None
         return await self._background.unless_interrupted(begin())
 
     async def start_creates(
@@ -145,13 +150,13 @@ class Creation:
             )
             for name, spec in wanted
         ]
-        capacity = await self._room.measure()
+        wishes = [Wish.new(sandbox.spec) for sandbox in rows]
 
         def insert(connection: Connection) -> None:
             if snapshot_id is not None:
                 self._snapshots.check_ready(connection, snapshot_id)
             usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(capacity, usage, *(Wish.new(sandbox.spec) for sandbox in rows))
+            check_admission(capacity, usage, *wishes)
             for sandbox in rows:
                 own = GuestSecrets(token=secrets.token_hex(32), machine_id=secrets.token_hex(16))
                 self._transitions.begin(connection, sandbox, own)
@@ -165,24 +170,35 @@ class Creation:
                 self._go_on(sandbox.id, create_saga_id(sandbox.id))
 
         while True:
+            capacity = await self._room.measure()
             try:
                 await self._background.unless_interrupted(begin())
             except CapacityError:
-                # What only waits in a pool gives way to what is asked for.
-                if purpose is SandboxPurpose.POOL or not await self.warm_pools.give_way():
+                if purpose is SandboxPurpose.POOL or not await self.make_room(*wishes):
                     raise
-                capacity = await self._room.measure()
             else:
                 return rows
 
     async def check_room(self, specs: Sequence[SandboxSpec]) -> None:
         """Raise CapacityError, which says how many would fit, where ``start_creates`` would; nothing is promised."""
+        wishes = [Wish.new(spec) for spec in specs]
         while True:
             try:
-                return await self._room.check(*(Wish.new(spec) for spec in specs))
+                return await self._room.check(*wishes)
             except CapacityError:
-                if not await self.warm_pools.give_way():
+                if not await self.make_room(*wishes):
                     raise
+
+    async def make_room(self, *wishes: Wish) -> bool:
+        """What only waits in a pool gives way to what is asked for, one a call; False where that would not help."""
+        capacity = await self._room.measure()
+        with self._database.read() as connection:
+            usage = self._sandboxes.sum_usage(connection, self._host_id, without=SandboxPurpose.POOL)
+        try:
+            check_admission(capacity, usage, *wishes)
+        except CapacityError:
+            return False
+        return await self.warm_pools.give_way()
 
 
 def check_expiry(spec: SandboxSpec, now: datetime) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 from atelier.db.engine import Database
@@ -15,9 +16,9 @@ from atelier.db.sandboxes import SandboxRepository
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.sandboxes import SandboxLifecycle
-from atelier.model.errors import AtelierError, NotFoundError
+from atelier.model.errors import AtelierError, ConflictError, NotFoundError
 from atelier.model.layout import RunLayout
-from atelier.model.sandbox import Sandbox
+from atelier.model.sandbox import Sandbox, SandboxPurpose
 from atelier.model.states import UNDER_WAY, SandboxState
 
 _logger = logging.getLogger(__name__)
@@ -55,13 +56,23 @@ class SandboxFleet:
         self._console_bytes = console_bytes
 
     async def destroy_all(self) -> list[str]:
-        """Destroy every sandbox; returns the names of those that are gone. What is stuck is logged and stays."""
+        """Destroy every sandbox; returns the names of those that are gone. What is stuck is logged and stays. Warm pools
+        are filled no more."""
+        self._lifecycle.warm_pools.close()
         return await self._change_all((), self._lifecycle.destroy)
 
     async def stop_all(self) -> list[str]:
-        """Stop every sandbox that runs or is about to; returns the names of those that are stopped."""
+        """Stop every sandbox that runs or is about to; returns the names of those that are stopped. Those in warm pools
+        are destroyed: nobody would start them again."""
+        self._lifecycle.warm_pools.close()
+
+        pooled = {each.id for each in self._list() if each.purpose is SandboxPurpose.POOL}
 
         async def stop(sandbox_id: str) -> None:
+            if sandbox_id in pooled:
+                with suppress(ConflictError):  # taken meanwhile
+                    await self._lifecycle.destroy(sandbox_id, only=SandboxPurpose.POOL)
+                    return
             settled = await self._lifecycle.wait_settled(sandbox_id, None)
             if settled is not None and settled.state is SandboxState.RUNNING:
                 await self._lifecycle.stop(sandbox_id)

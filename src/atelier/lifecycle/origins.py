@@ -96,7 +96,10 @@ class Origins:
     async def _find_template(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> Snapshot | None:
         if not self.uses_templates or sandbox.spec.disk_mib < template_disk_mib(image):
             return None
-        key = await self.template_key(sandbox, image, boot)
+        return await self.find_usable_template(await self.template_key(sandbox, image, boot), boot)
+
+    async def find_usable_template(self, key: str, boot: BootFiles) -> Snapshot | None:
+        """None where there is none, or the one that there is would not do."""
         with self.database.read() as connection:
             template = self.checks.rows.repository.find_template(connection, key)
         if template is None:

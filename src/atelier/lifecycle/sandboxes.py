@@ -32,9 +32,16 @@ from atelier.lifecycle.sandbox_create import create_saga_id, has_booted
 from atelier.lifecycle.templates import Templates
 from atelier.lifecycle.time_limits import TimeLimits
 from atelier.lifecycle.transitions import sandbox_topic
-from atelier.model.errors import AtelierError, ConflictError, HostError, InvalidRequestError, NotFoundError
+from atelier.model.errors import (
+    AtelierError,
+    CapacityError,
+    ConflictError,
+    HostError,
+    InvalidRequestError,
+    NotFoundError,
+)
 from atelier.model.layout import DataLayout, RunLayout
-from atelier.model.sandbox import Sandbox, SandboxSpec
+from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
 from atelier.model.states import UNDER_WAY, SandboxState, StopReason
 from atelier.saga.log import SagaGoneError, SagaRecord
 from atelier.saga.retry import RetryPolicies
@@ -99,6 +106,7 @@ class SandboxLifecycle:
             database=database,
             executor=self._executor,
             transitions=self._transitions,
+            images=images,
             network=network,
             network_policies=self.network_policies,
             snapshots=self.snapshots,
@@ -107,8 +115,9 @@ class SandboxLifecycle:
             host_id=self._host_id,
             now=now,
             go_on=self._go_on,
-            destroy=self.destroy,
+            destroy_pooled=lambda each: self.destroy(each, only=SandboxPurpose.POOL),
         )
+        self._make_room = creation.make_room
         self.start_create = creation.start_create
         self.start_creates = creation.start_creates
         self.check_room = creation.check_room
@@ -203,9 +212,8 @@ class SandboxLifecycle:
         Raises NotFoundError, InvalidRequestError (``disk_cannot_shrink``), ConflictError (``invalid_state``,
         ``sandbox_busy``), CapacityError.
         """
-        capacity = await self._room.measure()
 
-        def promise(connection: Connection, sandbox: Sandbox) -> None:
+        def find_wish(sandbox: Sandbox) -> Wish:
             present = sandbox.spec.disk_mib
             if disk_mib < present:
                 raise InvalidRequestError(
@@ -213,11 +221,12 @@ class SandboxLifecycle:
                     code="disk_cannot_shrink",
                     hint=f"ask for more than {present} MiB, or make a new sandbox",
                 )
-            usage = self._sandboxes.sum_usage(connection, self._host_id)
-            check_admission(capacity, usage, Wish(disk_mib=disk_mib - present))
+            return Wish(disk_mib=disk_mib - present)
+
+        def promise(connection: Connection) -> None:
             self._sandboxes.set_disk_mib(connection, sandbox_id, disk_mib)
 
-        return await self._begin(operations.RESIZE, sandbox_id, {"disk_mib": disk_mib}, promise)
+        return await self._begin_with_room(operations.RESIZE, sandbox_id, {"disk_mib": disk_mib}, find_wish, promise)
 
     async def retry(self, sandbox_id: str) -> Sandbox:
         """Try again what is stuck, after a person has mended what was in the way.
@@ -262,17 +271,22 @@ class SandboxLifecycle:
         await self._database.write(write)
         return self._get(sandbox_id)
 
-    async def destroy(self, sandbox_id: str, *, wait: bool = True) -> None:
+    async def destroy(self, sandbox_id: str, *, wait: bool = True, only: SandboxPurpose | None = None) -> None:
         """Destroy a sandbox, whatever it is doing: the wish is durable when this has begun to wait. With ``wait``
-        returns when nothing is left; twice is once.
+        returns when nothing is left; twice is once. ``only``: unless it serves another purpose by now.
 
         Raises NotFoundError; HostError (``destroy_stuck``) when something cannot be freed, which a later call tries
-        again.
+        again; ConflictError (``purpose_changed``), and then nothing has happened.
         """
         saga_id = create_saga_id(sandbox_id)
 
         def mark(connection: Connection, record: object) -> None:
-            if self._sandboxes.get(connection, sandbox_id).state is SandboxState.DESTROYING:
+            sandbox = self._sandboxes.get(connection, sandbox_id)
+            if only is not None and sandbox.purpose is not only:
+                raise ConflictError(
+                    f"sandbox {sandbox.name} is in no {only} any more", code="purpose_changed", hint="leave it alone"
+                )
+            if sandbox.state is SandboxState.DESTROYING:
                 self._transitions.restate(connection, sandbox_id, None)
             else:
                 self._transitions.apply(connection, sandbox_id, SandboxState.DESTROYING)
@@ -401,20 +415,47 @@ class SandboxLifecycle:
         await self._background.unless_interrupted(begin())
         return self._get(sandbox_id)
 
+    async def _begin_with_room(
+        self,
+        operation: Operation,
+        sandbox_id: str,
+        inputs: dict[str, Any],
+        find_wish: Callable[[Sandbox], Wish],
+        promise: Callable[[Connection], None],
+    ) -> Sandbox:
+        """As ``_begin``, where this host has room for the wish; what only waits in a warm pool gives way to it."""
+
+        async def begin() -> Sandbox:
+            capacity = await self._room.measure()
+
+            def check(connection: Connection, sandbox: Sandbox) -> None:
+                check_admission(capacity, self._sandboxes.sum_usage(connection, self._host_id), find_wish(sandbox))
+                promise(connection)
+
+            return await self._begin(operation, sandbox_id, inputs, check)
+
+        while True:
+            try:
+                return await begin()
+            except CapacityError:
+                if not await self._make_room(find_wish(self._get(sandbox_id))):
+                    raise
+
     async def _begin_start(self, operation: Operation, sandbox_id: str) -> Sandbox:
         with self._database.read() as connection:
             fresh = not self._sandboxes.get(connection, sandbox_id).holds_volume
-        capacity = await self._room.measure()
 
-        def promise(connection: Connection, sandbox: Sandbox) -> None:
+        def find_wish(sandbox: Sandbox) -> Wish:
+            if operation is operations.BOOT_AGAIN:
+                return Wish()
             spec = sandbox.spec
-            wish = Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib if fresh else 0, slots=1 if fresh else 0)
-            if operation is not operations.BOOT_AGAIN:
-                check_admission(capacity, self._sandboxes.sum_usage(connection, self._host_id), wish)
+            return Wish(spec.vcpu_count, spec.memory_mib, spec.disk_mib if fresh else 0, slots=1 if fresh else 0)
+
+        def promise(connection: Connection) -> None:
             self._sandboxes.set_holds_volume(connection, sandbox_id, True)
             self._sandboxes.take_lease(connection, sandbox_id, self._network.slot_count)
 
-        return await self._begin(operation, sandbox_id, {"fresh": fresh}, promise)
+        return await self._begin_with_room(operation, sandbox_id, {"fresh": fresh}, find_wish, promise)
 
     async def _boot_again(self, sandbox_id: str) -> None:
         await self._begin_start(operations.BOOT_AGAIN, sandbox_id)

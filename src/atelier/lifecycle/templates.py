@@ -25,7 +25,7 @@ from atelier.model.guest import ProcessSpec
 from atelier.model.ids import new_id
 from atelier.model.network_policy import CLOSED_POLICY, NetworkPolicy
 from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
-from atelier.model.snapshot import SnapshotPurpose, SnapshotState
+from atelier.model.snapshot import Snapshot, SnapshotPurpose, SnapshotState
 from atelier.model.states import SandboxState
 
 _logger = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ _IDLE_PERCENT = 10.0
 _IDLE_POLLS = 30
 _IDLE_PAUSE_SECONDS = 0.5
 _AGAIN_AFTER_SECONDS = 600.0
+_SPENT = (SnapshotState.READY, SnapshotState.DAMAGED, SnapshotState.FAILED)
+"""In what states a template may be that another has taken the place of."""
 
 
 class CreateSandbox(Protocol):
@@ -79,22 +81,23 @@ class Templates:
 
     def want(self, booted: Sandbox) -> None:
         """A sandbox had to boot: have a template made for the next one like it, unless one is, or that failed lately."""
-        if self._origins.uses_templates and booted.purpose is SandboxPurpose.USER and booted.snapshot_id is None:
+        is_anybodys = booted.purpose is not SandboxPurpose.TEMPLATE
+        if self._origins.uses_templates and is_anybodys and booted.snapshot_id is None:
             self._background.spawn(self._make(booted), f"make a template like {booted.name}")
 
     async def clear(self) -> None:
         """After a start: what the last manager left of templates that it was about to make."""
         with self._database.read() as connection:
             sandboxes = [
-                each
-                for each in SandboxRepository().list_in(connection)
-                if each.purpose is SandboxPurpose.TEMPLATE and each.state is not SandboxState.DESTROYING
+                each for each in SandboxRepository().list_in(connection) if each.purpose is SandboxPurpose.TEMPLATE
             ]
+        for sandbox in sandboxes:
+            await self._try(self._destroy(sandbox.id))
+        # Only now: what was being taken of these has failed by their end.
+        with self._database.read() as connection:
             spoilt = SnapshotRepository().list_in(
                 connection, [SnapshotState.FAILED, SnapshotState.DAMAGED], [SnapshotPurpose.TEMPLATE]
             )
-        for sandbox in sandboxes:
-            await self._try(self._destroy(sandbox.id))
         for template in spoilt:
             await self._try(self._snapshots.delete(template.id))
 
@@ -105,11 +108,10 @@ class Templates:
         now = asyncio.get_running_loop().time()
         if key in self._under_way or self._not_before.get(key, 0.0) > now:
             return
-        with self._database.read() as connection:
-            if SnapshotRepository().find_template(connection, key) is not None:
-                return
         self._under_way.add(key)
         try:
+            if await self._origins.find_usable_template(key, boot) is not None:
+                return
             spec = SandboxSpec(
                 image=booted.spec.image,
                 vcpu_count=booted.spec.vcpu_count,
@@ -140,7 +142,7 @@ class Templates:
         finally:
             await self._try(self._destroy(sandbox.id))
         _logger.info("template %s is ready: creates like it are restored from now on", name)
-        await self._drop_superseded(spec, key)
+        await self._drop_superseded(made)
 
     async def _warm(self, sandbox_id: str) -> None:
         """Run what every sandbox runs, then wait until nothing goes on any more."""
@@ -158,12 +160,13 @@ class Templates:
             if (await self._guests.metrics(sandbox_id)).cpu_used_percent < _IDLE_PERCENT:
                 return
 
-    async def _drop_superseded(self, spec: SandboxSpec, key: str) -> None:
+    async def _drop_superseded(self, made: Snapshot) -> None:
+        """Those for the same creates that fit no more, or are damaged."""
         with self._database.read() as connection:
-            templates = SnapshotRepository().list_in(connection, [SnapshotState.READY], [SnapshotPurpose.TEMPLATE])
+            templates = SnapshotRepository().list_in(connection, _SPENT, [SnapshotPurpose.TEMPLATE])
         for template in templates:
             same = (template.image, template.vcpu_count, template.memory_mib)
-            if template.template_key != key and same == (spec.image, spec.vcpu_count, spec.memory_mib):
+            if template.id != made.id and same == (made.image, made.vcpu_count, made.memory_mib):
                 await self._try(self._snapshots.delete(template.id))
 
     async def _try(self, work: Awaitable[None]) -> None:

@@ -39,6 +39,8 @@ _NETWORK_POLICY_SECONDS = 1.0
 _CLOCK_SECONDS = 60.0
 _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
+_WARM_POOL_SECONDS = 10.0
+_SNAPSHOT_CHECK_SECONDS = 6 * 3600.0
 _DRAIN_SECONDS = 30.0
 _AT_END: dict[SandboxesAtEnd, str] = {
     "keep": "ends it; sandboxes go on (atelier down stops them too)",
@@ -108,6 +110,8 @@ class Installation:
                 (_CLOCK_SECONDS, fleet.keep_clocks),
                 (_FULL_DISK_SECONDS, fleet.resume_after_full_disk),
                 (_EVENT_TRIM_SECONDS, services.events.trim),
+                (_WARM_POOL_SECONDS, lifecycle.warm_pools.keep),
+                (_SNAPSHOT_CHECK_SECONDS, lifecycle.snapshot_checks.check_all),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
             application = create_application(services, token, frozenset({address.host}))

@@ -49,6 +49,7 @@ from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
 from atelier.services.sandboxes import SandboxService
 from atelier.services.snapshots import SnapshotService
+from atelier.services.warm_pools import WarmPoolService
 
 _MEMORY_RESERVE_MIB = 512
 """What the host itself, manager and gateway keep of its memory."""
@@ -99,6 +100,7 @@ def assemble(
     return Services(
         sandboxes=sandboxes,
         snapshots=SnapshotService(database, lifecycle),
+        warm_pools=WarmPoolService(database, drivers.images, lifecycle.warm_pools),
         networks=NetworkService(database, drivers.network, lifecycle.network_policies),
         sessions=GuestSessions(sandboxes.get, sandboxes.wake, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),

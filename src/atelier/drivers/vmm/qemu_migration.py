@@ -20,8 +20,9 @@ from atelier.model.errors import VmmError
 _POLL_SECONDS = 0.004
 _UNDER_WAY = frozenset({"setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug"})
 _ENDED = frozenset({"completed", "failed", "cancelled"})
-# What a machine is in that was stopped by a migration. One that was never let run after its restoration is "paused":
-# its network link is not down yet.
+# What a machine is in that was stopped by a migration. "paused" are one that was stopped to be saved, and one that was
+# never let run after its restoration, whose network link is not down yet: who saves sets pause-before-switchover, who
+# restores clears it.
 _STOPPED_BY_MIGRATION = frozenset({"postmigrate", "finish-migrate"})
 
 
@@ -98,8 +99,21 @@ async def run_on(control: QmpConnection) -> None:
         with contextlib.suppress(VmmError):
             await control.execute("migrate_cancel")
         await wait_until(control, *_ENDED)
-    if await query_status(control) in _STOPPED_BY_MIGRATION:
+    status = await query_status(control)
+    if status in _STOPPED_BY_MIGRATION or (status == "paused" and await _is_being_saved(control)):
         await control.execute("cont")
+
+
+async def stop_to_save(control: QmpConnection) -> None:
+    """Have the machine stand still before any of it is sent; ``run_on`` knows why it does."""
+    await _set_capabilities(control, ignore_shared=False, pause_before_switchover=True)
+    await control.execute("stop")
+
+
+async def _is_being_saved(control: QmpConnection) -> bool:
+    answer = await control.execute("query-migrate-capabilities")
+    capabilities = cast("list[JsonObject]", answer)
+    return any(each["capability"] == "pause-before-switchover" and each["state"] for each in capabilities)
 
 
 async def query_status(control: QmpConnection) -> str:
