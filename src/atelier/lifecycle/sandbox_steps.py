@@ -75,6 +75,8 @@ from atelier.saga.log import SagaRecord
 WARNING = "sandbox.warning"
 
 _ENTROPY_BYTES = 64
+_MANY_FILES_BELOW = 4
+"""Eight files are as many as a disk may consist of."""
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -173,19 +175,33 @@ class SandboxSteps:
 
     async def _find_disk(self, context: StepContext) -> dict[str, Any]:
         sandbox = self.sandbox(context)
-        disk = await self.storage.find_volume(sandbox.id)
-        if disk is None and context.inputs.get("fresh"):
+        if context.inputs.get("fresh") and await self.storage.find_volume(sandbox.id) is None:
             return await self._find_image(context)
-        if disk is None:
-            raise HostError(
-                f"the disk of sandbox {sandbox.name} is gone",
-                code="volume_lost",
-                hint=f"put its file back, or let go of the sandbox: atelier rm {sandbox.name}",
-            )
+        disk = await self.own_disk(context)
         progress = ProgressEvents(self.database, self.outbox, sandbox.id)
         boot = await self.images.ensure_boot_files(progress.report)
         await progress.finish()
         return {"disk": disk_to_json(disk), "boot": boot_files_to_json(boot)}
+
+    async def own_disk(self, context: StepContext) -> Disk:
+        """As it is, but made of few files while nobody has it open: each snapshot has added one.
+
+        Raises HostError (``volume_lost``).
+        """
+        sandbox_id = context.subject_id
+        disk = await self.storage.find_volume(sandbox_id)
+        if disk is not None and len(disk.backing) >= _MANY_FILES_BELOW:
+            if await self.vmm.find_process(sandbox_id, self.directory(context)) is None:
+                await self.storage.shorten_volume(sandbox_id)
+            disk = await self.storage.find_volume(sandbox_id)
+        if disk is None:
+            name = self.sandbox(context).name
+            raise HostError(
+                f"the disk of sandbox {name} is gone",
+                code="volume_lost",
+                hint=f"put its file back, or let go of the sandbox: atelier rm {name}",
+            )
+        return disk
 
     # --- resources ----------------------------------------------------------------------------------------------------
 
