@@ -201,3 +201,27 @@ async def test_a_fork_that_a_manager_left_undone_leaves_nothing(host: Host) -> N
     assert snapshots(host) == []
     assert kept(host) == []
     check_runs_on(host, sandbox)
+
+
+@pytest.mark.parametrize("way", ["pause", "stop"])
+async def test_a_disk_of_many_snapshots_is_made_of_few_files_again(host: Host, way: str) -> None:
+    lifecycle = host.lifecycle()
+    sandbox = await host.created(lifecycle)
+    names = iter(range(100))
+
+    async def take() -> Snapshot:
+        return await settled(lifecycle, (await lifecycle.snapshots.take(sandbox.id, f"s{next(names)}")).id)
+
+    while (last := await take()).state is SnapshotState.READY:
+        assert len(host.storage.volumes[sandbox.id].backing) < 8
+    assert last.failure_code == "disk_chain_too_long"
+    there, back = {
+        "pause": (lifecycle.pause, lifecycle.resume),
+        "stop": (lifecycle.stop, lifecycle.start),
+    }[way]
+    for change in (there, back):
+        await change(sandbox.id)
+        row = await lifecycle.wait_settled(sandbox.id, 30)
+        assert row is not None and row.failure_code == "", row
+    assert len(host.storage.volumes[sandbox.id].backing) == 1
+    assert (await take()).state is SnapshotState.READY

@@ -21,7 +21,7 @@ from atelier.lifecycle.sandbox_steps import SandboxSteps
 from atelier.lifecycle.snapshot_files import SnapshotFiles
 from atelier.lifecycle.snapshot_rows import SnapshotRows
 from atelier.lifecycle.transitions import Failure
-from atelier.model.errors import GuestUnreachableError, VmmError
+from atelier.model.errors import ConflictError, GuestUnreachableError, VmmError
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile
 from atelier.model.snapshot import SnapshotState
 from atelier.saga.definition import Recovery, SagaDefinition, Step, StepContext
@@ -56,7 +56,14 @@ class TakeSteps:
         directory = self.steps.directory(context)
         switched = True
         if await self.steps.vmm.find_process(context.subject_id, directory) is not None:
-            top = await self.storage.begin_layer(context.subject_id, context.inputs["snapshot_id"])
+            try:
+                # The one that was begun, if any was.
+                top = await self.storage.begin_layer(context.subject_id, context.inputs["snapshot_id"])
+            except ConflictError as error:
+                if error.code != "disk_chain_too_long":
+                    raise
+                await self.storage.ensure_snapshot_disk_absent(context.inputs["snapshot_id"])
+                return
             switched = await self.steps.vmm.writes_to(directory, ROOT_DISK_SERIAL, top)
         await self.storage.end_layer(context.subject_id, context.inputs["snapshot_id"], switched=switched)
         await self.storage.ensure_snapshot_disk_absent(context.inputs["snapshot_id"])
