@@ -126,7 +126,7 @@ class VmmDriver(Protocol):
         """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent). What
         a manager that died has begun bears that name with ``.new`` behind it, until it is begun again.
 
-        Its memory is sent while it runs. ``before_stop`` is awaited once, still then, when little is left (it quiesces
+        Its memory is sent while it runs, where the VMM does that safely. ``before_stop`` is awaited once, still then, when little is left (it quiesces
         the guest); ``at_stop`` once, while the machine stands still and its disks are still the old ones (it switches
         one). Afterwards the machine stays stopped, until ``go_on`` or its end; with ``afterwards`` it runs as soon as the
         stream has ended, and that is awaited once, before the stream is on the disk (it thaws the guest). A machine
