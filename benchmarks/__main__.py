@@ -30,6 +30,9 @@ FIGURES = (
     "network_throughput",
     # While nothing else runs in the guest's place.
     "create_cold",
+    "create_template",
+    "create_warm",
+    "resume",
     "manager_rss_1",
     "exec_roundtrip",
     "request_roundtrip",

@@ -13,6 +13,7 @@ from atelier.drivers.network.addresses import mac_address_of
 from atelier.drivers.vmm.qemu_arguments import (
     GUEST_PORT_NAME,
     AcceleratorKind,
+    OpenMemory,
     kernel_command_line,
     machine_arguments,
 )
@@ -45,6 +46,16 @@ class Ingredients:
 
 
 @dataclass(frozen=True)
+class SavedSide:
+    """What a restored machine has instead of an image and a kernel: what its disk stands over, nearest first, the tools
+    image that its memory belongs to, and its memory where that is mapped (None: it comes with the state)."""
+
+    below: tuple[DiskFile, ...]
+    tools: Path
+    memory: OpenMemory | None
+
+
+@dataclass(frozen=True)
 class BareMachine:
     folder: RunFolder
     raw_socket: Path
@@ -66,27 +77,30 @@ def bare_machine(
     with_raw_port: bool = False,
     network: NetworkAttachment | None = None,
     network_descriptor: int | None = None,
+    saved: SavedSide | None = None,
 ) -> Generator[BareMachine]:
     """Make an overlay, start QEMU, and end both with the block. ``with_raw_port`` adds the one thing that a sandbox's
-    machine has not got. Without a ``network`` it has a card that reaches nothing."""
+    machine has not got. Without a ``network`` it has a card that reaches nothing. With ``saved`` it waits to be loaded
+    (``bare_restore``) instead of booting."""
     folder.mkdir(mode=0o700, parents=True)
     run_folder, raw_socket = RunFolder(folder), folder / "raw.sock"
     overlay = folder / "root.qcow2"
-    base = DiskFile(ingredients.image.path, "raw")
+    below = saved.below if saved else (DiskFile(ingredients.image.path, "raw"),)
     subprocess.run(
         [
             *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
-            *("-F", "raw", "-b", str(base.path), str(overlay), f"{DEFAULT_DISK_MIB}M"),
+            *("-F", below[0].format, "-b", str(below[0].path), str(overlay), f"{DEFAULT_DISK_MIB}M"),
         ],
         check=True,
     )
-    root = Disk(ROOT_DISK_SERIAL, DiskFile(overlay, "qcow2"), (base,))
-    tools = Disk(TOOLS_DISK_SERIAL, DiskFile(ingredients.boot.tools, "raw"), read_only=True)
+    root = Disk(ROOT_DISK_SERIAL, DiskFile(overlay, "qcow2"), below)
+    tools_file = saved.tools if saved else ingredients.boot.tools
+    tools = Disk(TOOLS_DISK_SERIAL, DiskFile(tools_file, "raw"), read_only=True)
     tsc_khz = 0
     if ingredients.accelerator == "tcg":
         tsc_khz = cached_tsc_khz(ingredients.cache_dir / "tsc.json")
     with contextlib.ExitStack() as stack:
-        descriptors = stack.enter_context(opened_machine(run_folder, ingredients.boot))
+        descriptors = stack.enter_context(opened_machine(run_folder, None if saved else ingredients.boot))
         disks = [open_disk(disk, stack) for disk in (root, tools)]
         arguments = machine_arguments(
             Path(QEMU),
@@ -99,12 +113,15 @@ def bare_machine(
             disks=tuple(disks),
             network=network or NetworkAttachment("user_restricted", mac_address_of("benchmarkaaa")),
             network_descriptor=network_descriptor,
+            memory=saved.memory if saved else None,
         )
         if with_raw_port:
             _add_raw_port(arguments, raw_socket)
         inherited = [*descriptors.all, *(number for disk in disks for number in disk.descriptors)]
         if network_descriptor is not None:
             inherited.append(network_descriptor)
+        if saved and saved.memory:
+            inherited.append(saved.memory.descriptor)
         with run_folder.stderr.open("wb") as stderr:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=inherited

@@ -47,21 +47,36 @@ class DirectChannel:
     def close(self) -> None:
         self._socket.close()
 
-    def run(self, *command: str, user: str = "user", background: bool = False) -> None:
-        """Start a program through the agent and return when it has exited with 0 (or, ``background``, has started)."""
+    def ask(self, path: str, message: object) -> None:
+        """One question in JSON, answered well."""
+        body = json.dumps(message).encode()
+        self._post(path, "application/json", body)
+        self._turn_until(lambda: b"\r\n\r\n" in self._received or self._closed)
+        answer = bytes(self._received)
+        if answer.split(b" ", 2)[1:2] not in ([b"200"], [b"204"]):
+            raise RuntimeError(f"{path}: {answer[-2000:].decode(errors='replace')}")
+        assert self._stream is not None
+        self._stream.close()
+
+    def _post(self, path: str, content_type: str, body: bytes, credentials: str = "") -> None:
         self._turn_until(lambda: self._multiplexer.epoch != 0)
         self._received.clear()
         self._closed = False
         self._stream = self._multiplexer.open(GUEST_AGENT_PORT, self)
         assert self._stream is not None
-        message = json.dumps({"process": {"cmd": command[0], "args": list(command[1:])}, "stdin": False}).encode()
-        body = bytes(1) + len(message).to_bytes(4, "big") + message
-        credentials = {"user": "dXNlcjo=", "root": "cm9vdDo="}[user]
         head = (
-            "POST /process.Process/Start HTTP/1.1\r\nHost: guest\r\nContent-Type: application/connect+json\r\n"
-            f"Authorization: Basic {credentials}\r\nX-Access-Token: {self._token}\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: guest\r\nContent-Type: {content_type}\r\n{credentials}"
+            f"X-Access-Token: {self._token}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self._stream.send(head.encode() + body)
+
+    def run(self, *command: str, user: str = "user", background: bool = False) -> None:
+        """Start a program through the agent and return when it has exited with 0 (or, ``background``, has started)."""
+        message = json.dumps({"process": {"cmd": command[0], "args": list(command[1:])}, "stdin": False}).encode()
+        body = bytes(1) + len(message).to_bytes(4, "big") + message
+        basic = {"user": "dXNlcjo=", "root": "cm9vdDo="}[user]
+        credentials = f"Authorization: Basic {basic}\r\n"
+        self._post("/process.Process/Start", "application/connect+json", body, credentials)
         wanted = b'"pid"' if background else b'"end"'
         self._turn_until(lambda: wanted in self._received or self._closed)
         # Zero values are left out of protobuf's JSON, so success is the absence of an exit code.

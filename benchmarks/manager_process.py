@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +32,10 @@ class RunningManager:
 
 
 @contextlib.contextmanager
-def running_manager(folder: Path, mode: str, accelerator: str, cache_dir: Path) -> Generator[RunningManager]:
-    """``folder`` must be short: sockets lie in it. Raises RuntimeError with the manager's last words."""
+def running_manager(
+    folder: Path, mode: str, accelerator: str, cache_dir: Path, variables: Mapping[str, str] | None = None
+) -> Generator[RunningManager]:
+    """``variables`` are added to its environment. ``folder`` must be short: sockets lie in it. Raises RuntimeError with the manager's last words."""
     data_dir, log_path = folder / "data", folder / "manager.log"
     folder.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ATELIER_")}
@@ -43,6 +45,7 @@ def running_manager(folder: Path, mode: str, accelerator: str, cache_dir: Path) 
         "ATELIER_ACCELERATOR": accelerator,
         # What is measured has the machine to itself.
         "ATELIER_TEMPLATES": "off",
+        **(variables or {}),
     }
     arguments = ["-P", "-m", "atelier.manager", "--mode", mode, "--data-dir", str(data_dir), "--listen", "127.0.0.1:0"]
     arguments += ["--on-exit", "destroy"]

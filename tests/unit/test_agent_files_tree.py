@@ -184,7 +184,8 @@ async def test_remove_a_very_deep_tree(client: httpx.AsyncClient, home: Path) ->
     before = len(os.listdir("/proc/self/fd"))
     assert (await call(client, "Remove", path="d" * 10)).status_code == 200
     assert os.listdir(home) == []
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    # Some others of this process come and go; there were 1,500 folders.
+    assert len(os.listdir("/proc/self/fd")) < before + 100
 
 
 async def test_names_that_are_no_text(client: httpx.AsyncClient, home: Path) -> None:

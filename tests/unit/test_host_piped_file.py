@@ -46,7 +46,8 @@ async def test_what_is_not_kept_goes(tmp_path: Path) -> None:
 
 
 async def test_a_held_writer_waits_and_goes_on(tmp_path: Path) -> None:
-    content = os.urandom(1_000_000)
+    # More than the largest pipe takes.
+    content = os.urandom(3_000_000)
     async with piped_file(tmp_path / "new", limit_bytes=LIMIT) as piped:
         piped.hold()
         writing = asyncio.create_task(asyncio.to_thread(_write, piped, content))

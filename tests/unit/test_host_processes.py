@@ -19,6 +19,10 @@ from atelier.host.processes import ProcessUser, ResourceLimits
 from atelier.model.errors import CommandError, HostError, MissingProgramError
 
 
+def _open_files(pid: int) -> set[int]:
+    return {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 def _status(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -45,7 +49,11 @@ async def test_a_detached_process_is_nobodys_child_and_carries_nothing_else(log:
         assert status["PPid"] != str(os.getpid())
         assert status["NoNewPrivs"] == "1"
         assert os.getsid(identity.pid) == identity.pid
-        assert {int(entry.name) for entry in Path(f"/proc/{identity.pid}/fd").iterdir()} == {0, 1, 2, write_end}
+        # While it is being loaded it has its libraries open, too.
+        deadline = time.monotonic() + 30
+        while (open_files := _open_files(identity.pid)) != {0, 1, 2, write_end}:
+            assert time.monotonic() < deadline, open_files
+            time.sleep(0.02)
         limits = Path(f"/proc/{identity.pid}/limits").read_text()
         assert [line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files")] == [
             ["77", "77"]

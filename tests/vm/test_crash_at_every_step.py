@@ -131,7 +131,7 @@ def test_a_stop_goes_on_after_a_crash_at_any_step(installation: LocalInstallatio
 def test_a_start_is_resumed_after_a_crash(installation: LocalInstallation) -> None:
     """At as many steps as one start may be resumed, from the first to the last: they are the creation's."""
     name = name_of(1)
-    spread = STARTING[:: (len(STARTING) - 1) // (RESUMED_MAX - 1)]
+    spread = [STARTING[round(index * (len(STARTING) - 1) / (RESUMED_MAX - 1))] for index in range(RESUMED_MAX)]
     assert (spread[0], spread[-1]) == (STARTING[0], STARTING[-1])
     crash_along(installation, spread, lambda: installation.call("POST", f"/sandboxes/{name}/start", expected=202))
     row = installation.wait_settled(name)

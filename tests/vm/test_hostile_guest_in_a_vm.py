@@ -109,7 +109,7 @@ def bring_the_attacker(hostile: Sandbox, scratch: Path) -> None:
         *source.glob("atelier/guest_protocol/*.py"),
         *(
             source / f"atelier/guest_agent/{name}.py"
-            for name in ("__init__", "channel", "direct_reader", "local_stream")
+            for name in ("__init__", "channel", "direct_reader", "gate", "local_stream")
         ),
         REPOSITORY / "tests/contract/hostile_peer.py",
         REPOSITORY / "tests/vm/hostile_guest.py",
