@@ -77,6 +77,15 @@ class ApiClient:
             raise RuntimeError(f"the sandbox {name} is {sandbox['state']}: {sandbox.get('failure')}")
         return str(sandbox["id"])
 
+    def time_first_answer(self, name: str) -> float:
+        """Seconds from asking for a sandbox to the first ``true`` answered in it; it is destroyed again."""
+        began = time.perf_counter()
+        sandbox = self.create(name)
+        self.run(sandbox, "/bin/true")
+        seconds = time.perf_counter() - began
+        self.destroy(sandbox)
+        return seconds
+
     def run(self, sandbox: str, *command: str) -> str:
         """Run a program; its stdout. Raises unless it exits with 0."""
         result = self.json("POST", f"/sandboxes/{sandbox}/run", {"command": list(command)})

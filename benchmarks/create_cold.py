@@ -20,23 +20,13 @@ def measure(stage: Stage) -> list[Figure]:
     bare: list[float] = []
     for number in range(ROUNDS + 1):
         bare_seconds = _bare(stage, number)
-        our_seconds = _ours(stage, number)
+        our_seconds = stage.client.time_first_answer(f"cold-{number}")
         say(f"create_cold: {our_seconds:.2f} s, bare {bare_seconds:.2f} s")
         if number > 0:
             # The first round warms caches up on both sides.
             ours.append(our_seconds)
             bare.append(bare_seconds)
     return [Figure("create_cold", median(ours), "s", median(bare), at_most(1.15))]
-
-
-def _ours(stage: Stage, number: int) -> float:
-    client = stage.client
-    began = time.perf_counter()
-    sandbox = client.create(f"cold-{number}")
-    client.run(sandbox, "/bin/true")
-    seconds = time.perf_counter() - began
-    client.destroy(sandbox)
-    return seconds
 
 
 def _bare(stage: Stage, number: int) -> float:
