@@ -336,3 +336,16 @@ async def test_draining_waits_for_what_is_under_way(host: Host) -> None:
     host.faults.release("initialize")
     await draining
     assert fleet.list_running_names() == ["one"]
+
+
+async def test_what_a_manager_left_of_a_memory_goes_with_the_sandbox(host: Host) -> None:
+    """It was killed while that was written."""
+    lifecycle = host.lifecycle()
+    sandbox = await host.created(lifecycle)
+    unfinished = host.data.saved_memory(sandbox.id)
+    unfinished = unfinished.with_name(f"{unfinished.name}.new")
+    unfinished.parent.mkdir()
+    unfinished.touch()
+    await lifecycle.destroy(sandbox.id)
+    assert host.held() == []
+    assert list(host.data.paused.iterdir()) == []

@@ -153,7 +153,7 @@ async def test_a_disk_that_is_smaller_than_a_templates_boots(host: Host, lifecyc
 
 async def test_a_damaged_one_is_not_used_and_replaced(host: Host, lifecycle: SandboxLifecycle) -> None:
     _, template = await made(host, lifecycle)
-    state = SnapshotFiles(host.data.snapshots).image(template.id).state
+    state = SnapshotFiles(host.data).image(template.id).state
     state.chmod(0o600)
     state.write_bytes(b"x" + state.read_bytes()[1:])
     second = await host.created(lifecycle, "second")

@@ -76,7 +76,6 @@ class Composition:
     sandboxes: SandboxRepository
     transitions: Transitions
     consoles: KeptConsoles
-    memories: SavedMemories
     background: BackgroundTasks
     network_policies: NetworkPolicies
     origins: Origins
@@ -104,11 +103,11 @@ def compose(
     machines = SandboxMachineRepository()
     transitions = Transitions(sandboxes, outbox, now)
     consoles = KeptConsoles(data.consoles, run, drivers.vmm)
-    memories = SavedMemories(data.paused)
+    memories = SavedMemories(data)
     background = BackgroundTasks()
     network_policies = NetworkPolicies(database, drivers.network, background)
     rows = SnapshotRows(SnapshotRepository(), outbox, now)
-    files = SnapshotFiles(data.snapshots)
+    files = SnapshotFiles(data)
     checks = SnapshotChecks(database, rows, files, drivers.storage, drivers.vmm, drivers.network)
     origins = Origins(
         database, drivers.images, drivers.storage, drivers.network, drivers.vmm, checks, limits.uses_templates
@@ -158,7 +157,6 @@ def compose(
         sandboxes=sandboxes,
         transitions=transitions,
         consoles=consoles,
-        memories=memories,
         background=background,
         network_policies=network_policies,
         origins=origins,

@@ -14,7 +14,7 @@ from atelier.db.sandbox_machines import SandboxMachineRepository
 from atelier.lifecycle.progress import ProgressEvents
 from atelier.lifecycle.saga_values import boot_files_to_json, disk_to_json, restore_to_json
 from atelier.lifecycle.sandbox_steps import SandboxSteps
-from atelier.model.errors import ConflictError, GuestUnreachableError, HostError, VmmError
+from atelier.model.errors import ConflictError, HostError, VmmError
 from atelier.model.machine import MachineStamp
 from atelier.model.saved_machine import SavedMemory
 from atelier.saga.definition import Step, StepContext
@@ -30,7 +30,7 @@ class MemorySteps:
 
     def quiesce(self) -> Step[Connection]:
         """The guest's processes and its root file system stand still."""
-        return Step("quiesce", self._quiesce, self._wake)
+        return Step("quiesce", self._quiesce, self.steps.wake)
 
     def save(self) -> Step[Connection]:
         """The whole machine, as a file. It stands still afterwards."""
@@ -48,19 +48,6 @@ class MemorySteps:
         await steps.vmm.go_on(directory)
         await steps.guests.quiesce(context.subject_id)
         return {}
-
-    async def _wake(self, context: StepContext) -> None:
-        steps, directory = self.steps, self.steps.directory(context)
-        identity = await steps.vmm.find_process(context.subject_id, directory)
-        if identity is None:
-            return
-        try:
-            await steps.vmm.go_on(directory)
-            await steps.guests.thaw(context.subject_id)
-        except (VmmError, GuestUnreachableError):
-            # Its end is the watcher's to tell.
-            if await steps.vmm.find_process(context.subject_id, directory) is not None:
-                raise
 
     async def _save(self, context: StepContext) -> dict[str, Any]:
         steps = self.steps

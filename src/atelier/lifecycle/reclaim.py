@@ -19,7 +19,6 @@ from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.consoles import KeptConsoles
-from atelier.lifecycle.saved_memories import SavedMemories
 from atelier.model.errors import AtelierError, ConflictError, NotFoundError
 from atelier.model.layout import RunLayout
 
@@ -45,7 +44,6 @@ class Reclaim:
         guests: GuestDriver,
         run: RunLayout,
         consoles: KeptConsoles,
-        memories: SavedMemories,
     ) -> None:
         self._database = database
         self._sandboxes = SandboxRepository()
@@ -55,7 +53,6 @@ class Reclaim:
         self._guests = guests
         self._run = run
         self._consoles = consoles
-        self._memories = memories
         self._snapshots = SnapshotRepository()
         self._told: frozenset[str] = frozenset()
 

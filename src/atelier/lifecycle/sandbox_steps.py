@@ -51,6 +51,7 @@ from atelier.model.errors import (
     AtelierError,
     ConflictError,
     GuestError,
+    GuestUnreachableError,
     HostError,
     TimeoutExceededError,
     VmmError,
@@ -449,6 +450,18 @@ class SandboxSteps:
             await asyncio.gather(working, ending, return_exceptions=True)
 
     # --- what steps share ---------------------------------------------------------------------------------------------
+
+    async def wake(self, context: StepContext) -> None:
+        """Let the guest go on, whatever it was stopped in for its memory to be saved."""
+        directory = self.directory(context)
+        try:
+            if await self.vmm.find_process(context.subject_id, directory) is not None:
+                await self.vmm.go_on(directory)
+                await self.guests.thaw(context.subject_id)
+        except (VmmError, GuestUnreachableError):
+            # Its end is the watcher's to tell.
+            if await self.vmm.find_process(context.subject_id, directory) is not None:
+                raise
 
     def sandbox(self, context: StepContext) -> Sandbox:
         with self.database.read() as connection:

@@ -153,7 +153,6 @@ class SandboxLifecycle:
             guests=guests,
             run=run,
             consoles=self._consoles,
-            memories=parts.memories,
         )
         self.activity = Activity(now)
         """Who uses a sandbox says so here."""

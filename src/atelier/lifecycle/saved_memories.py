@@ -10,35 +10,34 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from atelier.host.checksums import file_checksum
+from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
 from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.host.threads import run_in_thread
 from atelier.model.errors import HostError
+from atelier.model.layout import DataLayout
 from atelier.model.machine import MemoryStream
 from atelier.model.saved_machine import SavedMemory
 
-_MEMORY_SUFFIX = ".memory"
-_TOOLS_SUFFIX = ".tools"
-
 
 class SavedMemories:
-    """Files ``<sandbox id>.memory`` and ``<sandbox id>.tools`` in ``folder``, which is the manager's own."""
+    """Where ``layout`` says; the folder is the manager's own."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, layout: DataLayout) -> None:
+        self._layout = layout
 
     def stream(self, sandbox_id: str) -> MemoryStream:
-        return MemoryStream(self._folder / f"{sandbox_id}{_MEMORY_SUFFIX}")
+        return MemoryStream(self._layout.saved_memory(sandbox_id))
 
     def tools(self, sandbox_id: str) -> Path:
-        return self._folder / f"{sandbox_id}{_TOOLS_SUFFIX}"
+        return self._layout.saved_tools(sandbox_id)
 
     async def prepare(self, sandbox_id: str, tools: Path) -> None:
         """Make room for a memory: nothing of an earlier one, and ``tools`` kept for when it comes back.
 
         Raises HostError (``tools_image_missing``), DiskFullError.
         """
-        ensure_private_folder(self._folder)
+        ensure_private_folder(self._layout.paused)
         self.remove_stream(sandbox_id)
         try:
             await asyncio.to_thread(ensure_pinned, tools, self.tools(sandbox_id))
@@ -52,7 +51,7 @@ class SavedMemories:
     def remove_stream(self, sandbox_id: str) -> None:
         """The tools image's second name stays: the machine needs it for its next pause, whatever becomes of the
         cache."""
-        self.stream(sandbox_id).path.unlink(missing_ok=True)
+        remove_saved(self.stream(sandbox_id))
 
     async def remove(self, sandbox_id: str) -> None:
         self.remove_stream(sandbox_id)
@@ -63,7 +62,7 @@ class SavedMemories:
         path = self.stream(sandbox_id).path
         try:
             with refusal_as_error(f"reading {path}"):
-                return await asyncio.to_thread(file_checksum, path)
+                return await run_in_thread(lambda given_up: sha256_of_file(path, given_up=given_up))
         except FileNotFoundError as error:
             raise _missing(path) from error
 
@@ -92,11 +91,11 @@ class SavedMemories:
             raise _damaged(self.stream(sandbox_id).path, "its checksum is another")
         return replace(saved, boot_id=boot_id)
 
-    async def list_sandboxes(self) -> list[str]:
-        """Of which a memory is kept, sorted."""
-        if not self._folder.is_dir():
-            return []
-        return sorted(file.stem for file in self._folder.glob(f"*{_MEMORY_SUFFIX}"))
+
+def remove_saved(stream: MemoryStream) -> None:
+    """And what a manager that died while it was being written has left of it."""
+    stream.path.unlink(missing_ok=True)
+    stream.path.with_name(stream.path.name + ".new").unlink(missing_ok=True)
 
 
 _REMEDY = "boot the sandbox from its disk instead, which gives the memory up: atelier resume --from-disk"

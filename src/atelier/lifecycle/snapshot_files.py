@@ -11,35 +11,38 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from atelier.host.checksums import file_checksum
+from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
 from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.host.threads import run_in_thread
+from atelier.lifecycle.saved_memories import remove_saved
 from atelier.model.errors import HostError
+from atelier.model.layout import DataLayout
 from atelier.model.machine import MemoryImage, MemoryStream
 
 MEMORY, STATE = "memory", "state"
 
 
 class SnapshotFiles:
-    """Below ``root``, one folder per snapshot."""
+    """Where ``layout`` says, one folder per snapshot."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, layout: DataLayout) -> None:
+        self._layout = layout
 
     def stream(self, snapshot_id: str) -> MemoryStream:
         """What the machine was saved to; gone once it is baked."""
-        return MemoryStream(self._root / snapshot_id / "stream")
+        return MemoryStream(self._layout.snapshot(snapshot_id) / "stream")
 
     def image(self, snapshot_id: str) -> MemoryImage:
-        folder = self._root / snapshot_id
+        folder = self._layout.snapshot(snapshot_id)
         return MemoryImage(folder / MEMORY, folder / STATE)
 
     def tools(self, snapshot_id: str) -> Path:
-        return self._root / snapshot_id / "tools"
+        return self._layout.snapshot(snapshot_id) / "tools"
 
     async def prepare(self, snapshot_id: str, tools: Path) -> None:
         """Make the folder, with ``tools`` kept in it. Raises HostError (``tools_image_missing``), DiskFullError."""
-        ensure_private_folder(self._root / snapshot_id)
+        ensure_private_folder(self._layout.snapshot(snapshot_id))
         try:
             await asyncio.to_thread(ensure_pinned, tools, self.tools(snapshot_id))
         except FileNotFoundError as error:
@@ -50,7 +53,7 @@ class SnapshotFiles:
             ) from error
 
     def remove_stream(self, snapshot_id: str) -> None:
-        self.stream(snapshot_id).path.unlink(missing_ok=True)
+        remove_saved(self.stream(snapshot_id))
 
     def remove_image(self, snapshot_id: str) -> None:
         image = self.image(snapshot_id)
@@ -59,7 +62,7 @@ class SnapshotFiles:
 
     async def remove(self, snapshot_id: str) -> None:
         with suppress(FileNotFoundError):
-            await asyncio.to_thread(shutil.rmtree, self._root / snapshot_id)
+            await asyncio.to_thread(shutil.rmtree, self._layout.snapshot(snapshot_id))
 
     async def checksums(self, snapshot_id: str) -> dict[str, str]:
         """Of memory and state, by their names. Raises HostError (``snapshot_damaged``) where one is gone."""
@@ -71,7 +74,7 @@ class SnapshotFiles:
 
     async def check(self, snapshot_id: str, checksums: dict[str, str], *names: str) -> None:
         """That the files named (``MEMORY``, ``STATE``) are what was written. Raises HostError (``snapshot_damaged``)."""
-        folder = self._root / snapshot_id
+        folder = self._layout.snapshot(snapshot_id)
         for name in names:
             if await self._checksum(folder / name) != checksums.get(name):
                 raise damaged(folder / name, "its checksum is another")
@@ -84,16 +87,10 @@ class SnapshotFiles:
         # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
         return sum(path.stat().st_blocks * 512 for path in (image.memory, image.state))
 
-    async def list_snapshots(self) -> list[str]:
-        """Ids of the snapshots that have a folder, sorted."""
-        if not self._root.is_dir():
-            return []
-        return sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
-
     async def _checksum(self, path: Path) -> str:
         try:
             with refusal_as_error(f"reading {path}"):
-                return await asyncio.to_thread(file_checksum, path)
+                return await run_in_thread(lambda given_up: sha256_of_file(path, given_up=given_up))
         except FileNotFoundError as error:
             raise damaged(path, "it is gone") from error
 

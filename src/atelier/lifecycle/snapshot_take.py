@@ -21,7 +21,7 @@ from atelier.lifecycle.sandbox_steps import SandboxSteps
 from atelier.lifecycle.snapshot_files import SnapshotFiles
 from atelier.lifecycle.snapshot_rows import SnapshotRows
 from atelier.lifecycle.transitions import Failure
-from atelier.model.errors import ConflictError, GuestUnreachableError, VmmError
+from atelier.model.errors import ConflictError
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile
 from atelier.model.snapshot import SnapshotState
 from atelier.saga.definition import Recovery, SagaDefinition, Step, StepContext
@@ -95,20 +95,8 @@ class TakeSteps:
         )
         return {"stopped_ms": saved.stopped_ms}
 
-    async def wake(self, context: StepContext) -> None:
-        """Let the guest go on, whatever it was stopped in."""
-        directory = self.steps.directory(context)
-        try:
-            if await self.steps.vmm.find_process(context.subject_id, directory) is not None:
-                await self.steps.vmm.go_on(directory)
-                await self.steps.guests.thaw(context.subject_id)
-        except (VmmError, GuestUnreachableError):
-            # Its end is the watcher's to tell.
-            if await self.steps.vmm.find_process(context.subject_id, directory) is not None:
-                raise
-
     async def take_back(self, context: StepContext) -> None:
-        await self.wake(context)
+        await self.steps.wake(context)
         await self.files.remove(context.inputs["snapshot_id"])
 
     async def end_layer(self, context: StepContext) -> dict[str, Any]:

@@ -117,9 +117,13 @@ class DataLayout:
         """Machines of paused sandboxes."""
         return self.root / "paused"
 
-    def paused_machine(self, sandbox_id: str) -> Path:
+    def saved_memory(self, sandbox_id: str) -> Path:
         """A machine with its memory, as one stream."""
-        return self.paused / f"{sandbox_id}.stream"
+        return self.paused / f"{sandbox_id}.memory"
+
+    def saved_tools(self, sandbox_id: str) -> Path:
+        """A second name of the tools image that the memory belongs to."""
+        return self.paused / f"{sandbox_id}.tools"
 
     @property
     def consoles(self) -> Path:
