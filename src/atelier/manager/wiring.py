@@ -42,11 +42,17 @@ from atelier.manager.network_choice import choose_network
 from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.schemas.health import Health
+from atelier.services.access import AccessService
+from atelier.services.accounts import AccountService
+from atelier.services.audit import AuditLog
+from atelier.services.authentication import Authenticator
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
+from atelier.services.idempotency import IdempotencyService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
+from atelier.services.rate_limits import Limits, RateLimits
 from atelier.services.sandboxes import SandboxService
 from atelier.services.snapshots import SnapshotService
 from atelier.services.warm_pools import WarmPoolService
@@ -92,11 +98,12 @@ def assemble(
     database: Database,
     lifecycle: SandboxLifecycle,
     fleet: SandboxFleet,
-    mode: str,
+    settings: Settings,
     end_manager: Callable[[], None],
 ) -> Services:
     """The services that the API calls."""
     sandboxes = SandboxService(database, drivers.images, lifecycle)
+    authenticator = Authenticator(database)
     return Services(
         sandboxes=sandboxes,
         snapshots=SnapshotService(database, lifecycle),
@@ -106,10 +113,18 @@ def assemble(
         images=ImageService(drivers.images),
         events=EventService(database),
         host=HostService(lifecycle.reclaim, fleet, end_manager),
+        authenticator=authenticator,
+        accounts=AccountService(database, authenticator),
+        access=AccessService(database),
+        audit=AuditLog(database),
+        idempotency=IdempotencyService(database),
+        rate_limits=RateLimits(
+            Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)
+        ),
         health=Health(
             status="ok",
             version=atelier.__version__,
-            mode=mode,
+            mode=settings.mode,
             network=drivers.network.name,
             network_missing=drivers.network_missing,
         ),

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from atelier.db.engine import Database
+from atelier.db.sandbox_access import SandboxAccessRepository
 from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import SandboxRepository
 from atelier.db.snapshots import SnapshotRepository
@@ -38,6 +39,7 @@ class SnapshotService:
         self._database = database
         self._snapshots = SnapshotRepository()
         self._sandboxes = SandboxRepository()
+        self._access = SandboxAccessRepository()
         self._lifecycle = lifecycle
 
     async def take(
@@ -71,15 +73,17 @@ class SnapshotService:
             )
         return snapshot
 
-    def list_snapshots(self, sandbox: str | None, labels: Mapping[str, str]) -> list[Snapshot]:
+    def list_snapshots(self, sandbox: str | None, labels: Mapping[str, str], viewer_id: str | None) -> list[Snapshot]:
         """Those that are ready or damaged, oldest first: of all, or of a sandbox (its id or name, which may be gone by
-        now), that bear all ``labels``."""
+        now), that bear all ``labels``. ``viewer_id``: only those of this user, and of sandboxes shared with them."""
         with self._database.read() as connection:
             found = self._snapshots.list_in(connection, _SHOWN, _OF_USERS)
+            shared = frozenset[str]() if viewer_id is None else self._access.list_shared_with(connection, viewer_id)
         return [
             each
             for each in found
-            if (sandbox is None or sandbox in (each.sandbox_id, each.sandbox_name))
+            if (viewer_id is None or each.owner_id == viewer_id or each.sandbox_id in shared)
+            and (sandbox is None or sandbox in (each.sandbox_id, each.sandbox_name))
             and labels.items() <= each.labels.items()
         ]
 
@@ -130,9 +134,16 @@ class SnapshotService:
         return snapshot, replace(spec, image_id=snapshot.image_id, environment=environment, **sizes)
 
     async def fork(
-        self, sandbox: str, count: int, *, name_prefix: str | None, labels: dict[str, str], timeout_seconds: float
+        self,
+        sandbox: str,
+        count: int,
+        *,
+        owner_id: str,
+        name_prefix: str | None,
+        labels: dict[str, str],
+        timeout_seconds: float,
     ) -> list[Sandbox]:
-        """Begin ``count`` sandboxes that go on from where the running ``sandbox`` is now; their rows in state
+        """Begin ``count`` sandboxes of the user ``owner_id``'s that go on from where the running ``sandbox`` is now; their rows in state
         ``creating``. They have its sizes, network policy, time limits and, beside ``labels``, its labels; they are named
         ``<name_prefix>-<n>``. The one snapshot that this takes is gone with the last of them.
 
@@ -144,7 +155,7 @@ class SnapshotService:
         parent = self._get_sandbox(sandbox)
         if name_prefix is not None:
             validate_name(_join(name_prefix, count))
-        spec = replace(parent.spec, labels={**parent.spec.labels, **labels})
+        spec = replace(parent.spec, labels={**parent.spec.labels, **labels}, owner_id=owner_id)
         await self._lifecycle.check_room([spec] * count)
         with self._database.read() as connection:
             policy = SandboxNetworkRepository().get(connection, parent.id).policy
