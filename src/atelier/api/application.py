@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 import atelier
-from atelier.api import errors
+from atelier.api import errors, sign_in_pages
 from atelier.api.authentication import Application, Gate
 from atelier.api.authorisation import authorise
 from atelier.api.routes import (
@@ -83,6 +83,8 @@ def create_application(services: Services, public_url: str, host_names: frozense
     """The ASGI application; for ``public_url`` and ``host_names`` see ``Gate``."""
     app = describe_api(services.health)
     app.state.services = services
+    app.state.public_url = public_url
+    app.include_router(sign_in_pages.router)
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
     # nobody else learns who reads it.

@@ -26,9 +26,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json"})
-OPEN_PREFIXES = ("/docs/",)
-"""Health, and the description of the API: the same for everybody who has the software."""
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out"})
+OPEN_PREFIXES = ("/docs/", "/sign-in/")
+"""Health and the description of the API, the same for everybody who has the software; and the way in."""
 
 LOCAL_HOST_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -54,6 +54,12 @@ _ACCOUNT_READ = Rule(Right.ACCOUNT)
 RULES: dict[str, Rule] = {
     "get_health": Rule(Right.OPEN),
     "get_whoami": Rule(Right.KNOWN),
+    "show_sign_in": Rule(Right.OPEN),
+    "begin_sign_in": Rule(Right.OPEN),
+    "finish_sign_in": Rule(Right.OPEN),
+    "show_first_run": Rule(Right.OPEN),
+    "use_first_run": Rule(Right.OPEN),
+    "sign_out": Rule(Right.OPEN),
     # sandboxes
     "create_sandbox": _WRITE,
     "list_sandboxes": _READ,
@@ -120,6 +126,7 @@ RULES: dict[str, Rule] = {
     "list_sessions": _ACCOUNT_READ,
     "revoke_session": _ACCOUNT,
     "list_audit_entries": _ADMIN_READ,
+    "create_first_run_link": _ADMIN,
 }
 """By operation id; a WebSocket's is its function's name."""
 

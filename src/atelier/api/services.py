@@ -17,6 +17,7 @@ from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
 from atelier.services.rate_limits import RateLimits
 from atelier.services.sandboxes import SandboxService
+from atelier.services.sign_in import SignInService
 from atelier.services.snapshots import SnapshotService
 from atelier.services.warm_pools import WarmPoolService
 
@@ -34,6 +35,7 @@ class Services:
     authenticator: Authenticator
     accounts: AccountService
     access: AccessService
+    sign_in: SignInService
     audit: AuditLog
     idempotency: IdempotencyService
     rate_limits: RateLimits

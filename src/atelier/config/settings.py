@@ -4,7 +4,7 @@
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
 ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
 ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
-Nothing defaults into a source checkout.
+Those of signing in stand in ``sign_in``. Nothing defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
 
@@ -103,6 +104,7 @@ class Settings:
     requests_per_second: float
     sign_ins_per_minute: float
     web_sockets_per_key: int
+    sign_in: SignInSettings
 
 
 def load_settings(
@@ -136,6 +138,7 @@ def load_settings(
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
         sign_ins_per_minute=_limit(variables, "ATELIER_SIGN_INS_PER_MINUTE", "30"),
         web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
+        sign_in=load_sign_in(variables),
     )
 
 

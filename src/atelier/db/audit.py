@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, insert, select, update
 
 from atelier.db.tables import audit_entries, idempotency_keys
 from atelier.model.principal import AuditEntry
@@ -67,5 +67,5 @@ class IdempotencyRepository:
         connection.execute(delete(idempotency_keys).where(idempotency_keys.c.created_at < before))
 
 
-def _is(user_id: str, key: str) -> tuple[object, ...]:
+def _is(user_id: str, key: str) -> tuple[ColumnElement[bool], ...]:
     return idempotency_keys.c.user_id == user_id, idempotency_keys.c.key == key

@@ -78,10 +78,10 @@ class UserRepository:
         """Those of ``ids`` that there are."""
         return [_to_user(row) for row in connection.execute(select(users).where(users.c.id.in_(ids)))]
 
-    def count_admins(self, connection: Connection, *, local: bool) -> int:
-        """Those who are not disabled; ``local``: the local one too."""
-        query = select(func.count()).where(users.c.role == Role.ADMIN.value, ~users.c.is_disabled)
-        return connection.execute(query if local else query.where(~users.c.is_local)).scalar_one()
+    def count_other_admins(self, connection: Connection) -> int:
+        """Beside the local one; of those who are not disabled."""
+        query = select(func.count()).where(users.c.role == Role.ADMIN.value, ~users.c.is_disabled, ~users.c.is_local)
+        return connection.execute(query).scalar_one()
 
     def change(self, connection: Connection, user_id: str, *, role: Role, is_disabled: bool, name: str) -> None:
         values = {"role": role.value, "is_disabled": is_disabled, "name": name}

@@ -62,6 +62,8 @@ class Installation:
     fleet: SandboxFleet
     end_asked: asyncio.Event
     """Set when a client has asked for the manager's end."""
+    first_link: str | None
+    """Secret of a link that was made just now, and that nobody can be shown again."""
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -102,8 +104,10 @@ class Installation:
             stack.push_async_callback(services.images.close)
             stack.push_async_callback(services.authenticator.close)
             stack.push_async_callback(services.audit.close)
+            first_link = None
             if serves:
                 await services.accounts.ensure_local_admin(token)
+                first_link = await services.sign_in.make_first_link()
             await lifecycle.recover()
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
@@ -123,7 +127,7 @@ class Installation:
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
             public_url = settings.public_url or address.url
             application = create_application(services, public_url, frozenset({address.host}))
-            yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
+            yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked, first_link)
 
     def announce(self, on_exit: SandboxesAtEnd) -> None:
         """Tell the person at the terminal where everything is."""
@@ -133,6 +137,11 @@ class Installation:
             f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
             f"atelier: Ctrl-C {_AT_END[on_exit]}\n"
         )
+        if self.first_link is not None:
+            address = f"{self.settings.public_url or self.address.url}/sign-in/first-run?secret={self.first_link}"
+            sys.stderr.write(
+                f"atelier: to be its admin in a browser, open this within 24 hours:\natelier:   {address}\n"
+            )
         sys.stderr.flush()
 
     async def end_sandboxes(self, what: SandboxesAtEnd) -> tuple[list[str], list[str]]:

@@ -60,6 +60,10 @@ class ChangeUserRequest(BaseModel):
     is_disabled: bool | None = None
 
 
+class FirstRunLink(BaseModel):
+    url: str
+
+
 class ApiKey(BaseModel):
     """``hint``: its last four characters. ``last_used_at`` lags behind by up to a minute. ``is_local``: the one in the
     token file."""
@@ -80,13 +84,15 @@ class ApiKeyList(BaseModel):
 
 
 class CreateApiKeyRequest(BaseModel):
-    """``scopes`` absent: all that the key or session has that asks. ``expires_at`` absent: never."""
+    """``scopes`` absent: all that the key or session has that asks. ``expires_at`` absent: never.
+    ``user``: whose it is to be, by id or e-mail address, which admins may say; absent: one's own."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: ShownName
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(Scope))] | None = None
     expires_at: AwareDatetime | None = None
+    user: EmailText | None = None
 
 
 class CreatedApiKey(ApiKey):

@@ -127,12 +127,23 @@ class AccountService:
             return self._credentials.list_keys(connection, _whose(principal, everybodys))
 
     async def create_key(
-        self, principal: Principal, name: str, scopes: frozenset[Scope], expires_at: datetime | None
+        self,
+        principal: Principal,
+        name: str,
+        scopes: frozenset[Scope],
+        expires_at: datetime | None,
+        *,
+        user: str | None = None,
     ) -> tuple[ApiKey, str]:
-        """The key's row and the key, which nobody can be shown again.
+        """The key's row and the key, which nobody can be shown again. ``user``: whose it is to be, if not the
+        principal's own.
 
-        Raises InvalidRequestError (``expiry_in_past``), AccessDeniedError (``scope_missing``).
+        Raises InvalidRequestError (``expiry_in_past``), AccessDeniedError (``scope_missing``, ``admin_only``),
+        NotFoundError (``user_not_found``).
         """
+        if user is not None and not principal.is_admin:
+            raise AccessDeniedError("only admins make keys for others", code="admin_only", hint="leave the user out")
+        user_id = principal.user_id if user is None else self.get_user(user).id
         if expires_at is not None and expires_at <= self._now():
             raise InvalidRequestError(
                 "the key would have expired already", code="expiry_in_past", hint="give a later time"
@@ -144,7 +155,7 @@ class AccountService:
                 hint="use a key that has these scopes, or sign in",
             )
         key = new_key()
-        row = self._new_key_row(principal.user_id, name, key, scopes, expires_at)
+        row = self._new_key_row(user_id, name, key, scopes, expires_at)
         await self._changing(
             lambda connection: self._credentials.insert_key(connection, row, hash_secret(secret_of_key(key)))
         )

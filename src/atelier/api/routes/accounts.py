@@ -19,6 +19,7 @@ from atelier.schemas.accounts import (
     ChangeUserRequest,
     CreateApiKeyRequest,
     CreatedApiKey,
+    FirstRunLink,
     User,
     UserList,
     Whoami,
@@ -65,6 +66,14 @@ async def change_user(request: Request, user: UserReference, body: ChangeUserReq
     return _user(changed)
 
 
+@router.post("/first-run-link", operation_id="create_first_run_link", status_code=201)
+async def create_first_run_link(request: Request) -> FirstRunLink:
+    """A link that signs the local admin in, in a browser, once, within 24 hours; the one before is worth nothing then.
+    Refused once there is another admin."""
+    secret = await services_of(request).sign_in.make_another_link()
+    return FirstRunLink(url=f"{request.app.state.public_url}/sign-in/first-run?secret={secret}")
+
+
 @router.get("/api-keys", operation_id="list_api_keys")
 async def list_api_keys(request: Request, caller: Caller, everybodys: Everybodys = False) -> ApiKeyList:
     """List one's own keys, oldest first; the keys themselves are not kept."""
@@ -74,10 +83,12 @@ async def list_api_keys(request: Request, caller: Caller, everybodys: Everybodys
 
 @router.post("/api-keys", operation_id="create_api_key", status_code=201)
 async def create_api_key(request: Request, caller: Caller, body: CreateApiKeyRequest) -> CreatedApiKey:
-    """Make a key for oneself; the answer is the only time that it is shown. `e2b_` in place of `atl_` is the same key, for
+    """Make a key for oneself, or as an admin for somebody else; the answer is the only time that it is shown. `e2b_` in place of `atl_` is the same key, for
     clients that insist on that."""
     scopes = caller.scopes if body.scopes is None else frozenset(body.scopes)
-    row, key = await services_of(request).accounts.create_key(caller, body.name, scopes, body.expires_at)
+    row, key = await services_of(request).accounts.create_key(
+        caller, body.name, scopes, body.expires_at, user=body.user
+    )
     request.state.subject = row.id
     return CreatedApiKey.model_validate({**_key(row), "key": key})
 
