@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Awaitable, Callable
-from functools import wraps
-from typing import Annotated, Concatenate, ParamSpec
+import math
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
 
 from atelier.api.authentication import address_of, session_cookie
 from atelier.api.errors import status_of
@@ -21,8 +22,6 @@ from atelier.model.errors import AccessDeniedError, AtelierError, IdentityProvid
 from atelier.model.principal import Principal, User
 
 logger = logging.getLogger(__name__)
-router = APIRouter(include_in_schema=False)
-P = ParamSpec("P")
 
 _ATTEMPT_SECONDS = 600
 _SESSION_SECONDS = 14 * 86400
@@ -57,32 +56,38 @@ def _page(title: str, content: str, status: int = 200) -> HTMLResponse:
     return HTMLResponse(_PAGE.format(title=html.escape(title), content=content), status_code=status, headers=_HEADERS)
 
 
-def _in_plain_words(
-    show: Callable[Concatenate[Request, P], Awaitable[Response]],
-) -> Callable[Concatenate[Request, P], Awaitable[Response]]:
-    """Errors as a page, with their stable code."""
+class _PageRoute(APIRoute):
+    """Answers errors with a page, and their stable code on it."""
 
-    @wraps(show)
-    async def shown(request: Request, /, *arguments: P.args, **options: P.kwargs) -> Response:
-        try:
-            return await show(request, *arguments, **options)
-        except AtelierError as error:
-            if isinstance(error, IdentityProviderError):
-                logger.warning("sign-in: %s", error.message)
-            content = (
-                f"<p>{html.escape(error.message)}</p><p>{html.escape(error.hint)}</p>"
-                f'<p><code>{html.escape(error.code)}</code></p><p><a href="/sign-in">Back</a></p>'
-            )
-            page = _page("This did not work", content, status_of(error))
-            if isinstance(error, RateLimitedError):
-                page.headers["Retry-After"] = str(round(error.retry_after_seconds + 0.5))
-            return page
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        show = super().get_route_handler()
 
-    return shown
+        async def shown(request: Request) -> Response:
+            try:
+                return await show(request)
+            except AtelierError as error:
+                return _describe(error)
+
+        return shown
+
+
+def _describe(error: AtelierError) -> Response:
+    if isinstance(error, IdentityProviderError):
+        logger.warning("sign-in: %s", error.message)
+    content = (
+        f"<p>{html.escape(error.message)}</p><p>{html.escape(error.hint)}</p>"
+        f'<p><code>{html.escape(error.code)}</code></p><p><a href="/sign-in">Back</a></p>'
+    )
+    page = _page("This did not work", content, status_of(error))
+    if isinstance(error, RateLimitedError):
+        page.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
+    return page
+
+
+router = APIRouter(include_in_schema=False, route_class=_PageRoute)
 
 
 @router.get("/sign-in", operation_id="show_sign_in")
-@_in_plain_words
 async def show_sign_in(request: Request) -> Response:
     principal: Principal | None = request.state.principal
     if principal is not None:
@@ -101,7 +106,6 @@ async def show_sign_in(request: Request) -> Response:
 
 
 @router.get("/sign-in/first-run", operation_id="show_first_run")
-@_in_plain_words
 async def show_first_run(request: Request, secret: Annotated[str, Query(max_length=100)] = "") -> Response:
     """A page of its own, so that whoever only looks at the link, as mail and chat programs do, does not use it up."""
     return _page(
@@ -113,7 +117,6 @@ async def show_first_run(request: Request, secret: Annotated[str, Query(max_leng
 
 
 @router.post("/sign-in/first-run", operation_id="use_first_run")
-@_in_plain_words
 async def use_first_run(request: Request, secret: Annotated[str, Form(max_length=100)] = "") -> Response:
     _check_form(request)
     user, token = await services_of(request).sign_in.use_first_link(secret, address_of(request.scope))
@@ -121,7 +124,6 @@ async def use_first_run(request: Request, secret: Annotated[str, Form(max_length
 
 
 @router.post("/sign-in/{provider}", operation_id="begin_sign_in")
-@_in_plain_words
 async def begin_sign_in(request: Request, provider: str) -> Response:
     _check_form(request)
     url, browser = await services_of(request).sign_in.begin(provider, _public_url(request))
@@ -131,7 +133,6 @@ async def begin_sign_in(request: Request, provider: str) -> Response:
 
 
 @router.get("/sign-in/{provider}/callback", operation_id="finish_sign_in")
-@_in_plain_words
 async def finish_sign_in(
     request: Request,
     provider: str,
@@ -147,7 +148,6 @@ async def finish_sign_in(
 
 
 @router.post("/sign-out", operation_id="sign_out")
-@_in_plain_words
 async def sign_out(request: Request) -> Response:
     _check_origin(request)
     principal: Principal | None = request.state.principal

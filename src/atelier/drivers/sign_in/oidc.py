@@ -41,7 +41,7 @@ class OidcProvider:
         async with self._client(attempt) as client:
             metadata = await self._discover(client)
             token = await client.fetch_token(metadata["token_endpoint"], code=code, code_verifier=attempt.code_verifier)
-            answer = await client.get(metadata["jwks_uri"], withhold_token=True)
+            answer = await client.request("GET", metadata["jwks_uri"], withhold_token=True)
             answer.raise_for_status()
             claims = await asyncio.to_thread(self._check, str(token.get("id_token", "")), answer.json(), attempt.nonce)
             if "email" not in claims and "userinfo_endpoint" in metadata:
@@ -63,7 +63,9 @@ class OidcProvider:
 
     async def _discover(self, client: Any) -> dict[str, Any]:
         if not self._metadata:
-            answer = await client.get(f"{self._issuer}/.well-known/openid-configuration", withhold_token=True)
+            answer = await client.request(
+                "GET", f"{self._issuer}/.well-known/openid-configuration", withhold_token=True
+            )
             answer.raise_for_status()
             metadata = cast("dict[str, Any]", answer.json())
             # Source: Discovery 1.0, section 4.3: it must be exactly the one that was asked.
