@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.footprint import left_of, vmm_pids
-from tests.running_manager import RunningManager, running_local_manager, wait_until
+from tests.running_manager import RunningManager, cache_with_own_templates, running_local_manager, wait_until
 
 from atelier import Sandbox, Snapshot
 from atelier.client.terminal import Terminal
@@ -263,8 +264,9 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     ready.close()
 
 
-def test_the_second_create_is_restored_from_a_template() -> None:
-    with running_local_manager({"ATELIER_TEMPLATES": "on"}) as manager:
+def test_the_second_create_is_restored_from_a_template(tmp_path: Path) -> None:
+    variables = {"ATELIER_TEMPLATES": "on", "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
+    with running_local_manager(variables) as manager:
 
         def templates() -> list[tuple[Any, ...]]:
             made = rows(manager, "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'")
