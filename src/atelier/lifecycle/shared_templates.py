@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
@@ -144,18 +143,10 @@ class SharedTemplates:
             host_id=host_id,
             state=SnapshotState.BAKING,
             purpose=SnapshotPurpose.TEMPLATE,
-            sandbox_id=template.sandbox_id,
-            sandbox_name=template.sandbox_name,
-            image=template.image,
-            image_id=template.image_id,
-            vcpu_count=template.vcpu_count,
-            memory_mib=template.memory_mib,
-            disk_mib=template.disk_mib,
-            file_system_mib=template.file_system_mib,
-            machine=replace(template.machine, tools=boot.tools),
             created_at=now,
             updated_at=now,
             template_key=template.key,
+            **template.of_the_row(tools=boot.tools),
         )
         saga_id = bake_saga_id(snapshot.id)
         inputs = {

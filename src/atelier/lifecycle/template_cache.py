@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class CachedTemplate:
         """What creates have in common of which only the newest template serves any."""
         return (self.image, self.vcpu_count, self.memory_mib, self.machine.stamp.network_kind)
 
+    def of_the_row(self, *, tools: Path) -> dict[str, Any]:
+        """Fields of a snapshot, as the one had them that was put here; ``tools``: where its tools image is now."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in _OF_THE_ROW}
+        return {**values, "machine": replace(self.machine, tools=tools)}
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "machine": self.machine.to_json(), "format": _FORMAT}
 
@@ -77,6 +82,9 @@ class CachedTemplate:
             raise ValueError("it has another format")
         machine = MachineRecord.from_json(values.pop("machine"))
         return cls(**values, machine=machine)
+
+
+_OF_THE_ROW = tuple(each.name for each in fields(CachedTemplate) if each.name not in ("key", "checksums"))
 
 
 def image_in(entry: Path) -> MemoryImage:
@@ -149,19 +157,9 @@ class TemplateCache:
         kept = image_in(work)
         await run_in_thread(lambda given_up: ensure_pinned(image.state, kept.state, given_up=given_up))
         await run_in_thread(lambda given_up: ensure_pinned(image.memory, kept.memory, given_up=given_up))
-        description = CachedTemplate(
-            key=template.template_key,
-            sandbox_id=template.sandbox_id,
-            sandbox_name=template.sandbox_name,
-            image=template.image,
-            image_id=template.image_id,
-            vcpu_count=template.vcpu_count,
-            memory_mib=template.memory_mib,
-            disk_mib=template.disk_mib,
-            file_system_mib=template.file_system_mib,
-            machine=template.machine,
-            checksums={**template.checksums, DISK: disk_checksum},
-        )
+        of_the_row: dict[str, Any] = {name: getattr(template, name) for name in _OF_THE_ROW}
+        checksums = {**template.checksums, DISK: disk_checksum}
+        description = CachedTemplate(key=template.template_key, checksums=checksums, **of_the_row)
         write_atomically(work / _DESCRIPTION, json.dumps(description.to_json(), indent=2).encode(), mode=0o400)
         await asyncio.to_thread(sync_folder, work)
         return description
