@@ -271,10 +271,10 @@ async def test_an_error_at_any_place(world: Installations, place: Place) -> None
     assert host.held() == []
 
 
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("emptied", [False, True])
 @pytest.mark.parametrize("place", ADOPTING, ids=str)
-async def test_a_manager_that_ends_at_any_place(world: Installations, place: Place, *, twice: bool) -> None:
-    """The next one goes on with it. ``twice``: the entry is gone by then; it either has all, or nothing is left of it."""
+async def test_a_manager_that_ends_at_any_place(world: Installations, place: Place, *, emptied: bool) -> None:
+    """The next one goes on with it. ``emptied``: the entry is gone by then; it either has all, or nothing is left of it."""
     entry = await filled(world)
     host = world.add()
     lifecycle = world.begin(host)
@@ -290,7 +290,7 @@ async def test_a_manager_that_ends_at_any_place(world: Installations, place: Pla
     await asyncio.wait_for(reached_it.wait(), 30)
     await lifecycle.close()
     assert templates(host, SnapshotState.READY) == []
-    if twice:
+    if emptied:
         TemplateCache(world.layout).remove(entry.name, "for the test")
     after = world.begin(host)
     await after.recover()
