@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,16 +15,10 @@ from atelier.db.sagas import list_open_sagas_of
 from atelier.db.sandboxes import SandboxRepository
 from atelier.model.errors import HostError
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 from .test_sandbox_routes import SANDBOXES, assert_error
 
 WAIT = {"wait": True}
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -25,7 +24,7 @@ from atelier.model.errors import (
     TimeoutExceededError,
 )
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 
 
 @pytest.fixture
@@ -37,12 +36,6 @@ def connection(manager: RunningManager, api: httpx.Client) -> Iterator[Connectio
             for sandbox in Sandbox.list(connection=opened):
                 sandbox.destroy()
             snapshot.delete()
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture
