@@ -298,17 +298,17 @@ async def test_a_long_transfer_is_use_for_its_whole_length(inside: ManagerInside
 
 
 async def test_disks_without_a_sandbox_are_listed_and_removed_on_demand(inside: ManagerInside, box: str) -> None:
-    volumes = "/api/v1/host/orphan-volumes"
-    assert (await inside.client.get(volumes)).json() == {"items": []}
-    assert_error(await inside.client.delete(f"{volumes}/{box}"), 409, "volume_in_use")
+    volumes = "/api/v1/host/orphans/volume"
+    assert (await inside.client.get("/api/v1/host/orphans")).json() == {"items": []}
+    assert_error(await inside.client.delete(f"{volumes}/{box}"), 409, "not_an_orphan")
     await order(inside, "stop")
     database = inside.installation.fleet._database
     await database.write(lambda connection: SandboxRepository().delete(connection, box))
-    (orphan,) = (await inside.client.get(volumes)).json()["items"]
-    assert orphan["sandbox_id"] == box
+    (orphan,) = (await inside.client.get("/api/v1/host/orphans")).json()["items"]
+    assert (orphan["kind"], orphan["id"]) == ("volume", box)
     assert orphan["used_bytes"] > 0
     assert (await inside.client.delete(f"{volumes}/{box}")).status_code == 204
-    assert_error(await inside.client.delete(f"{volumes}/{box}"), 404, "volume_not_found")
+    assert_error(await inside.client.delete(f"{volumes}/{box}"), 404, "orphan_not_found")
     assert inside.storage.volumes == {}
 
 

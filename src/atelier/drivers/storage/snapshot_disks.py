@@ -16,7 +16,7 @@ from atelier.drivers.storage.layers import is_same_file
 from atelier.host.disk_chains import chain_below
 from atelier.host.disk_images import merge_copies
 from atelier.host.file_copies import sha256_of_file
-from atelier.host.files import disk_full_as_error, sync_folder, write_atomically
+from atelier.host.files import disk_full_as_error, occupied_bytes, sync_folder, write_atomically
 from atelier.host.threads import run_in_thread
 from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.ids import is_snapshot_id
@@ -52,7 +52,7 @@ class SnapshotDisks:
         self._backings.drop_unused()
         disk = self.find(snapshot_id)
         assert disk is not None
-        return SnapshotDisk(disk, path.stat().st_blocks * 512, self._read_checksum(snapshot_id))
+        return SnapshotDisk(disk, occupied_bytes(path), self._read_checksum(snapshot_id))
 
     async def _make(self, path: Path, layer: DiskFile, sandbox_id: str) -> None:
         chain = chain_below(self._layout, layer, sandbox_id)
