@@ -121,12 +121,13 @@ async def test_a_snapshot_becomes_a_disk_of_its_own(storage: StorageDriver, base
     assert await storage.find_snapshot_disk(FIRST) is None
     await freeze(storage, SANDBOX, FIRST)
     assert await storage.find_snapshot_disk(FIRST) is None
+    assert await storage.snapshot_used_bytes(FIRST) == 0
     assert await storage.list_snapshot_disks() == [FIRST], "what holds a layer can be found"
     made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
     assert made.disk.serial == ROOT_DISK_SERIAL
     assert made.disk.read_only
     assert made.disk.backing == volume.backing, "the layer is in it, not below it"
-    assert made.used_bytes > 0
+    assert await storage.snapshot_used_bytes(FIRST) == made.used_bytes > 0
     assert len(bytes.fromhex(made.checksum)) == 32
     assert await storage.ensure_snapshot_disk(FIRST, SANDBOX) == made
     assert await storage.find_snapshot_disk(FIRST) == made.disk
@@ -137,6 +138,7 @@ async def test_a_snapshot_becomes_a_disk_of_its_own(storage: StorageDriver, base
     await storage.ensure_snapshot_disk_absent(FIRST)
     await storage.ensure_snapshot_disk_absent(FIRST)
     assert await storage.find_snapshot_disk(FIRST) is None
+    assert await storage.snapshot_used_bytes(FIRST) == 0
     assert await storage.list_snapshot_disks() == []
     with pytest.raises(NotFoundError):
         await storage.verify_snapshot_disk(FIRST)

@@ -27,6 +27,7 @@ from atelier.lifecycle.errors import describe_error, is_transient
 from atelier.lifecycle.memory_steps import MemorySteps
 from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.origins import Origins
+from atelier.lifecycle.orphans import Orphans
 from atelier.lifecycle.sandbox_claim import define_claim
 from atelier.lifecycle.sandbox_create import define_create
 from atelier.lifecycle.sandbox_pause import define_pause
@@ -89,6 +90,7 @@ class Composition:
     checks: SnapshotChecks
     snapshots: Snapshots
     shared_templates: SharedTemplates
+    orphans: Orphans
     sagas: tuple[SagaDefinition[Connection], ...]
     executor: Executor[Connection]
 
@@ -191,6 +193,7 @@ def compose(
         checks=checks,
         snapshots=snapshots,
         shared_templates=shared_templates,
+        orphans=Orphans(database, drivers.storage, memories, files),
         sagas=sagas,
         executor=executor,
     )

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
-from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.host.files import ensure_private_folder, occupied_bytes, refusal_as_error
 from atelier.host.threads import run_in_thread
 from atelier.lifecycle.saved_memories import remove_saved
 from atelier.model.errors import HostError
+from atelier.model.ids import is_snapshot_id
 from atelier.model.layout import DataLayout
 from atelier.model.machine import MemoryImage, MemoryStream
 
@@ -96,8 +97,16 @@ class SnapshotFiles:
     async def memory_bytes(self, snapshot_id: str) -> int:
         """What memory and state really occupy on disk."""
         image = self.image(snapshot_id)
-        # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
-        return sum(path.stat().st_blocks * 512 for path in (image.memory, image.state))
+        return occupied_bytes(image.memory, image.state)
+
+    async def used_bytes(self, snapshot_id: str) -> int:
+        """What all that is kept of it occupies, but for the tools image, which others have too."""
+        tools = self.tools(snapshot_id)
+        return occupied_bytes(*(path for path in tools.parent.glob("*") if path != tools))
+
+    def list(self) -> list[str]:
+        """Ids of the snapshots that have a folder."""
+        return sorted(path.name for path in self._layout.snapshots.glob("*") if is_snapshot_id(path.name))
 
     async def _checksum(self, path: Path) -> str:
         try:

@@ -106,7 +106,7 @@ def assemble(
         sessions=GuestSessions(sandboxes.get, sandboxes.wake, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),
-        host=HostService(lifecycle.reclaim, fleet, end_manager),
+        host=HostService(lifecycle.reclaim.orphans, fleet, end_manager),
         health=Health(
             status="ok",
             version=atelier.__version__,

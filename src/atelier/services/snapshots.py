@@ -71,17 +71,22 @@ class SnapshotService:
             )
         return snapshot
 
-    def list_snapshots(self, sandbox: str | None, labels: Mapping[str, str]) -> list[Snapshot]:
+    def list_page(
+        self, limit: int, cursor: str, sandbox: str | None, labels: Mapping[str, str]
+    ) -> tuple[list[Snapshot], str | None]:
         """Those that are ready or damaged, oldest first: of all, or of a sandbox (its id or name, which may be gone by
-        now), that bear all ``labels``."""
+        now), that bear all ``labels``; with the cursor of the next page. Raises InvalidRequestError (``invalid_cursor``).
+        """
         with self._database.read() as connection:
-            found = self._snapshots.list_in(connection, _SHOWN, _OF_USERS)
-        return [
-            each
-            for each in found
-            if (sandbox is None or sandbox in (each.sandbox_id, each.sandbox_name))
-            and labels.items() <= each.labels.items()
-        ]
+            return self._snapshots.list_page(
+                connection,
+                limit,
+                cursor or None,
+                states=_SHOWN,
+                purposes=_OF_USERS,
+                sandbox=sandbox,
+                labels=labels,
+            )
 
     async def delete(self, reference: str) -> None:
         """Returns when nothing of it is left.

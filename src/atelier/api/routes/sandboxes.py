@@ -9,6 +9,8 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from atelier.api.parameters import (
     LabelFilter,
+    PageCursor,
+    PageLimit,
     SandboxReference,
     WaitSeconds,
     looking_session_of,
@@ -175,8 +177,8 @@ async def change_sandbox(request: Request, sandbox: SandboxReference, body: Chan
 @router.get("", operation_id="list_sandboxes")
 async def list_sandboxes(
     request: Request,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
-    cursor: Annotated[str, Query(max_length=200, description="`next_cursor` of the page before")] = "",
+    limit: PageLimit = 100,
+    cursor: PageCursor = "",
     state: SandboxState | None = None,
     label: LabelFilter = None,
 ) -> SandboxPage:

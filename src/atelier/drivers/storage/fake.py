@@ -232,6 +232,10 @@ class FakeStorage:
         await self.faults.before("ensure_snapshot_disk_absent")
         self._remove_snapshot(_snapshot(snapshot_id))
 
+    async def snapshot_used_bytes(self, snapshot_id: str) -> int:
+        await self.faults.before("snapshot_used_bytes")
+        return _FILE_BYTES if self._disk_of(_snapshot(snapshot_id)) else 0
+
     async def list_snapshot_disks(self) -> list[str]:
         await self.faults.before("list_snapshot_disks")
         return sorted(self.snapshots)

@@ -131,6 +131,10 @@ class StorageDriver(Protocol):
         over it keep what they need, and its room is free when they are gone."""
         ...
 
+    async def snapshot_used_bytes(self, snapshot_id: str) -> int:
+        """Bytes that the snapshot's disk really occupies, whatever stands over it; 0 if it was not made."""
+        ...
+
     async def list_snapshot_disks(self) -> list[str]:
         """Ids of snapshots that have a disk on this host, or hold a layer to make one of."""
         ...

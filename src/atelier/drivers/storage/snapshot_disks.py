@@ -18,7 +18,13 @@ from atelier.host.disk_files import missing_disk_file
 from atelier.host.disk_images import merge_copies
 from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
-from atelier.host.files import disk_full_as_error, ensure_private_folder, sync_folder, write_atomically
+from atelier.host.files import (
+    disk_full_as_error,
+    ensure_private_folder,
+    occupied_bytes,
+    sync_folder,
+    write_atomically,
+)
 from atelier.host.threads import run_in_thread
 from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.ids import is_snapshot_id
@@ -92,7 +98,7 @@ class SnapshotDisks:
     def _get(self, snapshot_id: str) -> SnapshotDisk:
         disk = self.find(snapshot_id)
         assert disk is not None, "it was just made"
-        return SnapshotDisk(disk, disk.top.path.stat().st_blocks * 512, self._read_checksum(snapshot_id))
+        return SnapshotDisk(disk, occupied_bytes(disk.top.path), self._read_checksum(snapshot_id))
 
     async def _make(self, path: Path, layer: DiskFile, sandbox_id: str) -> None:
         chain = chain_below(self._layout, layer, sandbox_id)
