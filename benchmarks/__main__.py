@@ -36,6 +36,7 @@ FIGURES = (
     "resume",
     "fork_20",
     "fork_pss",
+    "snapshot_stop",
     "manager_rss_1",
     "exec_roundtrip",
     "request_roundtrip",

@@ -28,6 +28,7 @@ MEMORY_MIB = 256
 AT_A_TIME = max(2, os.cpu_count() or 1)
 """As the manager's boots."""
 _FORK_SECONDS = 600
+_ROUNDS_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def measure_forks(ingredients: Ingredients, folder: Path) -> ForkSamples:
         running_manager(folder, "local", ingredients.accelerator, ingredients.cache_dir, variables) as manager,
         manager.client() as client,
         bare_machine(folder / "parent", ingredients, memory_mib=MEMORY_MIB) as machine,
-        contextlib.closing(DirectChannel(machine.folder.guest_socket, token="")) as channel,
+        contextlib.closing(
+            DirectChannel(machine.folder.guest_socket, token="", timeout_seconds=_ROUNDS_SECONDS)
+        ) as channel,
     ):
         parent = client.create("forked", memory_mib=MEMORY_MIB)
         client.run(parent, "/bin/true")
