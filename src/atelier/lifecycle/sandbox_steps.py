@@ -81,6 +81,7 @@ _MANY_FILES_BELOW = 4
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Steps = tuple[Step[Connection], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +109,8 @@ class SandboxSteps:
     stop_grace_seconds: float
 
     def acquiring(
-        self,
-        *,
-        find: Step[Connection],
-        keeps_disk: bool,
-        spend_memory: tuple[Step[Connection], ...] = (),
-        prepare: tuple[Step[Connection], ...] = (),
-    ) -> tuple[Step[Connection], ...]:
+        self, *, find: Step[Connection], keeps_disk: bool, spend_memory: Steps = (), prepare: Steps = ()
+    ) -> Steps:
         """All that a running sandbox consists of, in the order in which it is acquired: DESIGN's, from the network slot
         up to the VMM process, so that unwinding kills the VMM first and frees the network last. ``keeps_disk``: slot
         and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``).
@@ -139,7 +135,7 @@ class SandboxSteps:
             Step("file_system", self._grow_file_system, commit=self._commit_growth),
         )
 
-    def releasing(self) -> tuple[Step[Connection], ...]:
+    def releasing(self) -> Steps:
         """What a stopped sandbox does not hold: the same undos, as steps that go forward only."""
         return (
             Step("vmm", _as_step(self._stop_vmm)),
@@ -160,7 +156,7 @@ class SandboxSteps:
         """The guest writes everything to its disk and ends. It cannot be undone."""
         return Step("guest_shutdown", self._shut_guest_down)
 
-    def grow_disk(self) -> tuple[Step[Connection], ...]:
+    def grow_disk(self) -> Steps:
         """The disk, and in a running guest the file system on it, to the row's ``disk_mib``."""
         return (
             Step("disk", self._grow_disk),
@@ -353,8 +349,7 @@ class SandboxSteps:
 
     async def give_new_name(self, context: StepContext) -> dict[str, Any]:
         """To a guest that runs, and has its network and its host key already."""
-        identity = replace(self._own_identity(context.subject_id), host_key=None)
-        await self.guests.initialize(context.subject_id, identity)
+        await self.guests.initialize(context.subject_id, replace(self._own_identity(context.subject_id), host_key=None))
         return {}
 
     def _own_identity(self, sandbox_id: str) -> GuestIdentity:
