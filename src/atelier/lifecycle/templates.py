@@ -21,8 +21,8 @@ from atelier.drivers.images.interface import ImageDriver
 from atelier.lifecycle.background import BackgroundTasks
 from atelier.lifecycle.origins import Origins, template_disk_mib
 from atelier.lifecycle.snapshots import Snapshots
+from atelier.lifecycle.warming import warm_up
 from atelier.model.errors import AtelierError, GuestError
-from atelier.model.guest import ProcessSpec
 from atelier.model.ids import new_id
 from atelier.model.network_policy import CLOSED_POLICY, NetworkPolicy
 from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
@@ -31,8 +31,6 @@ from atelier.model.states import SandboxState
 
 _logger = logging.getLogger(__name__)
 
-_WARMING = (("sh", "-c", ":"), ("bash", "-l", "-c", ":"), ("python3", "-c", "pass"))
-"""What nearly every use of a sandbox runs: its files are then in the memory that all share. An image may lack some."""
 _IDLE_PERCENT = 10.0
 _IDLE_POLLS = 30
 _IDLE_PAUSE_SECONDS = 0.5
@@ -148,14 +146,7 @@ class Templates:
 
     async def _warm(self, sandbox_id: str) -> None:
         """Run what every sandbox runs, then wait until nothing goes on any more."""
-        for arguments in _WARMING:
-            spec = ProcessSpec(arguments, timeout_seconds=60.0)
-            try:
-                async with self._guests.start_process(sandbox_id, spec) as events:
-                    async for _ in events:
-                        pass
-            except AtelierError as error:
-                _logger.debug("a template is not warmed by %s: %s", arguments[0], error)
+        await warm_up(self._guests, sandbox_id)
         await self._guests.metrics(sandbox_id)
         for _ in range(_IDLE_POLLS):
             await asyncio.sleep(self._idle_pause_seconds)
