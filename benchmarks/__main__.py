@@ -16,7 +16,8 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.figure import Figure
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 FIGURES = (
     "cli_help",
@@ -33,6 +34,9 @@ FIGURES = (
     "create_template",
     "create_warm",
     "resume",
+    "fork_20",
+    "fork_pss",
+    "snapshot_stop",
     "manager_rss_1",
     "exec_roundtrip",
     "request_roundtrip",

@@ -20,7 +20,12 @@ class ApiClient:
         parts = urlsplit(api_url)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=600)
         self._used_at = time.monotonic()
+        self._api_url, self._api_key = api_url, api_key
         self._headers = {"Authorization": f"Bearer {api_key}"}
+
+    def another(self) -> ApiClient:
+        """With a connection of its own, for another thread."""
+        return ApiClient(self._api_url, self._api_key)
 
     def __enter__(self) -> ApiClient:
         return self

@@ -60,6 +60,12 @@ class BareMachine:
     folder: RunFolder
     raw_socket: Path
     """A second virtio-serial port, without any framing."""
+    pid: int
+
+    @property
+    def overlay(self) -> Path:
+        """The disk that it writes to."""
+        return self.folder.root / "root.qcow2"
 
     def await_socket(self) -> None:
         deadline = time.monotonic() + 30
@@ -78,6 +84,7 @@ def bare_machine(
     network: NetworkAttachment | None = None,
     network_descriptor: int | None = None,
     saved: SavedSide | None = None,
+    memory_mib: int = DEFAULT_MEMORY_MIB,
 ) -> Generator[BareMachine]:
     """Make an overlay, start QEMU, and end both with the block. ``with_raw_port`` adds the one thing that a sandbox's
     machine has not got. Without a ``network`` it has a card that reaches nothing. With ``saved`` it waits to be loaded
@@ -107,7 +114,7 @@ def bare_machine(
             f"bench-{folder.name}",
             accelerator=ingredients.accelerator,
             vcpu_count=DEFAULT_VCPU_COUNT,
-            memory_mib=DEFAULT_MEMORY_MIB,
+            memory_mib=memory_mib,
             command_line=kernel_command_line(ingredients.accelerator, tsc_khz),
             descriptors=descriptors,
             disks=tuple(disks),
@@ -127,7 +134,7 @@ def bare_machine(
                 arguments, stdin=subprocess.DEVNULL, stdout=stderr, stderr=stderr, pass_fds=inherited
             )
     try:
-        yield BareMachine(run_folder, raw_socket)
+        yield BareMachine(run_folder, raw_socket, process.pid)
     finally:
         process.kill()
         process.wait()

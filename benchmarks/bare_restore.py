@@ -12,6 +12,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 
 from atelier.drivers.network.addresses import mac_address_of
@@ -21,23 +22,32 @@ from atelier.drivers.vmm.qmp import QmpConnection
 from atelier.host.disk_files import find_backing
 from atelier.lifecycle.ssh_host_key import make_ssh_host_key
 from atelier.model.machine import DiskFile
+from atelier.model.sandbox import DEFAULT_MEMORY_MIB
 from benchmarks.bare_machine import BareMachine, Ingredients, SavedSide, bare_machine
 from benchmarks.direct_channel import DirectChannel
 
 _START_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class RestoredMachine:
+    channel: DirectChannel
+    pid: int
+
+
 @contextlib.contextmanager
-def restored_machine(folder: Path, ingredients: Ingredients, saved: SavedSide, state: Path) -> Generator[DirectChannel]:
-    """A channel to a guest that has a new identity and goes on. ``folder``'s name is the machine's."""
-    with bare_machine(folder, ingredients, saved=saved) as machine:
+def restored_machine(
+    folder: Path, ingredients: Ingredients, saved: SavedSide, state: Path, memory_mib: int = DEFAULT_MEMORY_MIB
+) -> Generator[RestoredMachine]:
+    """A guest that has a new identity and goes on. ``folder``'s name is the machine's."""
+    with bare_machine(folder, ingredients, saved=saved, memory_mib=memory_mib) as machine:
         asyncio.run(_load(machine, state, with_memory=saved.memory is None))
         channel = DirectChannel(machine.folder.guest_socket, token="bare")
         try:
             channel.ask("/init", _identity(folder.name))
             asyncio.run(_set_link(machine))
             channel.ask("/atelier.v1.Control/Thaw", {})
-            yield channel
+            yield RestoredMachine(channel, machine.pid)
         finally:
             channel.close()
 

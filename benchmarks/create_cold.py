@@ -10,7 +10,8 @@ import time
 from benchmarks.bare_machine import bare_machine
 from benchmarks.direct_channel import DirectChannel
 from benchmarks.figure import Figure, at_most, median
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 7
 

@@ -16,7 +16,8 @@ from benchmarks.bare_machine import SavedSide
 from benchmarks.bare_restore import chain_of, restored_machine
 from benchmarks.figure import Figure, at_most, median
 from benchmarks.manager_process import running_manager
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 9
 _TEMPLATE_SECONDS = 300.0
@@ -44,8 +45,8 @@ def measure(stage: Stage) -> list[Figure]:
         saved = SavedSide(chain_of(disk), files / "tools", OpenMemory(descriptor, shared=False))
         for number in range(ROUNDS + 1):
             began = time.perf_counter()
-            with restored_machine(stage.folder / f"t{number}", ingredients, saved, files / "state") as channel:
-                channel.run("/bin/true")
+            with restored_machine(stage.folder / f"t{number}", ingredients, saved, files / "state") as restored:
+                restored.channel.run("/bin/true")
                 bare_seconds = time.perf_counter() - began
             our_seconds = client.time_first_answer(f"restored-{number}")
             say(f"create_template: {our_seconds:.3f} s, bare {bare_seconds:.3f} s")

@@ -6,7 +6,8 @@ from __future__ import annotations
 import time
 
 from benchmarks.figure import Figure, at_most, median
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 6
 _READY_SECONDS = 300.0

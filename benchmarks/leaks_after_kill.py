@@ -8,7 +8,8 @@ from tests.leftovers import count_kinds, leftovers
 from tests.running_manager import LocalInstallation
 
 from benchmarks.figure import Figure, at_most
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 CREATES = 12
 MOMENTS = (Moment(6), Moment(CREATES, 0.7), Moment(CREATES, 3), Moment(CREATES, 8))

@@ -17,7 +17,8 @@ from tests.network_lab import why_no_lab
 
 from benchmarks.figure import Figure, Target, at_least
 from benchmarks.network_paths import NetworkPath, emulated_guest, network_paths, plain_guest
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 17
 SECONDS = 0.3

@@ -12,7 +12,8 @@ import time
 
 from benchmarks.figure import Figure, median
 from benchmarks.many_mock_sandboxes import fill
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 5
 COUNT = 100

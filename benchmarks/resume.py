@@ -10,7 +10,8 @@ from atelier.model.machine import DiskFile
 from benchmarks.bare_machine import SavedSide
 from benchmarks.bare_restore import chain_of, restored_machine
 from benchmarks.figure import Figure, at_most, median
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 7
 
@@ -28,8 +29,8 @@ def measure(stage: Stage) -> list[Figure]:
         disk = DiskFile(data_dir / "volumes" / f"{sandbox}.qcow2", "qcow2")
         saved = SavedSide(chain_of(disk), data_dir / "paused" / f"{sandbox}.tools", None)
         began = time.perf_counter()
-        with restored_machine(stage.folder / f"r{number}", stage.ingredients, saved, kept) as channel:
-            channel.run("/bin/true")
+        with restored_machine(stage.folder / f"r{number}", stage.ingredients, saved, kept) as restored:
+            restored.channel.run("/bin/true")
             bare_seconds = time.perf_counter() - began
         began = time.perf_counter()
         client.json("POST", f"/sandboxes/{sandbox}/resume?wait=true")

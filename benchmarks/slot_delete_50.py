@@ -11,7 +11,8 @@ from tests.network_lab import why_no_lab
 
 from benchmarks.crowded_network import CrowdedNetwork
 from benchmarks.figure import Figure, at_most, median
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 9
 SLOTS = 50

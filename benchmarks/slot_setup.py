@@ -12,7 +12,8 @@ from tests.network_lab import why_no_lab
 
 from benchmarks.crowded_network import CrowdedNetwork
 from benchmarks.figure import Figure, at_most, median, percentile
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 ROUNDS = 8
 TARGET_MS = 10

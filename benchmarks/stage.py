@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 from functools import cached_property
 from pathlib import Path
 
@@ -20,13 +19,10 @@ from atelier.model.image import BuildProgress
 from benchmarks.api_client import ApiClient
 from benchmarks.bare_machine import Ingredients
 from benchmarks.crowded_network import CrowdedNetwork, crowded_network
+from benchmarks.forks import ForkSamples, measure_forks
 from benchmarks.manager_process import RunningManager, running_manager
+from benchmarks.progress import say
 from benchmarks.raw_port import RawPort, raw_guest
-
-
-def say(text: str) -> None:
-    sys.stderr.write(f"bench: {text}\n")
-    sys.stderr.flush()
 
 
 class Stage:
@@ -85,6 +81,11 @@ class Stage:
     def raw_port(self) -> RawPort:
         say("starting a bare guest")
         return self._stack.enter_context(raw_guest(self.folder / "b", self.ingredients))
+
+    @cached_property
+    def forks(self) -> ForkSamples:
+        say("forking, and cloning bare machines")
+        return measure_forks(self.ingredients, self.folder / "f")
 
     @cached_property
     def crowded_network(self) -> CrowdedNetwork:

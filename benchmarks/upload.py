@@ -7,7 +7,8 @@ import time
 from benchmarks import transfer
 from benchmarks.api_client import file_path
 from benchmarks.figure import Figure, at_least, median
-from benchmarks.stage import Stage, say
+from benchmarks.progress import say
+from benchmarks.stage import Stage
 
 
 def measure(stage: Stage) -> list[Figure]:

@@ -20,6 +20,7 @@ import pytest
 from tests.footprint import processes_naming
 from tests.real_machines import NO_QEMU, REPOSITORY
 
+from atelier.config.settings import load_settings
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
@@ -52,11 +53,14 @@ def start_manager(
     mode: str = "mock",
     program: Sequence[str] = MANAGER,
     variables: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
     ``program``: another module to run in its place, with the arguments that stand before the manager's. ``variables``
-    are added to its environment."""
-    environment, process = launch_manager(folder, *options, mode=mode, program=program, variables=variables)
+    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's."""
+    environment, process = launch_manager(
+        folder, *options, mode=mode, program=program, variables=variables, within=within
+    )
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -87,6 +91,7 @@ def launch_manager(
     mode: str,
     program: Sequence[str],
     variables: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> tuple[dict[str, str], subprocess.Popen[bytes]]:
     """As ``start_manager``, without waiting for its answer: its environment and its process."""
     environment = {
@@ -105,7 +110,7 @@ def launch_manager(
     environment.pop("ATELIER_API_URL", None)
     with (folder / "manager.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
+            [*within, sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -212,14 +217,27 @@ def local_installation() -> Generator[LocalInstallation]:
         assert processes_naming(folder) == []
 
 
+def cache_with_own_templates(folder: Path) -> Path:
+    """A cache folder below ``folder`` with the images of the present one, and with no templates but those that are put
+    there."""
+    present, made = load_settings().cache_dir, folder / "cache"
+    made.mkdir()
+    for name in ("images", "kernel", "packages", "tools"):
+        (present / name).mkdir(parents=True, exist_ok=True)
+        (made / name).symlink_to(present / name)
+    return made
+
+
 @contextmanager
-def running_local_manager(variables: Mapping[str, str] | None = None) -> Generator[RunningManager]:
+def running_local_manager(
+    variables: Mapping[str, str] | None = None, within: Sequence[str] = ()
+) -> Generator[RunningManager]:
     """A manager of real machines in a folder of its own; the test is skipped where there is no QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     # Short: sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local", variables=variables)
+        running = start_manager(Path(folder), mode="local", variables=variables, within=within)
         try:
             yield running
         finally:

@@ -1,14 +1,17 @@
-"""A manager in mock mode, shared by the tests of this folder, and a client that speaks to it."""
+"""A manager in mock mode, shared by the tests of this folder, and a client that speaks to it; or one of the test's own,
+inside of its process."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from tests.running_manager import RunningManager, start_manager, stop_manager
+
+from .manager_inside import ManagerInside, open_manager_inside
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +41,9 @@ def sandbox(api: httpx.Client) -> str:
     assert answer.status_code == 201, answer.text
     assert answer.json()["state"] == "running", answer.text
     return answer.json()["id"]
+
+
+@pytest.fixture
+async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
+    async with open_manager_inside(tmp_path, monkeypatch) as opened:
+        yield opened

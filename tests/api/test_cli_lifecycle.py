@@ -185,7 +185,7 @@ def test_doctor_lists_and_removes_disks_without_a_sandbox(start: Callable[..., C
     cli.run("create", "--name", "lost")
     cli.run("create", "--name", "kept")
     lost = as_json(cli.run("get", "--json", "lost"))["id"]
-    assert b"every volume belongs to a sandbox" in cli.run("doctor", "--reclaim").stdout
+    assert b"every volume, memory and snapshot belongs to somebody" in cli.run("doctor", "--reclaim").stdout
     cli.run("down")
     assert b"atelier up" in cli.run("doctor", "--reclaim", status=1).stderr
     file = cli.manager.data_dir / "volumes" / f"{lost}.fake.json"
@@ -197,11 +197,15 @@ def test_doctor_lists_and_removes_disks_without_a_sandbox(start: Callable[..., C
 
     cli = start()
     listed = cli.run("doctor", "--reclaim")
-    assert lost.encode() in listed.stdout and b"1 volume, 200.0 KiB" in listed.stdout
+    assert f"volume/{lost}".encode() in listed.stdout and b"1, 200.0 KiB" in listed.stdout
     assert b"--yes" in listed.stderr
     assert file.exists(), "it is only listed"
     assert as_json(cli.run("doctor", "--reclaim", "--json"))["total_bytes"] == 200 * 1024
-    assert as_json(cli.run("doctor", "--reclaim", "--yes", "--json"))["removed"] == [lost]
+    cli.run("doctor", "--reclaim", "--yes", "--only", f"memory/{lost}", status=2)
+    assert file.exists(), "something else was asked for"
+    assert as_json(cli.run("doctor", "--reclaim", "--yes", "--only", f"volume/{lost}", "--json"))["removed"] == [
+        f"volume/{lost}"
+    ]
     assert not file.exists()
     assert len(list(file.parent.iterdir())) == 1
     cli.run("doctor", "--yes", status=2)

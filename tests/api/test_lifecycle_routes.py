@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,16 +15,10 @@ from atelier.db.sagas import list_open_sagas_of
 from atelier.db.sandboxes import SandboxRepository
 from atelier.model.errors import HostError
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 from .test_sandbox_routes import SANDBOXES, assert_error
 
 WAIT = {"wait": True}
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -305,17 +298,17 @@ async def test_a_long_transfer_is_use_for_its_whole_length(inside: ManagerInside
 
 
 async def test_disks_without_a_sandbox_are_listed_and_removed_on_demand(inside: ManagerInside, box: str) -> None:
-    volumes = "/api/v1/host/orphan-volumes"
-    assert (await inside.client.get(volumes)).json() == {"items": []}
-    assert_error(await inside.client.delete(f"{volumes}/{box}"), 409, "volume_in_use")
+    volumes = "/api/v1/host/orphans/volume"
+    assert (await inside.client.get("/api/v1/host/orphans")).json() == {"items": []}
+    assert_error(await inside.client.delete(f"{volumes}/{box}"), 409, "not_an_orphan")
     await order(inside, "stop")
     database = inside.installation.fleet._database
     await database.write(lambda connection: SandboxRepository().delete(connection, box))
-    (orphan,) = (await inside.client.get(volumes)).json()["items"]
-    assert orphan["sandbox_id"] == box
+    (orphan,) = (await inside.client.get("/api/v1/host/orphans")).json()["items"]
+    assert (orphan["kind"], orphan["id"]) == ("volume", box)
     assert orphan["used_bytes"] > 0
     assert (await inside.client.delete(f"{volumes}/{box}")).status_code == 204
-    assert_error(await inside.client.delete(f"{volumes}/{box}"), 404, "volume_not_found")
+    assert_error(await inside.client.delete(f"{volumes}/{box}"), 404, "orphan_not_found")
     assert inside.storage.volumes == {}
 
 

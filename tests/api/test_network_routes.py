@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +26,6 @@ from .test_sandbox_routes import SANDBOXES, assert_error
 
 NETWORK = f"{SANDBOXES}/box/network"
 OPEN = {"mode": "all", "networks": [], "domains": []}
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 async def create(inside: ManagerInside, **body: Any) -> httpx.Response:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,16 +10,10 @@ import pytest
 
 from atelier.model.errors import CapacityError, HostError
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 from .test_sandbox_routes import SANDBOXES, assert_error
 
 WAIT = {"wait": True}
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture

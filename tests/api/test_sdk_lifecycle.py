@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import httpx
 import pytest
@@ -16,7 +15,7 @@ from atelier.client.environment import Endpoint
 from atelier.client.sandbox_failures import SandboxFailedError
 from atelier.model.errors import ConflictError, HostError, InvalidRequestError, PreconditionError, TimeoutExceededError
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 
 
 @pytest.fixture
@@ -70,12 +69,6 @@ def test_time_limits(connection: Connection) -> None:
         with pytest.raises(InvalidRequestError) as past:
             box.set_time_limits(expires_in_seconds=-1)
         assert past.value.code == "expiry_in_past"
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture

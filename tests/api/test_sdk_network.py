@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,7 +15,7 @@ from atelier.model.errors import HostError, InvalidRequestError, NotFoundError, 
 from atelier.model.network_policy import EgressMode
 from atelier.schemas.networks import Egress, NetworkPolicy
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 
 
 @pytest.fixture
@@ -72,12 +71,6 @@ def test_a_sandbox_is_created_with_its_policy(connection: Connection) -> None:
     with Sandbox.create(network=policy, connection=connection) as box:
         assert said(box.network().policy) == ("list", [], ["github.com"])
         assert box.network().policy.upload_kbit_per_second == 500
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 async def test_the_same_on_asyncio_and_what_is_not_in_force_yet(inside: ManagerInside) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 from tests.running_manager import RunningManager
 
 from atelier import AsyncSandbox, AsyncSnapshot, Sandbox, Snapshot
+from atelier.client import snapshot_calls
 from atelier.client.connection import AsyncConnection, Connection
 from atelier.client.environment import Endpoint
 from atelier.client.sandbox_failures import SandboxFailedError
@@ -24,7 +24,7 @@ from atelier.model.errors import (
     TimeoutExceededError,
 )
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 
 
 @pytest.fixture
@@ -36,12 +36,6 @@ def connection(manager: RunningManager, api: httpx.Client) -> Iterator[Connectio
             for sandbox in Sandbox.list(connection=opened):
                 sandbox.destroy()
             snapshot.delete()
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -111,6 +105,29 @@ def test_snapshots(connection: Connection) -> None:
         box.stop()
         with pytest.raises(ConflictError):
             box.snapshot()
+
+
+def test_lists_follow_their_pages(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atelier.client.snapshots._PAGE", 2)
+    with Sandbox.create(connection=connection) as box:
+        made = [box.snapshot(f"n{number}").id for number in range(5)]
+        assert [each.id for each in Snapshot.list(connection=connection)] == made
+        page = connection.send(snapshot_calls.list_snapshots(limit=4, cursor=None, sandbox=None, labels=None))
+        assert [each.id for each in page.items] == made[:4]
+        assert page.next_cursor
+        rest = snapshot_calls.list_snapshots(limit=1, cursor=page.next_cursor, sandbox=box.name, labels=None)
+        assert connection.send(rest).next_cursor is None
+        for limit, cursor, code in (
+            (0, None, "invalid_request"),
+            (501, None, "invalid_request"),
+            (1, "x", "invalid_cursor"),
+        ):
+            wrong = snapshot_calls.list_snapshots(limit=limit, cursor=cursor, sandbox=None, labels=None)
+            with pytest.raises(InvalidRequestError) as refused:
+                connection.send(wrong)
+            assert refused.value.code == code
+        for each in Snapshot.list(connection=connection):
+            each.delete()
 
 
 def test_forks(connection: Connection) -> None:

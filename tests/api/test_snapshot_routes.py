@@ -1,91 +1,38 @@
-"""Snapshots and forks over the API: what begins from them, what is refused, and that nothing half-made is ever listed."""
+"""Snapshots over the API: what begins from them, what is refused, and that nothing half-made is ever listed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from atelier.db.snapshots import SnapshotRepository
-from atelier.lifecycle.admission import RoomPolicy
 from atelier.model.errors import DiskFullError, HostError
 from atelier.model.snapshot import SnapshotPurpose
 
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
+from .snapshot_requests import (
+    SNAPSHOTS,
+    WAIT,
+    ask,
+    create,
+    destroy,
+    fork,
+    names,
+    read,
+    take,
+    until_listed,
+    write,
+)
 from .test_sandbox_routes import SANDBOXES, assert_error
-
-SNAPSHOTS = "/api/v1/snapshots"
-WAIT = {"wait": True}
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture
 async def box(inside: ManagerInside) -> str:
     """Id of a running sandbox called ``box``."""
     return (await create(inside, name="box", environment={"A": "1", "B": "1"}, labels={"team": "web"}))["id"]
-
-
-async def create(inside: ManagerInside, **body: Any) -> dict[str, Any]:
-    answer = await inside.client.post(SANDBOXES, params=WAIT, json=body)
-    assert answer.status_code == 201, answer.text
-    assert answer.json()["state"] == "running", answer.text
-    return answer.json()
-
-
-async def take(inside: ManagerInside, name: str | None = None, *, of: str = "box", **body: Any) -> dict[str, Any]:
-    answer = await ask(inside, of=of, **({"name": name} if name else {}), **body)
-    assert answer.status_code == 201, answer.text
-    assert answer.json()["state"] == "ready", answer.text
-    return answer.json()
-
-
-async def ask(inside: ManagerInside, *, of: str = "box", wait: bool = True, **body: Any) -> httpx.Response:
-    return await inside.client.post(f"{SANDBOXES}/{of}/snapshots", params={"wait": wait}, json=body or None)
-
-
-async def fork(inside: ManagerInside, *, of: str = "box", wait: bool = True, **body: Any) -> httpx.Response:
-    return await inside.client.post(f"{SANDBOXES}/{of}/fork", params={"wait": wait}, json=body or None)
-
-
-async def names(inside: ManagerInside, **query: Any) -> list[str]:
-    return [each["name"] for each in (await inside.client.get(SNAPSHOTS, params=query)).json()["items"]]
-
-
-async def destroy(inside: ManagerInside, name: str) -> None:
-    assert (await inside.client.delete(f"{SANDBOXES}/{name}", params=WAIT)).status_code == 204
-
-
-async def until_listed(inside: ManagerInside, *expected: str) -> None:
-    async with asyncio.timeout(20):
-        while await names(inside) != list(expected):
-            await asyncio.sleep(0.01)
-
-
-async def until_nothing_is_kept(inside: ManagerInside) -> None:
-    async with asyncio.timeout(20):
-        while inside.storage.snapshots or list(inside.installation.data.snapshots.iterdir()):
-            await asyncio.sleep(0.01)
-    assert await names(inside) == []
-
-
-async def write(inside: ManagerInside, sandbox: str, path: str, content: bytes) -> None:
-    answer = await inside.client.put(f"{SANDBOXES}/{sandbox}/files", params={"path": path}, content=content)
-    assert answer.status_code == 200, answer.text
-
-
-async def read(inside: ManagerInside, sandbox: str, path: str) -> bytes | None:
-    answer = await inside.client.get(f"{SANDBOXES}/{sandbox}/files", params={"path": path})
-    return answer.content if answer.status_code == 200 else None
 
 
 # -- taking -------------------------------------------------------------------------------------------------------
@@ -172,10 +119,12 @@ async def test_bad_wishes(inside: ManagerInside, box: str) -> None:
         assert_error(await inside.client.get(f"{SNAPSHOTS}/{reference}"), 404, "snapshot_not_found")
         assert_error(await inside.client.post(SANDBOXES, json={"snapshot": reference}), 404, "snapshot_not_found")
     assert_error(await inside.client.post(SANDBOXES, json={"disk_only": True}), 422, "invalid_request")
-    await inside.client.post(f"{SANDBOXES}/box/stop", params=WAIT)
-    for answer in (await ask(inside), await fork(inside)):
-        assert_error(answer, 409, "invalid_state")
-        assert "start or resume it" in answer.json()["hint"]
+    for verb, state in (("pause", "paused"), ("resume", ""), ("stop", "stopped")):
+        await inside.client.post(f"{SANDBOXES}/box/{verb}", params=WAIT)
+        for answer in (await ask(inside), await fork(inside)) if state else ():
+            assert_error(answer, 409, "invalid_state")
+            assert f"it is {state}" in answer.json()["message"]
+            assert "start or resume it" in answer.json()["hint"]
     inside.guests.faults.fail_next("wait_ready", DiskFullError("no space left"), times=100)
     failed = await inside.client.post(SANDBOXES, params=WAIT, json={"name": "failed"})
     assert failed.json()["state"] == "failed"
@@ -311,15 +260,26 @@ async def test_one_that_does_not_fit_is_refused_and_its_disk_boots(inside: Manag
     assert_error(await inside.client.delete(f"{SNAPSHOTS}/ready"), 409, "snapshot_in_use")
 
 
-async def test_a_damaged_one_is_taken_out_of_service_and_its_siblings_serve(inside: ManagerInside, box: str) -> None:
+@pytest.mark.parametrize("file", ["state", "memory", "disk"])
+async def test_one_changed_byte_takes_it_out_of_service_and_its_siblings_serve(
+    inside: ManagerInside, box: str, file: str
+) -> None:
     damaged, whole = await take(inside, "damaged"), await take(inside, "whole")
-    state = inside.installation.data.snapshots / damaged["id"] / "state"
-    content = bytearray(state.read_bytes())
-    content[-1] ^= 1
-    state.chmod(0o600)
-    state.write_bytes(content)
-    made = await inside.client.post(SANDBOXES, params=WAIT, json={"name": "lost", "snapshot": "damaged"})
-    assert (made.json()["state"], made.json()["failure"]["code"]) == ("failed", "snapshot_damaged")
+    if file == "disk":
+        inside.storage.damaged_snapshots.add(damaged["id"])
+    else:
+        path = inside.installation.data.snapshot(damaged["id"]) / file
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.chmod(0o600)
+        path.write_bytes(content)
+    if file != "state":
+        # The large ones are read before the first use after the host was booted.
+        inside.vmm.reboot()
+    lost = (await inside.client.post(SANDBOXES, params=WAIT, json={"name": "lost", "snapshot": "damaged"})).json()
+    code = "disk_file_damaged" if file == "disk" else "snapshot_damaged"
+    assert (lost["state"], lost["failure"]["code"]) == ("failed", code)
+    assert lost["failure"]["hint"]
     listed = {each["name"]: each for each in (await inside.client.get(SNAPSHOTS)).json()["items"]}
     assert {name: each["state"] for name, each in listed.items()} == {"damaged": "damaged", "whole": "ready"}
     assert listed["damaged"]["failure"]["code"] == "snapshot_damaged"
@@ -342,120 +302,6 @@ async def test_templates_are_nobodys(inside: ManagerInside, box: str) -> None:
     assert_error(await inside.client.get(f"{SNAPSHOTS}/ready"), 404, "snapshot_not_found")
     assert_error(await inside.client.delete(f"{SNAPSHOTS}/{taken['id']}"), 404, "snapshot_not_found")
     assert_error(await inside.client.post(SANDBOXES, json={"snapshot": "ready"}), 404, "snapshot_not_found")
-
-
-# -- forks --------------------------------------------------------------------------------------------------------
-
-
-async def test_forks_are_like_their_parent_and_of_their_own(inside: ManagerInside, box: str) -> None:
-    closed = {"egress": {"mode": "none"}}
-    assert (await inside.client.put(f"{SANDBOXES}/box/network", json=closed)).status_code == 200
-    await inside.client.patch(f"{SANDBOXES}/box", json={"auto_stop_after_idle_seconds": 900})
-    await write(inside, "box", "/tmp/before", b"1")
-    answer = await fork(inside, count=3, labels={"job": "7"})
-    assert answer.status_code == 201, answer.text
-    forks = answer.json()["items"]
-    assert [each["name"] for each in forks] == ["box-1", "box-2", "box-3"]
-    assert {each["state"] for each in forks} == {"running"}
-    assert {(each["memory_mib"], each["disk_mib"], each["auto_stop_after_idle_seconds"]) for each in forks} == {
-        (512, 4096, 900)
-    }
-    assert [each["labels"] for each in forks] == [{"team": "web", "job": "7"}] * 3
-    (snapshot_id,) = {each["snapshot_id"] for each in forks}
-    (snapshot,) = (await inside.client.get(SNAPSHOTS)).json()["items"]
-    assert (snapshot["id"], snapshot["purpose"], snapshot["state"]) == (snapshot_id, "fork", "ready")
-    identities = [identity for each in forks if (identity := inside.guests.identity(each["id"])) is not None]
-    for field in ("hostname", "machine_id", "token", "generation"):
-        assert len({getattr(each, field) for each in identities}) == 3, field
-    assert all(each.restored for each in identities)
-    for each in forks:
-        network = (await inside.client.get(f"{SANDBOXES}/{each['id']}/network")).json()
-        assert network["policy"]["egress"]["mode"] == "none"
-        assert await read(inside, each["id"], "/tmp/before") == b"1"
-        assert inside.vmm.is_link_open(each["id"])
-    await write(inside, "box-1", "/tmp/mine", b"2")
-    assert await read(inside, "box-2", "/tmp/mine") is None
-    assert await read(inside, "box", "/tmp/mine") is None
-
-
-async def test_a_snapshot_for_forks_goes_with_the_last_of_them(inside: ManagerInside, box: str) -> None:
-    assert (await fork(inside, count=2)).status_code == 201
-    again = await fork(inside, name_prefix="worker")
-    assert [each["name"] for each in again.json()["items"]] == ["worker-1"]
-    more = await fork(inside)
-    assert [each["name"] for each in more.json()["items"]] == ["box-3"], "numbers that are taken are passed over"
-    assert len(await names(inside)) == 3
-    first = await names(inside)
-    await inside.client.delete(f"{SANDBOXES}/worker-1", params=WAIT)
-    await until_listed(inside, first[0], first[2])
-    await destroy(inside, "box-1")
-    await inside.installation.lifecycle.snapshots.drop_unneeded()
-    assert await names(inside) == [first[0], first[2]], "box-2 needs it"
-    assert_error(await inside.client.delete(f"{SNAPSHOTS}/{first[0]}"), 409, "snapshot_in_use")
-    assert (await inside.client.delete(f"{SANDBOXES}/box-2")).status_code == 202
-    await until_listed(inside, first[2])
-    await destroy(inside, "box-3")
-    await until_nothing_is_kept(inside)
-
-
-async def test_forks_are_told_before_they_run(inside: ManagerInside, box: str) -> None:
-    inside.guests.faults.hang("wait_ready")
-    answer = await fork(inside, count=2, wait=False)
-    assert (answer.status_code, [each["state"] for each in answer.json()["items"]]) == (202, ["creating"] * 2)
-    await inside.installation.lifecycle.snapshots.drop_unneeded()
-    inside.guests.faults.release("wait_ready")
-    for each in answer.json()["items"]:
-        await inside.settle(each["id"])
-        assert (await inside.client.get(f"{SANDBOXES}/{each['id']}")).json()["state"] == "running"
-
-
-@pytest.mark.parametrize("body", [{"count": 0}, {"count": -1}, {"count": "many"}, {"count": 10_001}, {"x": 1}])
-async def test_bad_counts_are_refused(inside: ManagerInside, box: str, body: dict[str, Any]) -> None:
-    assert_error(await fork(inside, **body), 422, "invalid_request")
-
-
-async def test_bad_forks_change_nothing(inside: ManagerInside, box: str) -> None:
-    assert_error(await fork(inside, of="absent"), 404, "sandbox_not_found")
-    for prefix in ("No", "a" * 39, "-x"):
-        assert_error(await fork(inside, name_prefix=prefix, count=2), 422, "invalid_name")
-    too_many = await fork(inside, count=5000)
-    assert_error(too_many, 503, "insufficient_capacity")
-    assert "1952 of the 5000 would fit" in too_many.json()["message"]
-    inside.vmm.faults.hang("save")
-    await ask(inside, name="first", wait=False)
-    assert_error(await fork(inside), 409, "sandbox_busy")
-    inside.vmm.faults.release("save")
-    await until_listed(inside, "first")
-    assert len((await inside.client.get(SANDBOXES)).json()["items"]) == 1
-
-
-async def test_a_fork_whose_snapshot_fails_or_lasts_too_long_leaves_nothing(inside: ManagerInside, box: str) -> None:
-    inside.vmm.faults.fail_next("save", DiskFullError("no space left", hint="make room"), times=10)
-    assert_error(await fork(inside, count=2), 507, "disk_full")
-    inside.vmm.faults._failures.clear()
-    inside.vmm.faults.hang("bake")
-    short = {"wait": True, "timeout_seconds": 0.2}
-    assert_error(await inside.client.post(f"{SANDBOXES}/box/fork", params=short), 504, "timeout")
-    inside.vmm.faults.release("bake")
-    await until_nothing_is_kept(inside)
-    items = (await inside.client.get(SANDBOXES)).json()["items"]
-    assert [(each["name"], each["state"]) for each in items] == [("box", "running")]
-
-
-async def test_room_that_goes_while_it_is_saved(inside: ManagerInside, box: str) -> None:
-    lifecycle = inside.installation.lifecycle
-    inside.vmm.faults.hang("bake")
-    forking = asyncio.create_task(fork(inside, count=2))
-    async with asyncio.timeout(20):
-        while not inside.storage.snapshots:
-            await asyncio.sleep(0.01)
-    room = lifecycle._room
-    room._policy = RoomPolicy(fixed=replace(room._policy.fixed, memory_mib=1024))
-    inside.vmm.faults.release("bake")
-    refused = await forking
-    assert_error(refused, 503, "insufficient_capacity")
-    assert "1 of the 2 would fit" in refused.json()["message"]
-    await until_nothing_is_kept(inside)
 
 
 # -- events -------------------------------------------------------------------------------------------------------

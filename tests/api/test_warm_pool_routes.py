@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,10 @@ from atelier.model.errors import InvalidRequestError, NotFoundError
 from atelier.schemas.warm_pools import WarmPool as WarmPoolDetails
 
 from .cli_program import Cli
-from .manager_inside import ManagerInside, open_manager_inside
+from .manager_inside import ManagerInside
 from .test_sandbox_routes import SANDBOXES, assert_error
 
 POOLS = "/api/v1/warm-pools"
-
-
-@pytest.fixture
-async def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
-    async with open_manager_inside(tmp_path, monkeypatch) as opened:
-        yield opened
 
 
 @pytest.fixture

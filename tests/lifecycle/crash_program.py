@@ -1,14 +1,9 @@
-"""A manager that kills itself: run as a program by ``test_crash``, with drivers whose resources are files.
-
-``crash_program.py FOLDER KIND PLACE`` brings the saga of this kind about and ends by ``os._exit`` at the place; for a
-place in an undo the saga's last step fails. KIND ``destroy``: the sandbox is created, then destroyed.
-"""
+"""A manager that kills itself: run by ``test_crash`` in a process of its own, with drivers whose resources are files."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import sys
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -46,6 +41,7 @@ from atelier.model.machine import (
 from atelier.model.network_policy import NetworkPolicy
 
 CRASHED = 77
+LOG = "crash.log"
 
 
 class FileDrivers:
@@ -234,7 +230,15 @@ def make_lifecycle(
     return database, lifecycle
 
 
-async def main(folder: Path, kind: str, place: Place) -> None:
+def run(folder: Path, kind: str, place: str) -> None:
+    """Bring the saga of this kind about and end by ``os._exit`` at the place; for a place in an undo the saga's last
+    step fails. Kind ``destroy``: the sandbox is created, then destroyed. What it says goes to ``folder``'s LOG."""
+    with (folder / LOG).open("wb") as log:
+        os.dup2(log.fileno(), 2)
+    asyncio.run(_run(folder, kind, Place.parse(place)))
+
+
+async def _run(folder: Path, kind: str, place: Place) -> None:
     resources = folder / "resources"
     resources.mkdir(exist_ok=True)
     _, lifecycle = make_lifecycle(folder, FileDrivers(resources))
@@ -254,7 +258,3 @@ async def main(folder: Path, kind: str, place: Place) -> None:
     await lifecycle.wait_settled(sandbox_id, 60)
     if destroying:
         await lifecycle.destroy(sandbox_id)
-
-
-if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], Place.parse(sys.argv[3])))

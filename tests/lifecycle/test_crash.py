@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,21 @@ from atelier.model.errors import NotFoundError
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
 
-ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Each manager is forked from a process that has imported all of it and done nothing yet: a new interpreter would
+import it anew at every place."""
+PROCESSES.set_forkserver_preload([crash_program.__name__])
 
 
 def crash(folder: Path, scenario: str, place: Place) -> None:
     """Run a manager until it kills itself."""
-    program = [sys.executable, "-m", "tests.lifecycle.crash_program", str(folder), scenario, str(place)]
-    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == crash_program.CRASHED, ended.stderr
+    process = PROCESSES.Process(target=crash_program.run, args=(folder, scenario, str(place)))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    assert process.exitcode == crash_program.CRASHED, (folder / crash_program.LOG).read_text()
 
 
 def held(folder: Path) -> set[str]:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from tests.lifecycle.conftest import Host
 
+from atelier.db.engine import Connection
+from atelier.db.sandboxes import SandboxRepository
+from atelier.db.snapshots import SnapshotRepository
 from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.machine import BootFiles, Disk, DiskFile, MachineSpec, NetworkAttachment, VolumeRequest
+from atelier.model.orphan import OrphanKind
 
 ORPHAN = "orphanaaaaaa"
 NOWHERE = Path("/nonexistent")
@@ -51,19 +55,61 @@ async def test_volumes_go_when_a_person_says_so_and_no_others(host: Host) -> Non
     await leave_behind(host)
     await leave_behind(host, "othergbbbbbb")
     await lifecycle.reconcile()
-    listed = await lifecycle.reclaim.list_volumes()
-    assert [(each.sandbox_id, each.used_bytes > 0) for each in listed] == [
+    listed = await lifecycle.reclaim.orphans.list()
+    assert [(each.id, each.used_bytes > 0) for each in listed] == [
         ("orphanaaaaaa", True),
         ("othergbbbbbb", True),
     ]
     with pytest.raises(ConflictError) as owner:
-        await lifecycle.reclaim.remove_volume(owned.id)
-    assert owner.value.code == "volume_in_use"
+        await lifecycle.reclaim.orphans.remove(OrphanKind.VOLUME, owned.id)
+    assert owner.value.code == "not_an_orphan"
     with pytest.raises(NotFoundError):
-        await lifecycle.reclaim.remove_volume("nosuchvolume")
-    await lifecycle.reclaim.remove_volume(ORPHAN)
+        await lifecycle.reclaim.orphans.remove(OrphanKind.VOLUME, "nosuchvolume")
+    await lifecycle.reclaim.orphans.remove(OrphanKind.VOLUME, ORPHAN)
     assert set(host.storage.volumes) == {owned.id, "othergbbbbbb"}
-    assert [each.sandbox_id for each in await lifecycle.reclaim.list_volumes()] == ["othergbbbbbb"]
+    assert [each.id for each in await lifecycle.reclaim.orphans.list()] == ["othergbbbbbb"]
+
+
+async def test_memories_and_snapshots_go_when_a_person_says_so_and_no_others(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after the restore of an older backup: neither the sandbox nor its snapshot is known any more."""
+    lifecycle = host.lifecycle()
+    kept, lost = [await host.created(lifecycle, name) for name in ("kept", "lost")]
+    snapshots: list[str] = []
+    for each in (kept, lost):
+        snapshots.append((await lifecycle.snapshots.take(each.id, each.name)).id)
+        await lifecycle.snapshots.wait_settled(snapshots[-1], 30)
+        await lifecycle.pause(each.id)
+        await lifecycle.wait_settled(each.id, 30)
+    assert await lifecycle.reclaim.orphans.list() == []
+
+    def forget(connection: Connection) -> None:
+        SandboxRepository().delete(connection, lost.id)
+        SnapshotRepository().delete(connection, snapshots[1])
+
+    await host.database.write(forget)
+    await lifecycle.reconcile()
+    await lifecycle.reclaim.orphans.tell()
+    assert caplog.text.count("1 volumes, 1 memories, 1 snapshots") == 1
+    listed = await lifecycle.reclaim.orphans.list()
+    expected = {OrphanKind.VOLUME: lost.id, OrphanKind.MEMORY: lost.id, OrphanKind.SNAPSHOT: snapshots[1]}
+    assert {each.kind: each.id for each in listed} == expected
+    assert all(each.used_bytes > 0 for each in listed)
+    for kind, owned in ((OrphanKind.MEMORY, kept.id), (OrphanKind.SNAPSHOT, snapshots[0])):
+        with pytest.raises(ConflictError) as refused:
+            await lifecycle.reclaim.orphans.remove(kind, owned)
+        assert refused.value.code == "not_an_orphan"
+        with pytest.raises(NotFoundError) as absent:
+            await lifecycle.reclaim.orphans.remove(kind, "../../others")
+        assert absent.value.code == "orphan_not_found"
+    for each in listed:
+        await lifecycle.reclaim.orphans.remove(each.kind, each.id)
+        expected.pop(each.kind)
+        assert {each.kind: each.id for each in await lifecycle.reclaim.orphans.list()} == expected
+    assert list(host.storage.snapshots) == snapshots[:1]
+    assert [path.name for path in host.data.snapshots.iterdir()] == snapshots[:1]
+    assert {path.name.partition(".")[0] for path in host.data.paused.iterdir()} == {kept.id}
 
 
 async def test_what_cannot_be_freed_now_keeps_nobody_waiting(host: Host) -> None:

@@ -12,7 +12,7 @@ from atelier.db.sandboxes import SandboxRepository
 from atelier.lifecycle.admission import Capacity, RoomPolicy
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.lifecycle.warm_pools import PoolState
-from atelier.model.errors import CapacityError, ConflictError, HostError
+from atelier.model.errors import CapacityError, ConflictError, HostError, NotFoundError
 from atelier.model.network_policy import CLOSED_POLICY
 from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
 from atelier.model.states import SandboxState
@@ -40,6 +40,11 @@ async def filled(host: Host, lifecycle: SandboxLifecycle, size: int, **sizes: in
     await lifecycle.warm_pools.set_size(WarmPool("base", spec.vcpu_count, spec.memory_mib, size))
     await until(lambda: len(ready(host)) == len(pooled(host)) == size)
     return ready(host)
+
+
+def warmed_by(host: Host) -> list[str]:
+    """Programs that were run as a guest's default user."""
+    return [each.arguments[0] for each in host.guests.processes if not each.user]
 
 
 def only_state(lifecycle: SandboxLifecycle) -> PoolState:
@@ -82,6 +87,47 @@ async def test_a_create_takes_one_and_the_pool_is_filled_again(host: Host) -> No
     await lifecycle.destroy(other.id)
     await lifecycle.warm_pools.set_size(WarmPool("base", 1, 512, 0))
     assert host.held() == []
+
+
+async def test_one_is_warmed_before_it_is_ready_and_only_there(host: Host) -> None:
+    lifecycle = host.lifecycle()
+    host.hang("start_process")
+    await lifecycle.warm_pools.set_size(WarmPool("base", 1, 512, 1))
+    await host.reach("start_process")
+    state = only_state(lifecycle)
+    assert (state.ready, state.coming) == (0, 1)
+    booted = await host.begun(lifecycle, "impatient")
+    assert booted.id not in {each.id for each in pooled(host)}
+    host.faults.release("start_process")
+    await running(lifecycle, booted)
+    await until(lambda: len(ready(host)) == 1)
+    assert warmed_by(host) == ["true", "sh", "bash", "python3", "true"], "in the pool's own only"
+    (waiting,) = pooled(host)
+    assert host.calls.count("initialize") == 3, "what giving it away takes was done once, too"
+    taken = await running(lifecycle, await host.begun(lifecycle, "one"))
+    assert taken.id == waiting.id
+
+
+async def test_an_image_without_these_programs_waits_as_well(host: Host) -> None:
+    lifecycle = host.lifecycle()
+    for _ in range(5):
+        host.faults.fail_next("start_process", NotFoundError("not in PATH", code="program_not_found"))
+    await filled(host, lifecycle, 1)
+    assert warmed_by(host) == []
+
+
+async def test_a_manager_that_ends_while_one_is_warmed(host: Host) -> None:
+    lifecycle = host.lifecycle()
+    host.hang("start_process")
+    await lifecycle.warm_pools.set_size(WarmPool("base", 1, 512, 1))
+    await host.reach("start_process")
+    (coming,) = pooled(host)
+    await lifecycle.close()
+    host.faults.release("start_process")
+    after = host.lifecycle()
+    await after.recover()
+    await until(lambda: ready(host) == {coming.id})
+    assert len(warmed_by(host)) == 5
 
 
 async def test_many_creates_at_once_take_each_one_once(host: Host) -> None:

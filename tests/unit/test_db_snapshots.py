@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from atelier.db.engine import Connection, Database
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
 from atelier.db.snapshots import SnapshotRepository
-from atelier.model.errors import ConflictError, NotFoundError
+from atelier.model.errors import ConflictError, InvalidRequestError, NotFoundError
 from atelier.model.ids import new_sandbox_id
 from atelier.model.machine import MachineStamp
 from atelier.model.sandbox import Sandbox, SandboxSpec
@@ -87,6 +88,44 @@ async def test_rows_come_back_as_they_went_in(database: Database) -> None:
     with pytest.raises(ConflictError) as taken:
         await add(database, snapshot("one"))
     assert taken.value.code == "name_taken"
+
+
+async def test_pages(database: Database) -> None:
+    await add(database, *(snapshot(f"n{number}", labels={"team": "x"}) for number in range(5)))
+    await add(
+        database,
+        snapshot("baking", state=SnapshotState.BAKING),
+        snapshot("template", purpose=SnapshotPurpose.TEMPLATE),
+        snapshot("others", sandbox_id="otheraaaaaaa", sandbox_name="other", labels={"team": "y", "tier": "x"}),
+        snapshot("damaged", state=SnapshotState.DAMAGED),
+    )
+
+    def page(limit: int, cursor: str | None = None, **filters: Any) -> tuple[list[str], str | None]:
+        shown = {
+            "states": (SnapshotState.READY, SnapshotState.DAMAGED),
+            "purposes": (SnapshotPurpose.USER, SnapshotPurpose.FORK),
+        }
+        with database.read() as connection:
+            found, following = snapshots.list_page(connection, limit, cursor, **shown, **filters)
+        return [each.name for each in found], following
+
+    first, cursor = page(3)
+    assert first == ["n0", "n1", "n2"]
+    # One that was shown goes, one comes: none is shown twice, none left out.
+    with database.read() as connection:
+        gone = snapshots.get(connection, "n2").id
+    await database.write(lambda connection: snapshots.delete(connection, gone))
+    await add(database, snapshot("late"))
+    second, cursor = page(4, cursor)
+    assert second == ["n3", "n4", "others", "damaged"]
+    assert page(3, cursor) == (["late"], None)
+    assert page(7) == (["n0", "n1", "n3", "n4", "others", "damaged", "late"], None)
+    assert page(9, sandbox="other") == page(9, sandbox="otheraaaaaaa") == (["others"], None)
+    assert page(9, labels={"team": "x"}) == (["n0", "n1", "n3", "n4"], None)
+    assert page(9, labels={"team": "y", "tier": "x"}, sandbox="box") == ([], None)
+    with pytest.raises(InvalidRequestError) as refused:
+        page(3, "nonsense")
+    assert refused.value.code == "invalid_cursor"
 
 
 async def test_dependants_are_what_stands_over_its_disk(database: Database) -> None:

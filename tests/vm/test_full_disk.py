@@ -9,13 +9,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from tests.footprint import left_of
 from tests.real_machines import NO_QEMU
-from tests.running_manager import start_manager, stop_manager
+from tests.running_manager import RunningManager, start_manager, stop_manager
 
 SANDBOXES = "/api/v1/sandboxes"
 
@@ -57,6 +59,19 @@ def fill(folder: Path) -> Path:
     return filler
 
 
+@contextmanager
+def room_of(folder: Path, size_bytes: int) -> Iterator[None]:
+    """The file system has so much free space, until the end."""
+    filler = folder / "data" / "filler"
+    free = os.statvfs(filler.parent)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - size_bytes)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
 def assert_disk_full(answer: httpx.Response, mode: str) -> None:
     """Told by the answer, or, when only a step of the creation met it, by the sandbox. Where the disk is measured
     before anything is begun, what does not fit is not begun."""
@@ -81,6 +96,41 @@ def created(api: httpx.Client, name: str) -> httpx.Response:
 
 def remove(api: httpx.Client, name: str) -> None:
     assert api.delete(f"{SANDBOXES}/{name}", params={"wait": True}).status_code == 204
+
+
+def try_snapshots(manager: RunningManager, api: httpx.Client, sandbox: str, folder: Path) -> None:
+    """There is too little room to take one, then to bake it: it ends as failed, and nothing of it stays; the sandbox goes
+    on, and is saved once there is room."""
+    box = api.get(f"{SANDBOXES}/{sandbox}").json()["id"]
+
+    def take(name: str) -> dict[str, Any]:
+        path, options = f"{SANDBOXES}/{sandbox}/snapshots", {"wait": True, "timeout_seconds": 300}
+        answer = api.post(path, params=options, json={"name": name}, timeout=360)
+        assert answer.status_code == 201, answer.text
+        return answer.json()
+
+    def delete(name: str) -> None:
+        assert api.delete(f"/api/v1/snapshots/{name}", timeout=60).status_code == 204
+
+    whole = take("whole")
+    assert whole["state"] == "ready", whole
+    memory, disk = whole["memory_bytes"], whole["disk_bytes"]
+    delete("whole")
+    for room, was_taken in ((memory // 4, False), (memory * 3 // 2 + disk, True)):
+        with room_of(folder, room):
+            failed = take("failed")
+            assert (failed["state"], failed["failure"]["code"]) == ("failed", "disk_full"), failed
+            assert failed["failure"]["hint"]
+            assert bool(failed["stopped_ms"]) == was_taken
+            # The sandbox's own disk is named after it too.
+            assert [each for each in left_of(manager, failed["id"]) if box not in each] == []
+            assert api.get("/api/v1/snapshots").json()["items"] == []
+            command = ["sh", "-c", "echo here >after; sync; cat after"]
+            ran = api.post(f"{SANDBOXES}/{sandbox}/run", json={"command": command}, timeout=60).json()
+            assert (ran["exit_code"], ran["stdout"]) == (0, "here\n"), ran
+            assert api.get(f"{SANDBOXES}/{sandbox}").json()["state"] == "running"
+    assert take("failed")["state"] == "ready", "its name is free, and there is room"
+    delete("failed")
 
 
 @pytest.mark.parametrize("mode", ["mock", "local"])
@@ -143,6 +193,7 @@ def test_a_guest_that_met_a_full_host_goes_on_once_there_is_room(larger_data_fol
             assert written["exit_code"] == 0
             first, second = written["stdout"].splitlines()
             assert first == second
+            try_snapshots(manager, api, "writer", larger_data_folder)
             remove(api, "writer")
     finally:
         assert stop_manager(manager) == 0

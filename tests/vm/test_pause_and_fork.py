@@ -4,22 +4,30 @@ somebody of its own by then."""
 from __future__ import annotations
 
 import sqlite3
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from tests.footprint import left_of, vmm_pids
-from tests.running_manager import RunningManager, running_local_manager, wait_until
+from tests.network_lab import HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
+from tests.real_machines import NO_QEMU
+from tests.running_manager import RunningManager, cache_with_own_templates, running_local_manager, wait_until
+from tests.vm.test_bridge_network import naming, serving
 
 from atelier import Sandbox, Snapshot
 from atelier.client.terminal import Terminal
+from atelier.drivers.network.addresses import mac_address_of
 from atelier.model.errors import NotFoundError
 from atelier.model.guest import ProcessOutput, ProcessStarted
 from atelier.model.states import UNDER_WAY, SandboxState
+
+T = TypeVar("T")
 
 MEMORY_MIB = 192
 PAUSES = 20
@@ -75,8 +83,33 @@ cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub
 
 
 @pytest.fixture(scope="module")
-def manager() -> Iterator[RunningManager]:
-    with running_local_manager() as running:
+def lab() -> Iterator[NetworkLab | None]:
+    """A host and an internet of the test's own, this thread and all that it starts in the host. None where such cannot be
+    made: then sandboxes have no way out."""
+    if NO_QEMU:
+        pytest.skip(NO_QEMU)
+    if why_no_lab():
+        yield None
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="atl-") as name,
+        network_lab(Path(name)) as made,
+        naming(made, Path(name, "heard")),
+        serving(made, made.internet.pid, "0.0.0.0", 80),
+        made.inside("host"),
+    ):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def manager(lab: NetworkLab | None) -> Iterator[RunningManager]:
+    if lab is None:
+        chosen = running_local_manager()
+    else:
+        # Its network's name lies below a /run/netns of the lab's.
+        within = ("nsenter", "--target", str(lab.host.pid), "--net", "--mount")
+        chosen = running_local_manager({"ATELIER_NETWORK": "bridge"}, within)
+    with chosen as running:
         yield running
 
 
@@ -123,9 +156,9 @@ def start(box: Sandbox, program: str, sign: str) -> None:
     run(box, f'setsid python3 -c "$(cat /tmp/program)" >/dev/null 2>&1 & until test -e {sign}; do sleep 0.1; done')
 
 
-def on_all(boxes: list[Sandbox], ask: Callable[[Sandbox], Any]) -> list[Any]:
+def on_all(each: list[T], ask: Callable[[T], Any]) -> list[Any]:
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        return list(pool.map(ask, boxes))
+        return list(pool.map(ask, each))
 
 
 def check_clock(box: Sandbox) -> None:
@@ -203,6 +236,30 @@ def test_each_fork_is_somebody_of_its_own(manager: RunningManager, box: Sandbox,
     assert len(set(made)) == 1 + FORKS, "asked of one process that was running before"
 
 
+def test_each_fork_has_a_network_of_its_own(lab: NetworkLab | None, box: Sandbox, forks: list[Sandbox]) -> None:
+    if lab is None:
+        pytest.skip(why_no_lab())
+    everybody = [box, *forks]
+    addresses = [each.network().address for each in everybody]
+    assert len(set(addresses)) == 1 + FORKS
+    assert None not in addresses
+
+    def look(number: int) -> list[str]:
+        """Its addresses and MAC, what a server in the internet answers it by name, and that its sibling does not."""
+        script = f"""
+        ip -4 -oneline address show scope global | awk '{{print $4}}' | cut -d/ -f1
+        cat /sys/class/net/eth0/address
+        curl --silent --max-time 20 http://allowed.example.com/; echo
+        ping -c 1 -W 2 {addresses[number - 1]} >/dev/null || echo alone
+        """
+        return run(everybody[number], script, user="root").split()
+
+    assert on_all(list(range(1 + FORKS)), look) == [
+        [address, mac_address_of(each.id), HOST_ADDRESS, "alone"]
+        for each, address in zip(everybody, addresses, strict=True)
+    ]
+
+
 def test_forks_have_what_was_before_and_nothing_of_what_came_after(forks: list[Sandbox], box: Sandbox) -> None:
     seen = on_all(forks, lambda fork: run(fork, "cd /home/user; cat before; cat after 2>/dev/null || echo none"))
     assert seen == ["kept\nnone\n"] * FORKS
@@ -263,8 +320,9 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     ready.close()
 
 
-def test_the_second_create_is_restored_from_a_template() -> None:
-    with running_local_manager({"ATELIER_TEMPLATES": "on"}) as manager:
+def test_the_second_create_is_restored_from_a_template(tmp_path: Path) -> None:
+    variables = {"ATELIER_TEMPLATES": "on", "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
+    with running_local_manager(variables) as manager:
 
         def templates() -> list[tuple[Any, ...]]:
             made = rows(manager, "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'")

@@ -44,7 +44,7 @@ def digest(path: Path) -> str:
 
 
 def orphans(installation: LocalInstallation) -> list[str]:
-    return [each["sandbox_id"] for each in installation.call("GET", "/host/orphan-volumes")["items"]]
+    return [each["id"] for each in installation.call("GET", "/host/orphans")["items"]]
 
 
 def names(installation: LocalInstallation) -> list[str]:
@@ -102,9 +102,9 @@ def test_a_restored_older_backup_costs_nobody_a_disk(installation: LocalInstalla
     installation.start()
     check_first()
     assert orphans(installation) == [second]
-    refused = installation.call("DELETE", f"/host/orphan-volumes/{first}", expected=409)
-    assert refused["code"] == "volume_in_use"
-    installation.call("DELETE", f"/host/orphan-volumes/{second}", expected=204)
+    refused = installation.call("DELETE", f"/host/orphans/volume/{first}", expected=409)
+    assert refused["code"] == "not_an_orphan"
+    installation.call("DELETE", f"/host/orphans/volume/{second}", expected=204)
     assert orphans(installation) == []
     assert traces_of(installation.folder, second) == []
     check_first()

@@ -19,6 +19,8 @@ REFERENCE_MAX_LENGTH = 64
 SandboxReference = Annotated[str, Path(description="id or name of the sandbox", max_length=REFERENCE_MAX_LENGTH)]
 SnapshotReference = Annotated[str, Path(description="id or name of the snapshot", max_length=REFERENCE_MAX_LENGTH)]
 WaitSeconds = Annotated[float, Query(gt=0, le=3600, description="how long to wait at most")]
+PageLimit = Annotated[int, Query(ge=1, le=500)]
+PageCursor = Annotated[str, Query(max_length=200, description="`next_cursor` of the page before")]
 LabelFilter = Annotated[list[str] | None, Query(description="`key=value`; several must all hold", max_length=16)]
 GuestUser = Annotated[str, Query(description="user in the guest; empty: the image's default user", max_length=32)]
 

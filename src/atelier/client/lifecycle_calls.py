@@ -28,7 +28,8 @@ from atelier.client.call import (
 )
 from atelier.client.sandbox_failures import is_stuck
 from atelier.model.errors import InvalidRequestError, TimeoutExceededError
-from atelier.schemas.host import OrphanVolumeList, ShutdownAnswer, ShutdownRequest
+from atelier.model.orphan import OrphanKind
+from atelier.schemas.host import OrphanList, ShutdownAnswer, ShutdownRequest
 from atelier.schemas.sandboxes import ChangeSandboxRequest, ResizeRequest, ResumeRequest, Sandbox, StopRequest
 
 _ACCEPTED = 202
@@ -117,15 +118,14 @@ def moment_of_expiry(expires_at: datetime | None, expires_in_seconds: float | No
 # -- the host ------------------------------------------------------------------------------------------------------
 
 
-def list_orphan_volumes() -> Call[OrphanVolumeList]:
-    operation = "list the volumes that belong to no sandbox"
-    path = f"{API}/host/orphan-volumes"
-    return Call(operation, "GET", path, read_model(OrphanVolumeList, operation), repeatable=True)
+def list_orphans() -> Call[OrphanList]:
+    operation = "list what belongs to nobody"
+    return Call(operation, "GET", f"{API}/host/orphans", read_model(OrphanList, operation), repeatable=True)
 
 
-def remove_orphan_volume(sandbox_id: str) -> Call[None]:
-    path = f"{API}/host/orphan-volumes/{encode_segment(sandbox_id, 'volume')}"
-    return Call(f"remove the volume {sandbox_id}", "DELETE", path, read_nothing)
+def remove_orphan(kind: OrphanKind, orphan_id: str) -> Call[None]:
+    path = f"{API}/host/orphans/{kind}/{encode_segment(orphan_id, kind)}"
+    return Call(f"remove the {kind} {orphan_id}", "DELETE", path, read_nothing)
 
 
 def shut_down(sandboxes: Literal["keep", "stop", "destroy"]) -> Call[ShutdownAnswer]:

@@ -20,7 +20,7 @@ from atelier.client.call import (
     wait_query,
 )
 from atelier.schemas.sandboxes import ForkRequest, SandboxList
-from atelier.schemas.snapshots import Snapshot, SnapshotList, TakeSnapshotRequest
+from atelier.schemas.snapshots import Snapshot, SnapshotPage, TakeSnapshotRequest
 
 _FORK_WAIT_AT_MOST_SECONDS = 3600.0
 
@@ -69,12 +69,18 @@ def fork_sandbox(
     )
 
 
-def list_snapshots(*, sandbox: str | None = None, labels: Mapping[str, str] | None = None) -> Call[SnapshotList]:
+def list_snapshots(
+    *, limit: int, cursor: str | None, sandbox: str | None, labels: Mapping[str, str] | None
+) -> Call[SnapshotPage]:
     operation = "list the snapshots"
-    query: list[tuple[str, str | bytes | int]] = [] if sandbox is None else [("sandbox", sandbox)]
+    query: list[tuple[str, str | bytes | int]] = [("limit", limit)]
+    if cursor is not None:
+        query.append(("cursor", cursor))
+    if sandbox is not None:
+        query.append(("sandbox", sandbox))
     query.extend(("label", f"{key}={value}") for key, value in (labels or {}).items())
     path = f"{API}/snapshots{encode_query(query)}"
-    return Call(operation, "GET", path, read_model(SnapshotList, operation), repeatable=True)
+    return Call(operation, "GET", path, read_model(SnapshotPage, operation), repeatable=True)
 
 
 def get_snapshot(snapshot: str) -> Call[Snapshot]:

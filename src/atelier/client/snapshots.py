@@ -21,11 +21,13 @@ from atelier.client import snapshot_calls
 from atelier.client.call import Call
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
 from atelier.client.environment import endpoint_of
-from atelier.client.steps import POLL_SECONDS, Steps
+from atelier.client.steps import POLL_SECONDS, Steps, carry_out, carry_out_async
 from atelier.model.errors import AtelierError, NotFoundError, TimeoutExceededError
 from atelier.model.snapshot import SnapshotState
 from atelier.schemas.snapshots import Snapshot as SnapshotDetails
+from atelier.schemas.snapshots import SnapshotPage
 
+_PAGE = 500
 _UNDER_WAY = (SnapshotState.TAKING, SnapshotState.BAKING)
 
 
@@ -64,6 +66,19 @@ def until_ready(order: Call[SnapshotDetails], timeout_seconds: float, *, wait: b
     if wait and details.state is not SnapshotState.READY:
         raise SnapshotFailedError(details)
     return details
+
+
+def _all(sandbox: str | None, labels: Mapping[str, str] | None) -> Steps[SnapshotPage]:
+    """All pages as one."""
+    found = SnapshotPage(items=[])
+    cursor: str | None = None
+    while True:
+        page = yield snapshot_calls.list_snapshots(limit=_PAGE, cursor=cursor, sandbox=sandbox, labels=labels)
+        assert page is not None
+        found.items.extend(page.items)
+        cursor = page.next_cursor
+        if not cursor:
+            return found
 
 
 class _Described:
@@ -118,7 +133,7 @@ class Snapshot(_Described):
         endpoint = endpoint_of(connection, api_url, api_key)
         lease = ConnectionLease(endpoint, connection)
         try:
-            found = lease.connection.send(snapshot_calls.list_snapshots(sandbox=sandbox, labels=labels))
+            found = carry_out(lease.connection, _all(sandbox, labels))
         finally:
             lease.close()
         return [cls(each, ConnectionLease(endpoint, connection)) for each in found.items]
@@ -171,7 +186,7 @@ class AsyncSnapshot(_Described):
         endpoint = endpoint_of(connection, api_url, api_key)
         lease = AsyncConnectionLease(endpoint, connection)
         try:
-            found = await lease.connection.send(snapshot_calls.list_snapshots(sandbox=sandbox, labels=labels))
+            found = await carry_out_async(lease.connection, _all(sandbox, labels))
         finally:
             await lease.close()
         return [cls(each, AsyncConnectionLease(endpoint, connection)) for each in found.items]

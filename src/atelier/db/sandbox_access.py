@@ -25,10 +25,10 @@ class Holding:
     is_shared: bool
 
 
-def visible_to(user_id: str) -> ColumnElement[bool]:
-    """The condition on rows of ``sandboxes``: the user's own, and those shared with them."""
+def visible_to(user_id: str, owner_id: ColumnElement[str], sandbox_id: ColumnElement[str]) -> ColumnElement[bool]:
+    """The condition on rows with these columns: the user's own, and those of sandboxes shared with them."""
     shared = select(sandbox_shares.c.sandbox_id).where(sandbox_shares.c.user_id == user_id)
-    return or_(sandboxes.c.owner_id == user_id, sandboxes.c.id.in_(shared))
+    return or_(owner_id == user_id, sandbox_id.in_(shared))
 
 
 class SandboxAccessRepository:

@@ -5,8 +5,6 @@ The state column is written by ``lifecycle/transitions.py`` alone, through ``set
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,9 +13,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from atelier.db.pages import bearing, make_cursor, parse_cursor
 from atelier.db.sandbox_access import visible_to
 from atelier.db.tables import sandboxes
-from atelier.model.errors import CapacityError, ConflictError, InvalidRequestError, NotFoundError
+from atelier.model.errors import CapacityError, ConflictError, NotFoundError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.machine import ProcessIdentity
 from atelier.model.sandbox import Sandbox, SandboxPurpose, SandboxSpec
@@ -132,16 +131,14 @@ class SandboxRepository:
         query = _ROW.order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
         query = query.where(sandboxes.c.purpose == SandboxPurpose.USER.value)
         if viewer_id is not None:
-            query = query.where(visible_to(viewer_id))
+            query = query.where(visible_to(viewer_id, sandboxes.c.owner_id, sandboxes.c.id))
         if cursor is not None:
-            query = query.where(sandboxes.c.sequence < _parse_cursor(cursor))
+            query = query.where(sandboxes.c.sequence < parse_cursor(cursor))
         if state is not None:
             query = query.where(sandboxes.c.state == state.value)
-        for key, value in (labels or {}).items():
-            label = func.json_each(sandboxes.c.labels).table_valued("key", "value", joins_implicitly=True)
-            query = query.where(select(label.c.key).where(label.c.key == key, label.c.value == value).exists())
+        query = query.where(*bearing(sandboxes.c.labels, labels or {}))
         rows = connection.execute(query).all()
-        next_cursor = _make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
+        next_cursor = make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
         return [_to_sandbox(row) for row in rows[:limit]], next_cursor
 
     def list_in(self, connection: Connection, states: Collection[SandboxState] = ()) -> list[Sandbox]:
@@ -395,23 +392,4 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
         snapshot_id=row.snapshot_id,
         disk_only=row.disk_only,
         purpose=SandboxPurpose(row.purpose),
-    )
-
-
-def _make_cursor(sequence: int) -> str:
-    return base64.urlsafe_b64encode(b"s%d" % sequence).decode().rstrip("=")
-
-
-def _parse_cursor(cursor: str) -> int:
-    try:
-        padded = cursor.encode("ascii") + b"=" * (-len(cursor) % 4)
-        text = base64.b64decode(padded, altchars=b"-_", validate=True)
-        if text[:1] == b"s" and text[1:].isdigit() and len(text) <= 19:
-            return int(text[1:])
-    except (binascii.Error, UnicodeEncodeError):
-        pass
-    raise InvalidRequestError(
-        "the cursor is not one of this list's",
-        code="invalid_cursor",
-        hint="pass next_cursor as it was returned, or leave it out to begin anew",
     )

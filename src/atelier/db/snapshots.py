@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Row, Select, bindparam, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
+from atelier.db.pages import bearing, make_cursor, parse_cursor
+from atelier.db.sandbox_access import visible_to
 from atelier.db.tables import sandboxes, snapshots
 from atelier.model.errors import ConflictError, NotFoundError
 from atelier.model.ids import is_sandbox_id
@@ -51,6 +53,34 @@ class SnapshotRepository:
             )
         return snapshot
 
+    def list_page(
+        self,
+        connection: Connection,
+        limit: int,
+        cursor: str | None = None,
+        *,
+        states: Collection[SnapshotState],
+        purposes: Collection[SnapshotPurpose],
+        sandbox: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        viewer_id: str | None = None,
+    ) -> tuple[list[Snapshot], str | None]:
+        """A page, oldest first, of ``states`` and ``purposes``, taken of ``sandbox`` (its id or name then) and bearing all
+        ``labels``; ``viewer_id``: only those of this user, and of sandboxes shared with them; and the cursor of the next page, None after the last. A cursor stays good while snapshots come and go.
+
+        Raises InvalidRequestError (``invalid_cursor``).
+        """
+        query = _in(states, purposes).limit(limit + 1)
+        if cursor is not None:
+            query = query.where(snapshots.c.sequence > parse_cursor(cursor))
+        if viewer_id is not None:
+            query = query.where(visible_to(viewer_id, snapshots.c.owner_id, snapshots.c.sandbox_id))
+        if sandbox is not None:
+            query = query.where(or_(snapshots.c.sandbox_id == sandbox, snapshots.c.sandbox_name == sandbox))
+        rows = connection.execute(query.where(*bearing(snapshots.c.labels, labels or {}))).all()
+        next_cursor = make_cursor(rows[limit - 1].sequence) if len(rows) > limit else None
+        return [_to_snapshot(row) for row in rows[:limit]], next_cursor
+
     def list_in(
         self,
         connection: Connection,
@@ -58,12 +88,7 @@ class SnapshotRepository:
         purposes: Collection[SnapshotPurpose] = (),
     ) -> list[Snapshot]:
         """Oldest first; of the given states and purposes, or all."""
-        query = _ROW.order_by(snapshots.c.sequence)
-        if states:
-            query = query.where(snapshots.c.state.in_([state.value for state in states]))
-        if purposes:
-            query = query.where(snapshots.c.purpose.in_([purpose.value for purpose in purposes]))
-        return [_to_snapshot(row) for row in connection.execute(query)]
+        return [_to_snapshot(row) for row in connection.execute(_in(states, purposes))]
 
     def list_ids(self, connection: Connection) -> list[str]:
         return list(connection.execute(select(snapshots.c.id).order_by(snapshots.c.sequence)).scalars())
@@ -103,6 +128,15 @@ class SnapshotRepository:
         parent_id = connection.execute(parent).scalar_one_or_none()
         connection.execute(update(snapshots).where(snapshots.c.parent_id == snapshot_id).values(parent_id=parent_id))
         connection.execute(delete(snapshots).where(snapshots.c.id == snapshot_id))
+
+
+def _in(states: Collection[SnapshotState], purposes: Collection[SnapshotPurpose]) -> Select[Any]:
+    query = _ROW.order_by(snapshots.c.sequence)
+    if states:
+        query = query.where(snapshots.c.state.in_([state.value for state in states]))
+    if purposes:
+        query = query.where(snapshots.c.purpose.in_([purpose.value for purpose in purposes]))
+    return query
 
 
 def _to_values(snapshot: Snapshot) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Creation:
             sandbox = await self._database.write(take)
             if sandbox is not None:
                 self._go_on(sandbox.id, f"{sandbox_claim.KIND}/{sandbox.id}")
-                self._background.spawn(self.warm_pools.keep(), "fill the warm pools")
+                self._background.spawn(self.warm_pools.refill(), "fill the warm pools")
             return sandbox
 
         return await self._background.unless_interrupted(begin())

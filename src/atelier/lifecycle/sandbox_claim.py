@@ -8,7 +8,6 @@ that failed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from atelier.db.engine import Connection
 from atelier.lifecycle.saga_ends import SagaEnds, failure_of
@@ -22,9 +21,6 @@ KIND = "sandbox_claim"
 def define_claim(steps: SandboxSteps, create: Sequence[Step[Connection]]) -> SagaDefinition[Connection]:
     """``create``: the steps of the creation, whose undos free what a sandbox holds."""
     ends = SagaEnds(steps.sandboxes, steps.transitions, steps.consoles, "claim", "being taken from its pool")
-
-    async def nothing(context: StepContext) -> dict[str, Any]:
-        return {}
 
     async def free(context: StepContext) -> None:
         for step in reversed(create):
@@ -44,7 +40,7 @@ def define_claim(steps: SandboxSteps, create: Sequence[Step[Connection]]) -> Sag
 
     return SagaDefinition(
         KIND,
-        (Step("machine", nothing, free), Step("guest_identity", steps.give_new_name)),
+        (Step("guest_identity", steps.give_new_name, free),),
         recovery=Recovery.RESUME,
         on_failure=ends.describe_failure,
         on_completed=end_running,

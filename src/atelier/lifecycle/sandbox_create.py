@@ -6,10 +6,14 @@ lives: destroying asks for its unwinding.
 
 from __future__ import annotations
 
+from typing import Any
+
 from atelier.db.engine import Connection
 from atelier.lifecycle.saga_ends import SagaEnds, failure_of
 from atelier.lifecycle.sandbox_steps import SandboxSteps
-from atelier.saga.definition import Recovery, SagaDefinition
+from atelier.lifecycle.warming import warm_up
+from atelier.model.sandbox import SandboxPurpose
+from atelier.saga.definition import Recovery, SagaDefinition, Step, StepContext
 from atelier.saga.log import SagaRecord, SagaStatus
 
 KIND = "sandbox_create"
@@ -29,6 +33,13 @@ def has_booted(record: SagaRecord) -> bool:
 def define_create(steps: SandboxSteps) -> SagaDefinition[Connection]:
     ends = SagaEnds(steps.sandboxes, steps.transitions, steps.consoles, "create", "being created")
 
+    async def warm_pooled(context: StepContext) -> dict[str, Any]:
+        """By all that giving it away and its first use will take, so that neither is the first of its kind."""
+        if steps.sandbox(context).purpose is SandboxPurpose.POOL:
+            await steps.while_machine_runs(context, warm_up(steps.guests, context.subject_id))
+            await steps.give_new_name(context)
+        return {}
+
     def end_unwound(connection: Connection, record: SagaRecord) -> None:
         if record.unwind_requested:
             ends.remove(connection, record)
@@ -39,7 +50,7 @@ def define_create(steps: SandboxSteps) -> SagaDefinition[Connection]:
 
     return SagaDefinition(
         KIND,
-        steps.acquiring(find=steps.find_image(), keeps_disk=False),
+        steps.acquiring(find=steps.find_image(), keeps_disk=False, prepare=(Step("guest_warm", warm_pooled),)),
         recovery=Recovery.RESUME,
         on_failure=ends.describe_failure,
         on_completed=ends.run,

@@ -81,6 +81,7 @@ _MANY_FILES_BELOW = 4
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+Steps = tuple[Step[Connection], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +109,14 @@ class SandboxSteps:
     stop_grace_seconds: float
 
     def acquiring(
-        self, *, find: Step[Connection], keeps_disk: bool, spend_memory: tuple[Step[Connection], ...] = ()
-    ) -> tuple[Step[Connection], ...]:
+        self, *, find: Step[Connection], keeps_disk: bool, spend_memory: Steps = (), prepare: Steps = ()
+    ) -> Steps:
         """All that a running sandbox consists of, in the order in which it is acquired: DESIGN's, from the network slot
         up to the VMM process, so that unwinding kills the VMM first and frees the network last. ``keeps_disk``: slot
         and volume stay when it is unwound, unless the saga itself was to make them (input ``fresh``).
 
         ``spend_memory`` gives up the memory of a paused sandbox that its machine was restored from, once it stands in
-        the machine."""
+        the machine. ``prepare`` is done in the guest once it goes."""
         free_slot, remove_volume = self._free_slot, self._remove_volume
         if keeps_disk:
             free_slot, remove_volume = _only_if_fresh(free_slot), _only_if_fresh(remove_volume)
@@ -130,10 +131,11 @@ class SandboxSteps:
             *spend_memory,
             Step("guest_identity", self._give_identity),
             Step("guest_thaw", self._thaw_guest),
+            *prepare,
             Step("file_system", self._grow_file_system, commit=self._commit_growth),
         )
 
-    def releasing(self) -> tuple[Step[Connection], ...]:
+    def releasing(self) -> Steps:
         """What a stopped sandbox does not hold: the same undos, as steps that go forward only."""
         return (
             Step("vmm", _as_step(self._stop_vmm)),
@@ -154,7 +156,7 @@ class SandboxSteps:
         """The guest writes everything to its disk and ends. It cannot be undone."""
         return Step("guest_shutdown", self._shut_guest_down)
 
-    def grow_disk(self) -> tuple[Step[Connection], ...]:
+    def grow_disk(self) -> Steps:
         """The disk, and in a running guest the file system on it, to the row's ``disk_mib``."""
         return (
             Step("disk", self._grow_disk),
@@ -346,8 +348,8 @@ class SandboxSteps:
         return {}
 
     async def give_new_name(self, context: StepContext) -> dict[str, Any]:
-        """To a guest that runs, and has its network already."""
-        await self.guests.initialize(context.subject_id, self._own_identity(context.subject_id))
+        """To a guest that runs, and has its network and its host key already."""
+        await self.guests.initialize(context.subject_id, replace(self._own_identity(context.subject_id), host_key=None))
         return {}
 
     def _own_identity(self, sandbox_id: str) -> GuestIdentity:

@@ -132,6 +132,7 @@ class SandboxLifecycle:
             create=creation.start_create,
             settle=self.wait_settled,
             destroy=self.destroy,
+            share=parts.shared_templates.put,
         )
         self.sagas = parts.sagas
         """Every saga there is, for tests."""
@@ -146,13 +147,7 @@ class SandboxLifecycle:
             boot_again=self._boot_again,
         )
         self.reclaim = Reclaim(
-            database=database,
-            vmm=vmm,
-            storage=storage,
-            network=network,
-            guests=guests,
-            run=run,
-            consoles=self._consoles,
+            vmm=vmm, network=network, guests=guests, run=run, consoles=self._consoles, orphans=parts.orphans
         )
         self.activity = Activity(now)
         """Who uses a sandbox says so here."""

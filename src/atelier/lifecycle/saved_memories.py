@@ -12,9 +12,10 @@ from pathlib import Path
 
 from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
-from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.host.files import ensure_private_folder, occupied_bytes, refusal_as_error
 from atelier.host.threads import run_in_thread
 from atelier.model.errors import HostError
+from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import DataLayout
 from atelier.model.machine import MemoryStream
 from atelier.model.saved_machine import SavedMemory
@@ -57,6 +58,15 @@ class SavedMemories:
         self.remove_stream(sandbox_id)
         self.tools(sandbox_id).unlink(missing_ok=True)
 
+    async def used_bytes(self, sandbox_id: str) -> int:
+        """What the memory occupies on disk."""
+        return occupied_bytes(*_files(self.stream(sandbox_id)))
+
+    def list(self) -> list[str]:
+        """Ids of the sandboxes of which anything is kept here."""
+        ids = {path.name.partition(".")[0] for path in self._layout.paused.glob("*")}
+        return sorted(sandbox_id for sandbox_id in ids if is_sandbox_id(sandbox_id))
+
     async def checksum(self, sandbox_id: str) -> str:
         """Of the memory. Raises HostError (``saved_memory_missing``)."""
         path = self.stream(sandbox_id).path
@@ -94,8 +104,12 @@ class SavedMemories:
 
 def remove_saved(stream: MemoryStream) -> None:
     """And what a manager that died while it was being written has left of it."""
-    stream.path.unlink(missing_ok=True)
-    stream.path.with_name(stream.path.name + ".new").unlink(missing_ok=True)
+    for path in _files(stream):
+        path.unlink(missing_ok=True)
+
+
+def _files(stream: MemoryStream) -> tuple[Path, Path]:
+    return stream.path, stream.path.with_name(stream.path.name + ".new")
 
 
 _REMEDY = "boot the sandbox from its disk instead, which gives the memory up: atelier resume --from-disk"

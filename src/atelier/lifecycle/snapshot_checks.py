@@ -6,6 +6,7 @@ Used by the steps of creates and by a background loop. A damaged one is taken ou
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from atelier.db.engine import Connection, Database
@@ -15,7 +16,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.snapshot_files import MEMORY, STATE, SnapshotFiles
 from atelier.lifecycle.snapshot_rows import SnapshotRows
 from atelier.lifecycle.transitions import Failure
-from atelier.model.errors import AtelierError, ConflictError, HostError
+from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.machine import BootFiles
 from atelier.model.snapshot import Snapshot, SnapshotState
 
@@ -35,7 +36,7 @@ class SnapshotChecks:
         """That a machine can be restored from it here and now; ``boot`` is what this host would boot.
 
         Raises ConflictError (``snapshot_not_ready``, ``snapshot_incompatible``: it names the field), HostError
-        (``snapshot_damaged``), after which it is out of service.
+        (``snapshot_damaged``), NotFoundError (``snapshot_disk_not_found``), after which it is out of service.
         """
         await self.check_fits(snapshot, boot)
         await self.check_whole(snapshot)
@@ -57,21 +58,23 @@ class SnapshotChecks:
     async def check_whole(self, snapshot: Snapshot) -> None:
         """That its files are what was written; the large ones are read where the host was booted since that was known.
 
-        Raises ConflictError (``snapshot_not_ready``), HostError (``snapshot_damaged``), after which it is out of
-        service.
+        Raises ConflictError (``snapshot_not_ready``), HostError (``snapshot_damaged``, ``disk_file_damaged``),
+        NotFoundError (``snapshot_disk_not_found``), after which it is out of service.
         """
         require_ready(snapshot)
         await self._check(snapshot, thoroughly=snapshot.boot_id != self.vmm.boot_id())
 
-    async def check_all(self) -> None:
-        """Read every snapshot through, large files included. The body of a background loop."""
+    async def check_next(self) -> None:
+        """Read one snapshot through, large files included, of those that were not since the host was booted. The body of
+        a background loop, which reads them all little by little."""
+        boot_id = self.vmm.boot_id()
         with self.database.read() as connection:
             ready = self.rows.repository.list_in(connection, [SnapshotState.READY])
-        for snapshot in ready:
-            try:
+        snapshot = next((each for each in ready if each.boot_id != boot_id), None)
+        if snapshot is not None:
+            # Then it is out of service, and the log says so.
+            with suppress(HostError, NotFoundError):
                 await self._check(snapshot, thoroughly=True)
-            except AtelierError as error:
-                _logger.error("snapshot %s: %s", snapshot.name, error)
 
     async def _check(self, snapshot: Snapshot, *, thoroughly: bool) -> None:
         try:
@@ -80,12 +83,13 @@ class SnapshotChecks:
                 return
             await self.files.check(snapshot.id, snapshot.checksums, STATE, MEMORY)
             await self.storage.verify_snapshot_disk(snapshot.id)
-        except HostError as error:
+        except (HostError, NotFoundError) as error:
             failure = Failure("snapshot_damaged", error.message, error.hint)
 
             def quarantine(connection: Connection) -> None:
                 present = self.rows.repository.find(connection, snapshot.id)
                 if present is not None and present.state is SnapshotState.READY:
+                    _logger.error("the snapshot %s is out of service: %s", present.name, failure.message)
                     self.rows.fail(connection, snapshot.id, failure, SnapshotState.DAMAGED)
 
             await self.database.write(quarantine)

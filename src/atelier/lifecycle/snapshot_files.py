@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from atelier.host.file_copies import sha256_of_file
 from atelier.host.file_pins import ensure_pinned
-from atelier.host.files import ensure_private_folder, refusal_as_error
+from atelier.host.files import ensure_private_folder, occupied_bytes, refusal_as_error
 from atelier.host.threads import run_in_thread
 from atelier.lifecycle.saved_memories import remove_saved
 from atelier.model.errors import HostError
+from atelier.model.ids import is_snapshot_id
 from atelier.model.layout import DataLayout
 from atelier.model.machine import MemoryImage, MemoryStream
 
@@ -52,6 +55,16 @@ class SnapshotFiles:
                 hint="restart the sandbox (atelier restart), which gives it the present one",
             ) from error
 
+    async def keep_image(self, snapshot_id: str, source: MemoryImage) -> None:
+        """Have memory and state of ``source`` as the snapshot's, in the folder that is there. Raises HostError
+        (``snapshot_damaged``) where one is gone, DiskFullError."""
+        image = self.image(snapshot_id)
+        for there, here in ((source.memory, image.memory), (source.state, image.state)):
+            try:
+                await run_in_thread(partial(_pin, there, here))
+            except FileNotFoundError as error:
+                raise damaged(there, "it is gone") from error
+
     def remove_stream(self, snapshot_id: str) -> None:
         remove_saved(self.stream(snapshot_id))
 
@@ -84,8 +97,16 @@ class SnapshotFiles:
     async def memory_bytes(self, snapshot_id: str) -> int:
         """What memory and state really occupy on disk."""
         image = self.image(snapshot_id)
-        # Source: stat(2): st_blocks counts 512 bytes each, whatever the file system's block size.
-        return sum(path.stat().st_blocks * 512 for path in (image.memory, image.state))
+        return occupied_bytes(image.memory, image.state)
+
+    async def used_bytes(self, snapshot_id: str) -> int:
+        """What all that is kept of it occupies, but for the tools image, which others have too."""
+        tools = self.tools(snapshot_id)
+        return occupied_bytes(*(path for path in tools.parent.glob("*") if path != tools))
+
+    def list(self) -> list[str]:
+        """Ids of the snapshots that have a folder."""
+        return sorted(path.name for path in self._layout.snapshots.glob("*") if is_snapshot_id(path.name))
 
     async def _checksum(self, path: Path) -> str:
         try:
@@ -93,6 +114,10 @@ class SnapshotFiles:
                 return await run_in_thread(lambda given_up: sha256_of_file(path, given_up=given_up))
         except FileNotFoundError as error:
             raise damaged(path, "it is gone") from error
+
+
+def _pin(there: Path, here: Path, given_up: threading.Event) -> None:
+    ensure_pinned(there, here, given_up=given_up)
 
 
 def damaged(path: Path, how: str) -> HostError:

@@ -117,7 +117,11 @@ def define_take(take: TakeSteps, begin_bake: Callable[[Connection, str], None]) 
     def end_unwound(connection: Connection, record: SagaRecord) -> None:
         failure = failure_of(record.failure)
         if record.unwind_requested:
-            failure = Failure("sandbox_destroyed", "its sandbox was destroyed while the snapshot was taken")
+            failure = Failure(
+                "sandbox_destroyed",
+                "its sandbox was destroyed while the snapshot was taken",
+                "nothing of it is left; begin from an earlier snapshot, if there is one (atelier snapshots)",
+            )
         take.rows.fail(connection, record.inputs["snapshot_id"], failure)
         delete_saga(connection, record.id)
 

@@ -28,6 +28,7 @@ from atelier.model.warm_pool import WarmPool
 
 _logger = logging.getLogger(__name__)
 
+_REFILL_AFTER_SECONDS = 1.0
 _COMING = (SandboxState.CREATING, SandboxState.RUNNING)
 
 
@@ -108,6 +109,12 @@ class WarmPools:
         async with self._keeping:
             if not self._is_closed:
                 await self._keep()
+
+    async def refill(self) -> None:
+        """``keep``, a moment after one was taken: whoever took it is about to use it, and a machine that comes up beside
+        it would take its time."""
+        await asyncio.sleep(_REFILL_AFTER_SECONDS)
+        await self.keep()
 
     async def give_way(self) -> bool:
         """Free the room of one that waits, or is about to, for somebody who asks for it; False where there is none."""

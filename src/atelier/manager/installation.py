@@ -41,7 +41,9 @@ _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
 _ACCOUNT_TRIM_SECONDS = 600.0
 _WARM_POOL_SECONDS = 10.0
-_SNAPSHOT_CHECK_SECONDS = 6 * 3600.0
+_SNAPSHOT_CHECK_SECONDS = 60.0
+_SNAPSHOT_CHECK_AFTER_SECONDS = 300.0
+"""After a start there is better use for the disk."""
 _DRAIN_SECONDS = 30.0
 _AT_END: dict[SandboxesAtEnd, str] = {
     "keep": "ends it; sandboxes go on (atelier down stops them too)",
@@ -122,9 +124,12 @@ class Installation:
                 (_ACCOUNT_TRIM_SECONDS, services.audit.trim),
                 (_ACCOUNT_TRIM_SECONDS, services.idempotency.trim),
                 (_WARM_POOL_SECONDS, lifecycle.warm_pools.keep),
-                (_SNAPSHOT_CHECK_SECONDS, lifecycle.snapshot_checks.check_all),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
+            checking = _every(
+                _SNAPSHOT_CHECK_SECONDS, lifecycle.snapshot_checks.check_next, after=_SNAPSHOT_CHECK_AFTER_SECONDS
+            )
+            stack.push_async_callback(_cancel, asyncio.create_task(checking))
             public_url = settings.public_url or address.url
             application = create_application(services, public_url, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked, first_link)
@@ -211,8 +216,10 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     return token
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
-    """A background loop; the work is done at once, and then every so often. Its failing is told, and does not end it."""
+async def _every(seconds: float, work: Callable[[], Awaitable[object]], *, after: float = 0.0) -> None:
+    """A background loop; the work is done ``after`` seconds, and then every so often. Its failing is told, and does not
+    end it."""
+    await asyncio.sleep(after)
     while True:
         try:
             await work()

@@ -43,7 +43,7 @@ from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.network_choice import choose_network
 from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
-from atelier.model.layout import DataLayout, RunLayout
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout
 from atelier.schemas.health import Health
 from atelier.services.access import AccessService
 from atelier.services.accounts import AccountService
@@ -86,6 +86,7 @@ class Drivers:
     room: RoomPolicy
     concurrent_boots: int | None
     uses_templates: bool
+    template_cache: CacheLayout | None
     close: Callable[[], Awaitable[None]]
 
 
@@ -117,7 +118,7 @@ def assemble(
         sessions=GuestSessions(sandboxes.get, sandboxes.wake, drivers.guests, lifecycle.activity),
         images=ImageService(drivers.images),
         events=EventService(database),
-        host=HostService(lifecycle.reclaim, fleet, end_manager),
+        host=HostService(lifecycle.reclaim.orphans, fleet, end_manager),
         authenticator=authenticator,
         accounts=accounts,
         sign_in=SignInService(
@@ -161,6 +162,7 @@ def build_lifecycle(
             guest_ready_seconds=_GUEST_READY_SECONDS,
             concurrent_boots=drivers.concurrent_boots,
             uses_templates=drivers.uses_templates,
+            template_cache=drivers.template_cache,
         ),
     )
 
@@ -202,6 +204,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
         uses_templates=settings.templates is TemplateChoice.ON,
+        template_cache=CacheLayout(settings.cache_dir),
         room=RoomPolicy(
             memory_available_bytes=lambda: memory_bytes("MemAvailable"),
             memory_reserve_mib=_MEMORY_RESERVE_MIB,
@@ -242,6 +245,7 @@ def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
         network_missing="",
         concurrent_boots=None,
         uses_templates=False,
+        template_cache=None,
         room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,
     )

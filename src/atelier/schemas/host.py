@@ -1,4 +1,4 @@
-"""The host: volumes without a sandbox, and the manager's end."""
+"""The host: what belongs to nobody, and the manager's end."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from atelier.model.orphan import OrphanKind
 
-class OrphanVolume(BaseModel):
-    """A disk that belongs to no sandbox. It is kept until somebody removes it."""
 
-    sandbox_id: str
+class Orphan(BaseModel):
+    """What belongs to nobody: a ``volume`` or ``memory`` without a sandbox, or a ``snapshot`` that no row tells of. ``id``:
+    of what it was. It is kept until somebody removes it."""
+
+    kind: OrphanKind
+    id: str
     used_bytes: int
 
 
-class OrphanVolumeList(BaseModel):
-    items: list[OrphanVolume]
+class OrphanList(BaseModel):
+    items: list[Orphan]
 
 
 class ShutdownRequest(BaseModel):

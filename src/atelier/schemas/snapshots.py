@@ -50,7 +50,8 @@ class Snapshot(BaseModel):
     failure: ErrorBody | None = None
 
 
-class SnapshotList(BaseModel):
-    """Oldest first: parents stand before their children."""
+class SnapshotPage(BaseModel):
+    """Oldest first: parents stand before their children. ``next_cursor`` is absent on the last page."""
 
     items: list[Snapshot]
+    next_cursor: str | None = None

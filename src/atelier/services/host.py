@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from atelier.lifecycle.fleet import SandboxFleet
-from atelier.lifecycle.reclaim import OrphanVolume, Reclaim
+from atelier.lifecycle.orphans import Orphans
+from atelier.model.orphan import Orphan, OrphanKind
 
 SandboxesAtEnd = Literal["keep", "stop", "destroy"]
 """What becomes of the sandboxes when the manager ends."""
@@ -15,17 +16,17 @@ SandboxesAtEnd = Literal["keep", "stop", "destroy"]
 class HostService:
     """``end_manager`` has the manager's program end, once what is under way has been answered."""
 
-    def __init__(self, reclaim: Reclaim, fleet: SandboxFleet, end_manager: Callable[[], None]) -> None:
-        self._reclaim = reclaim
+    def __init__(self, orphans: Orphans, fleet: SandboxFleet, end_manager: Callable[[], None]) -> None:
+        self._orphans = orphans
         self._fleet = fleet
         self._end_manager = end_manager
 
-    async def list_orphan_volumes(self) -> list[OrphanVolume]:
-        return await self._reclaim.list_volumes()
+    async def list_orphans(self) -> list[Orphan]:
+        return await self._orphans.list()
 
-    async def remove_orphan_volume(self, sandbox_id: str) -> None:
-        """Raises NotFoundError (``volume_not_found``), ConflictError (``volume_in_use``)."""
-        await self._reclaim.remove_volume(sandbox_id)
+    async def remove_orphan(self, kind: OrphanKind, orphan_id: str) -> None:
+        """Raises NotFoundError (``orphan_not_found``), ConflictError (``not_an_orphan``)."""
+        await self._orphans.remove(kind, orphan_id)
 
     async def shut_down(self, sandboxes: SandboxesAtEnd) -> tuple[list[str], list[str]]:
         """Stop or destroy the sandboxes first, if told to, then end the manager. Returns (names of those that were

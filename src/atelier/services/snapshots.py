@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from atelier.db.engine import Database
-from atelier.db.sandbox_access import SandboxAccessRepository
 from atelier.db.sandbox_networks import SandboxNetworkRepository
 from atelier.db.sandboxes import SandboxRepository
 from atelier.db.snapshots import SnapshotRepository
@@ -39,7 +38,6 @@ class SnapshotService:
         self._database = database
         self._snapshots = SnapshotRepository()
         self._sandboxes = SandboxRepository()
-        self._access = SandboxAccessRepository()
         self._lifecycle = lifecycle
 
     async def take(
@@ -73,19 +71,24 @@ class SnapshotService:
             )
         return snapshot
 
-    def list_snapshots(self, sandbox: str | None, labels: Mapping[str, str], viewer_id: str | None) -> list[Snapshot]:
+    def list_page(
+        self, limit: int, cursor: str, sandbox: str | None, labels: Mapping[str, str], viewer_id: str | None
+    ) -> tuple[list[Snapshot], str | None]:
         """Those that are ready or damaged, oldest first: of all, or of a sandbox (its id or name, which may be gone by
-        now), that bear all ``labels``. ``viewer_id``: only those of this user, and of sandboxes shared with them."""
+        now), that bear all ``labels``; with the cursor of the next page. ``viewer_id``: only
+        those of this user, and of sandboxes shared with them. Raises InvalidRequestError (``invalid_cursor``).
+        """
         with self._database.read() as connection:
-            found = self._snapshots.list_in(connection, _SHOWN, _OF_USERS)
-            shared = frozenset[str]() if viewer_id is None else self._access.list_shared_with(connection, viewer_id)
-        return [
-            each
-            for each in found
-            if (viewer_id is None or each.owner_id == viewer_id or each.sandbox_id in shared)
-            and (sandbox is None or sandbox in (each.sandbox_id, each.sandbox_name))
-            and labels.items() <= each.labels.items()
-        ]
+            return self._snapshots.list_page(
+                connection,
+                limit,
+                cursor or None,
+                states=_SHOWN,
+                purposes=_OF_USERS,
+                sandbox=sandbox,
+                labels=labels,
+                viewer_id=viewer_id,
+            )
 
     async def delete(self, reference: str) -> None:
         """Returns when nothing of it is left.

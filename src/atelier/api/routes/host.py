@@ -1,4 +1,4 @@
-"""The host as a whole: disks without a sandbox, and the manager's end."""
+"""The host as a whole: what belongs to nobody, and the manager's end."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request, Response
 
 from atelier.api.parameters import services_of
-from atelier.schemas.host import OrphanVolume, OrphanVolumeList, ShutdownAnswer, ShutdownRequest
+from atelier.model.orphan import OrphanKind
+from atelier.schemas.host import Orphan, OrphanList, ShutdownAnswer, ShutdownRequest
 
 router = APIRouter(prefix="/host", tags=["host"])
 
 
-@router.get("/orphan-volumes", operation_id="list_orphan_volumes")
-async def list_orphan_volumes(request: Request) -> OrphanVolumeList:
-    """Disks that belong to no sandbox, as after the restore of an older backup. They are kept until somebody removes
-    them."""
-    orphans = await services_of(request).host.list_orphan_volumes()
-    return OrphanVolumeList(
-        items=[OrphanVolume(sandbox_id=each.sandbox_id, used_bytes=each.used_bytes) for each in orphans]
-    )
+@router.get("/orphans", operation_id="list_orphans")
+async def list_orphans(request: Request) -> OrphanList:
+    """Disks, memories of paused sandboxes and snapshots that belong to nobody, as after the restore of an older backup.
+    They are kept until somebody removes them."""
+    orphans = await services_of(request).host.list_orphans()
+    return OrphanList(items=[Orphan(kind=each.kind, id=each.id, used_bytes=each.used_bytes) for each in orphans])
 
 
-@router.delete("/orphan-volumes/{sandbox_id}", operation_id="remove_orphan_volume", status_code=204)
-async def remove_orphan_volume(request: Request, sandbox_id: Annotated[str, Path(max_length=64)]) -> Response:
-    """Remove a disk that belongs to no sandbox, for good."""
-    await services_of(request).host.remove_orphan_volume(sandbox_id)
+@router.delete("/orphans/{kind}/{orphan}", operation_id="remove_orphan", status_code=204)
+async def remove_orphan(request: Request, kind: OrphanKind, orphan: Annotated[str, Path(max_length=64)]) -> Response:
+    """Remove what belongs to nobody, for good."""
+    await services_of(request).host.remove_orphan(kind, orphan)
     return Response(status_code=204)
 
 

@@ -11,6 +11,8 @@ from atelier.api.authorisation import Caller
 from atelier.api.idempotency import Once
 from atelier.api.parameters import (
     LabelFilter,
+    PageCursor,
+    PageLimit,
     SandboxReference,
     WaitSeconds,
     looking_session_of,
@@ -188,8 +190,8 @@ async def change_sandbox(request: Request, sandbox: SandboxReference, body: Chan
 async def list_sandboxes(
     request: Request,
     caller: Caller,
-    limit: Annotated[int, Query(ge=1, le=500)] = 100,
-    cursor: Annotated[str, Query(max_length=200, description="`next_cursor` of the page before")] = "",
+    limit: PageLimit = 100,
+    cursor: PageCursor = "",
     state: SandboxState | None = None,
     label: LabelFilter = None,
 ) -> SandboxPage:

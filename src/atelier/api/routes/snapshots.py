@@ -12,6 +12,8 @@ from atelier.api.authorisation import Caller
 from atelier.api.idempotency import Once
 from atelier.api.parameters import (
     LabelFilter,
+    PageCursor,
+    PageLimit,
     SandboxReference,
     SnapshotReference,
     WaitSeconds,
@@ -22,7 +24,7 @@ from atelier.api.rendering import render_sandbox, render_snapshot
 from atelier.model.snapshot import SnapshotState
 from atelier.model.states import SandboxState
 from atelier.schemas.sandboxes import ForkRequest, SandboxList
-from atelier.schemas.snapshots import Snapshot, SnapshotList, TakeSnapshotRequest
+from atelier.schemas.snapshots import Snapshot, SnapshotPage, TakeSnapshotRequest
 
 router = APIRouter(tags=["snapshots"])
 
@@ -102,14 +104,18 @@ async def fork_sandbox(
 async def list_snapshots(
     request: Request,
     caller: Caller,
+    limit: PageLimit = 100,
+    cursor: PageCursor = "",
     sandbox: Annotated[
         str | None, Query(description="only those of this sandbox, by id or name", max_length=64)
     ] = None,
     label: LabelFilter = None,
-) -> SnapshotList:
-    """List snapshots that are `ready` or `damaged`, oldest first, those that forks are made from included."""
-    rows = services_of(request).snapshots.list_snapshots(sandbox, parse_label_filter(label), caller.viewer_id)
-    return SnapshotList(items=[render_snapshot(row) for row in rows])
+) -> SnapshotPage:
+    """List snapshots that are `ready` or `damaged`, oldest first, page by page, those that forks are made from included."""
+    rows, next_cursor = services_of(request).snapshots.list_page(
+        limit, cursor, sandbox, parse_label_filter(label), caller.viewer_id
+    )
+    return SnapshotPage(items=[render_snapshot(row) for row in rows], next_cursor=next_cursor)
 
 
 @router.get("/snapshots/{snapshot}", operation_id="get_snapshot")

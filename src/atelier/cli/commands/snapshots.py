@@ -53,10 +53,11 @@ def ls(
       atelier snapshots ls --tree --sandbox box
     """
     from atelier.cli.output import print_json, print_line, print_note, print_table, printable, show_age, show_bytes
-    from atelier.client import snapshot_calls
+    from atelier.client.snapshots import Snapshot
 
     with invocation.connect() as connection:
-        found = connection.send(snapshot_calls.list_snapshots(sandbox=sandbox, labels=dict(labels))).items
+        listed = Snapshot.list(sandbox=sandbox, labels=dict(labels), connection=connection)
+    found = [each.details for each in listed]
     rows = arrange_as_tree(found) if tree else [("", each) for each in found]
     if as_json:
         print_json([each.model_dump(mode="json") for _, each in rows])

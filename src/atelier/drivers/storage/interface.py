@@ -7,6 +7,7 @@ as over an image's. One operation at a time works on a sandbox's volume, and on 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from atelier.model.machine import Disk, DiskFile, SnapshotDisk, VolumeRequest
@@ -108,9 +109,30 @@ class StorageDriver(Protocol):
         """
         ...
 
+    async def export_snapshot_disk(self, snapshot_id: str, target: Path) -> str:
+        """Have the file of the snapshot's disk as ``target`` too, read-only and on disk; its checksum. It is for
+        ``import_snapshot_disk``, of another installation as well, and nothing else can be done with it.
+
+        Raises NotFoundError (``snapshot_disk_not_found``), ConflictError (``snapshot_disk_not_alone``: it stands over
+        another snapshot's), DiskFullError.
+        """
+        ...
+
+    async def import_snapshot_disk(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        """A disk like the exported one over ``base``, the image that that one stood over. Whole or absent; one that is
+        there is returned as it is.
+
+        Raises HostError (``disk_file_missing``, ``disk_file_damaged``: not what was exported), DiskFullError.
+        """
+        ...
+
     async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
         """Remove the disk, and the hold on a layer of which none was made. Volumes and other snapshots' disks that stand
         over it keep what they need, and its room is free when they are gone."""
+        ...
+
+    async def snapshot_used_bytes(self, snapshot_id: str) -> int:
+        """Bytes that the snapshot's disk really occupies, whatever stands over it; 0 if it was not made."""
         ...
 
     async def list_snapshot_disks(self) -> list[str]:

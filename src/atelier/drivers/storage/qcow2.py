@@ -18,7 +18,7 @@ from atelier.drivers.storage.snapshot_disks import SnapshotDisks
 from atelier.host.disk_chains import LONGEST_CHAIN, chain_below
 from atelier.host.disk_files import find_backing, virtual_size_bytes
 from atelier.host.disk_images import create_overlay, grow_image, merge_copies
-from atelier.host.files import disk_full_as_error, ensure_private_folder, free_bytes, sync_folder
+from atelier.host.files import disk_full_as_error, ensure_private_folder, free_bytes, occupied_bytes, sync_folder
 from atelier.model.errors import HostError, InvalidRequestError, NotFoundError
 from atelier.model.ids import is_sandbox_id, is_snapshot_id
 from atelier.model.layout import DiskLayout
@@ -162,8 +162,17 @@ class Qcow2Storage:
     async def verify_snapshot_disk(self, snapshot_id: str) -> None:
         await self._snapshots.verify(_check_snapshot(snapshot_id))
 
+    async def export_snapshot_disk(self, snapshot_id: str, target: Path) -> str:
+        return await self._snapshots.export(_check_snapshot(snapshot_id), target)
+
+    async def import_snapshot_disk(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        return await self._snapshots.ensure_imported(_check_snapshot(snapshot_id), source, base, checksum)
+
     async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
         self._snapshots.ensure_absent(_check_snapshot(snapshot_id))
+
+    async def snapshot_used_bytes(self, snapshot_id: str) -> int:
+        return occupied_bytes(self._layout.snapshot_disk(_check_snapshot(snapshot_id)))
 
     async def list_snapshot_disks(self) -> list[str]:
         return self._snapshots.list()
