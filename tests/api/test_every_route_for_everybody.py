@@ -21,7 +21,7 @@ from atelier.api.authorisation import RULES, Right, authorise
 
 ADMINS_ONLY = {
     "add_user", "build_image", "change_user", "create_first_run_link", "drain_warm_pool", "list_audit_entries",
-    "list_orphan_volumes", "list_users", "list_warm_pools", "remove_orphan_volume", "scrape_metrics", "set_warm_pool",
+    "list_orphans", "list_users", "list_warm_pools", "remove_orphan", "scrape_metrics", "set_warm_pool",
     "shut_down",
 }  # fmt: skip
 OWNERS_ONLY = {"delete_snapshot", "destroy_sandbox", "share_sandbox", "unshare_sandbox"}
@@ -153,7 +153,7 @@ def test_every_route_for_everybody(stage: Stage) -> None:
                 sandbox, snapshot = stage.make()
             names = {"sandbox": sandbox, "snapshot": snapshot, "pid": "1", "name": "base", "image": "base"}
             filled = path
-            for part in ("sandbox", "snapshot", "pid", "name", "image", "sandbox_id", "user", "key", "session"):
+            for part in ("sandbox", "snapshot", "pid", "name", "image", "orphan", "kind", "user", "key", "session"):
                 filled = filled.replace(f"{{{part}}}", names.get(part, "none"))
             assert "{" not in filled, path
             body = BODIES.get(operation, {}) if method in ("post", "put", "patch") else None

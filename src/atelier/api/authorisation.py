@@ -112,8 +112,8 @@ RULES: dict[str, Rule] = {
     "list_warm_pools": _ADMIN_READ,
     "set_warm_pool": _ADMIN,
     "drain_warm_pool": _ADMIN,
-    "list_orphan_volumes": _ADMIN_READ,
-    "remove_orphan_volume": _ADMIN,
+    "list_orphans": _ADMIN_READ,
+    "remove_orphan": _ADMIN,
     "shut_down": _ADMIN,
     "scrape_metrics": _ADMIN_READ,
     # people
