@@ -25,6 +25,7 @@ from atelier.api.routes import (
     sandboxes,
     shares,
     snapshots,
+    ssh,
     terminals,
     warm_pools,
 )
@@ -64,6 +65,7 @@ def describe_api(health: Health | None = None) -> FastAPI:
         events,
         host,
         accounts,
+        ssh,
         audit,
     ):
         api.include_router(module.router)

@@ -19,6 +19,7 @@ from atelier.services.rate_limits import RateLimits
 from atelier.services.sandboxes import SandboxService
 from atelier.services.sign_in import SignInService
 from atelier.services.snapshots import SnapshotService
+from atelier.services.ssh_keys import SshEntry, SshKeyService
 from atelier.services.warm_pools import WarmPoolService
 
 
@@ -36,6 +37,8 @@ class Services:
     accounts: AccountService
     access: AccessService
     sign_in: SignInService
+    ssh_keys: SshKeyService
+    ssh_entry: SshEntry
     audit: AuditLog
     idempotency: IdempotencyService
     rate_limits: RateLimits

@@ -43,6 +43,8 @@ COMMANDS = {
     "events": LazyCommand(f"{_COMMANDS}.events:events", "Follow what happens to sandboxes."),
     "user": LazyCommand(f"{_COMMANDS}.user:user", "Say who may enter."),
     "key": LazyCommand(f"{_COMMANDS}.key:key", "Make and revoke API keys."),
+    "ssh-key": LazyCommand(f"{_COMMANDS}.ssh_key:ssh_key", "Register public keys for SSH."),
+    "ssh-config": LazyCommand(f"{_COMMANDS}.ssh_config:ssh_config", "Print what ~/.ssh/config needs."),
     "share": LazyCommand(f"{_COMMANDS}.share:share", "Share a sandbox with others."),
     "audit": LazyCommand(f"{_COMMANDS}.audit:audit", "Show who did what."),
     "backup": LazyCommand(f"{_COMMANDS}.backup:backup", "Save the database and the key, on request disks too."),

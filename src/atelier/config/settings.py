@@ -1,6 +1,6 @@
 """The settings of an installation: environment variables, overridden by a program's own options.
 
-``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
+``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
 ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
 ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
@@ -25,6 +25,7 @@ from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
+DEFAULT_SSH_LISTEN = "127.0.0.1:2222"
 _RUN_HASH_DIGITS = 8
 
 
@@ -91,6 +92,8 @@ class Settings:
     cache_dir: Path
     run_dir: Path
     listen: ListenAddress
+    ssh_listen: ListenAddress | None
+    """Where SSH is served; None: nowhere."""
     accelerator: Accelerator
     network: NetworkChoice
     network_home: NetworkHome
@@ -124,6 +127,7 @@ def load_settings(
         cache_dir=cache,
         run_dir=run_directory(data, variables),
         listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
+        ssh_listen=_ssh_listen(variables.get("ATELIER_SSH_LISTEN") or DEFAULT_SSH_LISTEN),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
         network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.AUTO), "ATELIER_NETWORK"),
         network_home=_choice(
@@ -157,7 +161,7 @@ def run_directory(data_dir: Path, variables: Mapping[str, str]) -> Path:
     return parent.absolute() / digest[:_RUN_HASH_DIGITS]
 
 
-def parse_listen(text: str) -> ListenAddress:
+def parse_listen(text: str, setting: str = "ATELIER_LISTEN (or --listen)") -> ListenAddress:
     """``HOST:PORT`` with an address, ``localhost`` or ``[v6]``; port 0 lets the kernel choose."""
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -170,11 +174,15 @@ def parse_listen(text: str) -> ListenAddress:
         number = -1
     if not separator or not 0 <= number <= 65535:
         raise InvalidRequestError(
-            f"ATELIER_LISTEN (or --listen) is {text!r}",
+            f"{setting} is {text!r}",
             code="invalid_setting",
             hint="write ADDRESS:PORT, as 127.0.0.1:7420 or [::1]:7420",
         )
     return ListenAddress(host, number)
+
+
+def _ssh_listen(text: str) -> ListenAddress | None:
+    return None if text.strip().lower() == "off" else parse_listen(text, "ATELIER_SSH_LISTEN")
 
 
 def _folder(given: str, variables: Mapping[str, str], xdg_variable: str, default: Path) -> Path:

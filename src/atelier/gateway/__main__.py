@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from atelier.gateway.attachments import LOCK_NAME
-from atelier.gateway.control import ChannelSet, ControlServer
+from atelier.gateway.control import ChannelSet
+from atelier.gateway.ssh_server import SshServer
 from atelier.host.files import ensure_private_folder, lock_folder
+from atelier.host.line_server import LineServer
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.telemetry.logs import configure
@@ -83,8 +85,9 @@ async def _serve(layout: RunLayout, epoch_wait_seconds: float) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    channels = ChannelSet(layout, epoch_wait_seconds=epoch_wait_seconds)
-    control = ControlServer(channels, layout.gateway_socket)
+    ssh = SshServer(layout)
+    channels = ChannelSet(layout, ssh, epoch_wait_seconds=epoch_wait_seconds)
+    control = LineServer(layout.gateway_socket, channels.answer)
     try:
         await channels.open()
         await control.open()
@@ -92,6 +95,7 @@ async def _serve(layout: RunLayout, epoch_wait_seconds: float) -> None:
         await stop.wait()
     finally:
         await control.close()
+        await ssh.close()
         await channels.close()
     log.info("the gateway has stopped")
 

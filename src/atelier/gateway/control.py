@@ -1,7 +1,8 @@
 """What the manager says to the gateway: newline-delimited JSON on a unix socket that only this user can open.
 
 Served by ``__main__``; owns all attached channels. Requests ``{"operation": "attach", "sandbox_id", "socket_path",
-"token"}``, ``{"operation": "detach", "sandbox_id"}``, ``{"operation": "list"}``, ``{"operation": "ping"}``; answers
+"token"}``, ``{"operation": "detach", "sandbox_id"}``, ``{"operation": "list"}``, ``{"operation": "ping"}``, and
+``{"operation": "serve_ssh", ...}`` (``ssh_server``); answers
 ``{"ok": true, ...}`` or ``{"ok": false, "code", "message"}``, in order. attach and detach are idempotent; an attach
 with another socket or token replaces the channel. Neither is done for a client that has gone meanwhile: it may be a dead
 manager, and the next one have asked for the opposite. It must never wait for a guest.
@@ -10,30 +11,25 @@ manager, and the next one have asked for the opposite. It must never wait for a 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, cast
 
 import atelier
 from atelier.gateway.attachments import Attachment, AttachmentFiles, parse_attachment
 from atelier.gateway.channel import GuestChannel
 from atelier.gateway.clients import ClientDoor
+from atelier.gateway.ssh_server import SshServer
 from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.host.files import disk_full_as_error
+from atelier.host.line_server import Answer, Request
 from atelier.host.peers import has_gone
 from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
-from atelier.model.layout import RunLayout, check_socket_path
+from atelier.model.layout import RunLayout
 
 log = logging.getLogger(__name__)
-
-REQUEST_MAX_BYTES: Final = 64 * 1024
-
-Answer = dict[str, object]
 
 
 @dataclass(slots=True)
@@ -47,8 +43,9 @@ class _Attached:
 class ChannelSet:
     """All attached channels of this gateway, and the operations on them."""
 
-    def __init__(self, layout: RunLayout, *, epoch_wait_seconds: float) -> None:
+    def __init__(self, layout: RunLayout, ssh: SshServer, *, epoch_wait_seconds: float) -> None:
         self._layout = layout
+        self._ssh = ssh
         self._files = AttachmentFiles(layout.channels)
         self._epoch_wait_seconds = epoch_wait_seconds
         self._attached: dict[str, _Attached] = {}
@@ -69,7 +66,7 @@ class ChannelSet:
             for sandbox_id in list(self._attached):
                 await self._drop(sandbox_id)
 
-    async def answer(self, request: dict[str, object], asker: int) -> Answer:
+    async def answer(self, request: Request, asker: int) -> Answer:
         """Perform one request, which came over the socket ``asker``. Raises AtelierError, OSError."""
         name = request.get("operation")
         match name:
@@ -77,6 +74,9 @@ class ChannelSet:
                 return self._on_ping()
             case "list":
                 return self._on_list()
+            case "serve_ssh":
+                async with self._lock:
+                    return await self._ssh.answer(request)
             case "attach" | "detach":
                 # One after the other: whoever is found here has all that it asked for before its successor has anything.
                 async with self._lock:
@@ -84,9 +84,11 @@ class ChannelSet:
                         raise ConflictError(f"who asked for this {name} has gone", code="asker_gone")
                     return await (self._on_attach if name == "attach" else self._on_detach)(request)
             case _:
-                raise InvalidRequestError("unknown operation: the gateway knows attach, detach, list and ping")
+                raise InvalidRequestError(
+                    "unknown operation: the gateway knows attach, detach, list, ping and serve_ssh"
+                )
 
-    async def _on_attach(self, request: dict[str, object]) -> Answer:
+    async def _on_attach(self, request: Request) -> Answer:
         attachment = parse_attachment(request)
         present = self._attached.get(attachment.sandbox_id)
         if present is None or present.attachment != attachment:
@@ -99,7 +101,7 @@ class ChannelSet:
                 raise
         return {"ok": True, "channel_socket": str(self._layout.channel_socket(attachment.sandbox_id))}
 
-    async def _on_detach(self, request: dict[str, object]) -> Answer:
+    async def _on_detach(self, request: Request) -> Answer:
         sandbox_id = request.get("sandbox_id")
         if not isinstance(sandbox_id, str) or not is_sandbox_id(sandbox_id):
             raise InvalidRequestError("sandbox_id is missing, or is no sandbox id")
@@ -158,80 +160,3 @@ def _describe(attached: _Attached) -> Answer:
         "violations": channel.violations,
         "last_violation": channel.last_violation,
     }
-
-
-class ControlServer:
-    """The socket at ``path``. Requests of one client are served one after the other."""
-
-    def __init__(self, channels: ChannelSet, path: Path) -> None:
-        self._channels = channels
-        self._path = path
-        self._server: asyncio.Server | None = None
-        self._clients: set[asyncio.Task[None]] = set()
-
-    async def open(self) -> None:
-        """Raises HostError for a path that is too long, OSError."""
-        check_socket_path(self._path)
-        fresh = self._path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        self._server = await asyncio.start_unix_server(self._serve, path=str(fresh), limit=REQUEST_MAX_BYTES)
-        # Under its own name only once it listens and is closed to others: a client that sees it can use it.
-        fresh.chmod(0o600)
-        fresh.rename(self._path)
-
-    async def close(self) -> None:
-        if self._server is None:
-            return
-        self._path.unlink(missing_ok=True)
-        self._server.close()
-        for client in list(self._clients):
-            client.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        asker: int = writer.get_extra_info("socket").fileno()
-        self._clients.add(task)
-        try:
-            while True:
-                try:
-                    line = await reader.readuntil(b"\n")
-                except asyncio.IncompleteReadError:
-                    return
-                except asyncio.LimitOverrunError:
-                    writer.write(_encode(_failure("invalid_request", "the request is longer than 64 KiB")))
-                    await writer.drain()
-                    return
-                writer.write(_encode(await self._answer(line, asker)))
-                await writer.drain()
-        except ConnectionError:
-            return
-        finally:
-            self._clients.discard(task)
-            with contextlib.suppress(OSError):
-                writer.close()
-
-    async def _answer(self, line: bytes, asker: int) -> Answer:
-        try:
-            request = json.loads(line)
-        except (ValueError, RecursionError):
-            return _failure("invalid_request", "the request is no JSON")
-        if not isinstance(request, dict):
-            return _failure("invalid_request", "the request is no JSON object")
-        try:
-            return await self._channels.answer(cast(dict[str, object], request), asker)
-        except AtelierError as error:
-            return _failure(error.code, str(error))
-        except OSError as error:
-            return _failure("host_error", f"the gateway could not do it: {error}")
-        except Exception:
-            log.exception("a control request failed")
-            return _failure("internal", "a mistake in the gateway; its log says more")
-
-
-def _failure(code: str, message: str) -> Answer:
-    return {"ok": False, "code": code, "message": message}
-
-
-def _encode(answer: Answer) -> bytes:
-    return json.dumps(answer).encode() + b"\n"

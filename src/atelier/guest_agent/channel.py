@@ -19,7 +19,7 @@ import select
 import socket
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +55,9 @@ _READ_BYTES_PER_TURN: Final = 512 * 1024
 _WRITE_BYTES_PER_TURN: Final = 1024 * 1024
 _KNOCK_AGAIN_SECONDS: Final = 1.0
 _NO_MEMORY_PAUSE_SECONDS: Final = 0.01
+Connector = Callable[[], Awaitable[socket.socket]]
+"""Returns a connected socket, non-blocking and now the caller's. Raises OSError."""
+
 _LOOPBACK: Final = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 
 
@@ -62,14 +65,16 @@ async def run_channel(
     port_path: str | None,
     local: Mapping[int, StreamServer],
     on_token: Callable[[str], None] | None = None,
+    connectors: Mapping[int, Connector] | None = None,
 ) -> None:
     """Serve the guest channel for ever (until cancelled).
 
     ``port_path``: the device, ``unix:/path``, or None: find the port named ``atelier`` (and wait for it to appear).
-    ``local`` maps a port to the coroutine function that serves a stream to it. ``on_token`` gets the sandbox's token
+    ``local`` maps a port to the coroutine function that serves a stream to it, ``connectors`` to the one that returns the
+    socket that its stream is joined with, in place of a server's on the loopback. ``on_token`` gets the sandbox's token
     at the begin of each epoch; it comes from the host only.
     """
-    channel = _GuestChannel(local, on_token)
+    channel = _GuestChannel(local, on_token, connectors or {})
     try:
         if port_path is not None and port_path.startswith(UNIX_PREFIX):
             await _serve_unix(channel, port_path.removeprefix(UNIX_PREFIX))
@@ -160,8 +165,14 @@ def _cut(pieces: list[Piece]) -> list[Piece]:
 class _GuestChannel:
     """The state that outlives a connection of the host's: the byte stream goes on where it was."""
 
-    def __init__(self, local: Mapping[int, StreamServer], on_token: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        local: Mapping[int, StreamServer],
+        on_token: Callable[[str], None] | None,
+        connectors: Mapping[int, Connector],
+    ) -> None:
         self._local = local
+        self._connectors = connectors
         self._on_token = on_token
         self._loop = asyncio.get_running_loop()
         self._multiplexer = Multiplexer(
@@ -354,11 +365,24 @@ class _GuestChannel:
         splice = SocketSplice(self._loop)
         stream.end = splice
         splice.join(stream)
-        self._track(self._loop.create_task(self._connect(stream, splice)))
+        connector = self._connectors.get(stream.port)
+        connecting = self._connect(stream, splice) if connector is None else self._connect_by(connector, stream, splice)
+        self._track(self._loop.create_task(connecting))
 
     def _track(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _connect_by(self, connector: Connector, stream: Stream, splice: SocketSplice) -> None:
+        try:
+            connected = await connector()
+        except ConnectionRefusedError:
+            splice.finish(CLOSED_REFUSED)
+        except OSError:
+            splice.finish(CLOSED_UNREACHABLE)
+        else:
+            stream.accept()
+            splice.attach(connected)
 
     async def _connect(self, stream: Stream, splice: SocketSplice) -> None:
         reason = CLOSED_UNREACHABLE

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from typing import Final
 
 from atelier.guest_agent.http import Router
 from atelier.guest_agent.http_server import HttpServer
 from atelier.guest_agent.state import DEFAULT_USER, AgentState
-from atelier.guest_protocol import GUEST_AGENT_PORT
+from atelier.guest_protocol import GUEST_AGENT_PORT, GUEST_SSH_PORT
 
 USAGE: Final = """usage: python -m atelier.guest_agent [options]
 
@@ -104,7 +105,14 @@ async def serve(options: Options) -> None:
         if os.path.exists(MARK_PATH):
             # The agent before this one has ended while the guest stood still.
             state.gate.close()
-        await run_channel(options.channel, {GUEST_AGENT_PORT: server.serve}, state.set_token)
+
+        async def connect_ssh() -> socket.socket:
+            from atelier.guest_agent import ssh
+
+            return await ssh.connect(state)
+
+        connectors = {GUEST_SSH_PORT: connect_ssh}
+        await run_channel(options.channel, {GUEST_AGENT_PORT: server.serve}, state.set_token, connectors)
         return
     if options.listen.startswith("unix:"):
         listener = await asyncio.start_unix_server(server.serve, options.listen.removeprefix("unix:"))

@@ -24,6 +24,7 @@ from atelier.host.files import ensure_private_folder, lock_folder, write_atomica
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.kept_process import KeptProcess
+from atelier.manager.ssh_service import SshService
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
@@ -41,6 +42,7 @@ _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
 _ACCOUNT_TRIM_SECONDS = 600.0
 _WARM_POOL_SECONDS = 10.0
+_SSH_SECONDS = 3.0
 _SNAPSHOT_CHECK_SECONDS = 60.0
 _SNAPSHOT_CHECK_AFTER_SECONDS = 300.0
 """After a start there is better use for the disk."""
@@ -111,6 +113,12 @@ class Installation:
                 await services.accounts.ensure_local_admin(token)
                 first_link = await services.sign_in.make_first_link()
             await lifecycle.recover()
+            if drivers.gateway is not None and serves:
+                ssh = SshService(services.ssh_keys, services.ssh_entry, data, run, settings.ssh_listen)
+                await ssh.open()
+                stack.push_async_callback(ssh.close)
+                await ssh.keep()
+                stack.push_async_callback(_cancel, asyncio.create_task(_every(_SSH_SECONDS, ssh.keep)))
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
                 (_RECONCILE_SECONDS, lifecycle.reconcile),

@@ -59,6 +59,7 @@ from atelier.services.rate_limits import Limits, RateLimits
 from atelier.services.sandboxes import SandboxService
 from atelier.services.sign_in import Admission, SignInService
 from atelier.services.snapshots import SnapshotService
+from atelier.services.ssh_keys import SshEntry, SshKeyService
 from atelier.services.warm_pools import WarmPoolService
 
 _MEMORY_RESERVE_MIB = 512
@@ -110,6 +111,8 @@ def assemble(
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     authenticator = Authenticator(database)
     accounts = AccountService(database, authenticator)
+    access, audit = AccessService(database), AuditLog(database)
+    ssh_keys = SshKeyService(database, accounts, access)
     return Services(
         sandboxes=sandboxes,
         snapshots=SnapshotService(database, lifecycle),
@@ -127,8 +130,10 @@ def assemble(
             _sign_in_providers(settings.sign_in),
             Admission(settings.sign_in.emails, settings.sign_in.domains),
         ),
-        access=AccessService(database),
-        audit=AuditLog(database),
+        access=access,
+        audit=audit,
+        ssh_keys=ssh_keys,
+        ssh_entry=SshEntry(ssh_keys, sandboxes, lifecycle.activity, audit),
         idempotency=IdempotencyService(database),
         rate_limits=RateLimits(
             Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)

@@ -96,6 +96,11 @@ class DataLayout:
         return self.root / "token.json"
 
     @property
+    def ssh_host_key(self) -> Path:
+        """By which SSH clients know this installation, mode 0600; the public half beside it, in ``.pub``."""
+        return self.root / "ssh_host_ed25519_key"
+
+    @property
     def volumes(self) -> Path:
         return self.root / "volumes"
 

@@ -119,12 +119,29 @@ class AccountService:
 
         return await self._changing(change)
 
+    def find_other(self, principal: Principal, user: str | None) -> str:
+        """The id of the user for whom something is made: None: the principal. Raises AccessDeniedError (``admin_only``),
+        NotFoundError (``user_not_found``)."""
+        if user is None:
+            return principal.user_id
+        if not principal.is_admin:
+            raise AccessDeniedError("only admins make keys for others", code="admin_only", hint="leave the user out")
+        return self.get_user(user).id
+
+    def whose(self, principal: Principal, *, everybodys: bool) -> str | None:
+        """Whose things a list is to show; None: everybody's. Raises AccessDeniedError (``admin_only``)."""
+        if not everybodys:
+            return principal.user_id
+        if principal.viewer_id is not None:
+            raise AccessDeniedError("only admins see everybody's", code="admin_only", hint="leave out all=true")
+        return None
+
     # --- keys ---------------------------------------------------------------------------------------------------------
 
     def list_keys(self, principal: Principal, *, everybodys: bool) -> list[ApiKey]:
         """Raises AccessDeniedError when somebody else than an admin asks for everybody's."""
         with self._database.read() as connection:
-            return self._credentials.list_keys(connection, _whose(principal, everybodys))
+            return self._credentials.list_keys(connection, self.whose(principal, everybodys=everybodys))
 
     async def create_key(
         self,
@@ -141,9 +158,7 @@ class AccountService:
         Raises InvalidRequestError (``expiry_in_past``), AccessDeniedError (``scope_missing``, ``admin_only``),
         NotFoundError (``user_not_found``).
         """
-        if user is not None and not principal.is_admin:
-            raise AccessDeniedError("only admins make keys for others", code="admin_only", hint="leave the user out")
-        user_id = principal.user_id if user is None else self.get_user(user).id
+        user_id = self.find_other(principal, user)
         if expires_at is not None and expires_at <= self._now():
             raise InvalidRequestError(
                 "the key would have expired already", code="expiry_in_past", hint="give a later time"
@@ -185,7 +200,7 @@ class AccountService:
     def list_sessions(self, principal: Principal, *, everybodys: bool) -> list[BrowserSession]:
         """Raises AccessDeniedError when somebody else than an admin asks for everybody's."""
         with self._database.read() as connection:
-            return self._credentials.list_sessions(connection, _whose(principal, everybodys))
+            return self._credentials.list_sessions(connection, self.whose(principal, everybodys=everybodys))
 
     async def open_session(self, user_id: str, provider: str, address: str) -> tuple[BrowserSession, str]:
         """The session's row and its token."""
@@ -231,11 +246,3 @@ class AccountService:
             return await self._database.write(function)
         finally:
             self._authenticator.forget()
-
-
-def _whose(principal: Principal, everybodys: bool) -> str | None:
-    if not everybodys:
-        return principal.user_id
-    if principal.viewer_id is not None:
-        raise AccessDeniedError("only admins see everybody's", code="admin_only", hint="leave out all=true")
-    return None

@@ -1,0 +1,59 @@
+"""``atelier ssh-config``: what ~/.ssh/config needs, so that ``ssh NAME.atelier`` and IDEs enter sandboxes."""
+
+from __future__ import annotations
+
+import click
+
+from atelier.cli.invocation import Invocation, pass_invocation
+
+
+@click.command("ssh-config", short_help="Print what ~/.ssh/config needs.")
+@click.option(
+    "--host", metavar="HOST", help="The manager's machine as seen from here.  [default: that of the API's URL]"
+)
+@click.option("--identity", metavar="FILE", help="The private key to use.  [default: ssh's own choice]")
+@pass_invocation
+def ssh_config(invocation: Invocation, host: str | None, identity: str | None) -> None:
+    """Print a part of an SSH client's configuration. With it `ssh NAME.atelier` leads to the sandbox NAME, end to end: the
+    gateway only carries the bytes.
+
+    \b
+    Examples:
+      atelier ssh-config > ~/.ssh/atelier.conf
+      sed -i '1i Include atelier.conf' ~/.ssh/config
+      ssh my-sandbox.atelier
+    """
+    from urllib.parse import urlsplit
+
+    from atelier.cli.output import print_line
+    from atelier.client import ssh_calls
+    from atelier.model.errors import PreconditionError
+
+    with invocation.connect() as connection:
+        address = connection.send(ssh_calls.get_ssh())
+    if not address.port:
+        raise PreconditionError(address.problem, code="no_ssh", hint="atelier doctor says more")
+    key = " ".join(address.host_key.split()[:2])
+    machine = host or urlsplit(invocation.endpoint().api_url).hostname or address.host
+    identities = [f'    IdentityFile "{identity}"', "    IdentitiesOnly yes"] if identity else []
+    for line in (
+        "# Made by atelier ssh-config.",
+        "Host atelier-jump",
+        f"    HostName {machine}",
+        f"    Port {address.port}",
+        "    User _",
+        "    HostKeyAlias atelier-jump",
+        f"    KnownHostsCommand /bin/echo atelier-jump {key}",
+        "    StrictHostKeyChecking yes",
+        "    UserKnownHostsFile none",
+        *identities,
+        "Host *.atelier",
+        "    User user",
+        "    ProxyJump atelier-jump",
+        "    # The jump is known by its key, and it leads to the sandbox of that name and nowhere else.",
+        "    StrictHostKeyChecking no",
+        "    UserKnownHostsFile /dev/null",
+        "    LogLevel ERROR",
+        *identities,
+    ):
+        print_line(line)
