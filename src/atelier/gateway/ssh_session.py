@@ -15,7 +15,7 @@ import asyncssh
 from atelier.gateway.ssh_guest import PACKET_BYTES, WINDOW_BYTES
 from atelier.model.errors import AtelierError
 
-_PATIENCE_SECONDS: Final = 2.0
+_PATIENCE_SECONDS: Final = 5.0
 _FAILED_STATUS: Final = 255
 """What ssh itself ends with when it cannot connect."""
 
@@ -95,7 +95,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
         try:
             done, _ = await asyncio.wait({logging_in}, timeout=_PATIENCE_SECONDS)
             if not done:
-                self._channel.write_stderr(b"atelier: waiting for the sandbox to be started\r\n")
+                self._channel.write_stderr(b"atelier: waiting for the sandbox\r\n")
             return await logging_in
         finally:
             logging_in.cancel()
@@ -169,5 +169,4 @@ class _GuestSession(asyncssh.SSHClientSession[bytes]):
         self._visitor.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._visitor.is_closing():
-            self._end()
+        self._end()
