@@ -101,6 +101,7 @@ def launch_manager(
         "ATELIER_SERVER_MODE": mode,
         # Which network there is should not hang on the machine.
         "ATELIER_NETWORK": "closed",
+        "ATELIER_SSH_LISTEN": "127.0.0.1:0",
         "ATELIER_TEMPLATES": "off",
         # Disks of tests stay nearly empty, and how many there may be should not hang on the machine's.
         "ATELIER_DISK_OVERCOMMIT": "20",

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 import asyncssh
+from asyncssh.constants import OPEN_CONNECT_FAILED
 from asyncssh.forward import SSHForwarder
 from asyncssh.listener import SSHListener
 
@@ -140,21 +141,19 @@ class VisitorConnection(asyncssh.SSHServer):
             return False
         return VisitorSession(lambda: self._log_in(self._connection.get_agent_path()), self._note_use)
 
-    def connection_requested(
-        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-    ) -> Coroutine[Any, Any, SSHForwarder]:
+    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> Any:
         if self._login == JUMP_USER:
             return self._splice(dest_host, dest_port)
         return self._forward(lambda guest, peer: guest.create_connection(peer, dest_host, dest_port))
 
-    def unix_connection_requested(self, dest_path: str) -> Coroutine[Any, Any, SSHForwarder] | bool:
+    def unix_connection_requested(self, dest_path: str) -> Any:
         if self._login == JUMP_USER:
             return False
         return self._forward(lambda guest, peer: guest.create_unix_connection(peer, dest_path))
 
     async def server_requested(self, listen_host: str, listen_port: int) -> SSHListener | bool:
         """A port in the guest, whose connections go to the visitor."""
-        visitor = self._connection
+        visitor: Any = self._connection
 
         async def accept(orig_host: str, orig_port: int) -> SSHForwarder:
             port = listen_port or listener.get_port()
@@ -171,7 +170,7 @@ class VisitorConnection(asyncssh.SSHServer):
 
     async def unix_server_requested(self, listen_path: str) -> SSHListener | bool:
         """A socket in the guest, whose connections go to the visitor."""
-        visitor = self._connection
+        visitor: Any = self._connection
 
         async def accept() -> SSHForwarder:
             _, peer = await visitor.create_unix_connection(self._new_peer, listen_path)
@@ -192,7 +191,7 @@ class VisitorConnection(asyncssh.SSHServer):
             guest = await self._log_in(None)
             _, peer = await connect(guest, self._new_peer)
         except (AtelierError, OSError) as error:
-            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
+            raise asyncssh.ChannelOpenError(OPEN_CONNECT_FAILED, str(error)) from None
         return SSHForwarder(cast(SSHForwarder, peer))
 
     async def _splice(self, host: str, port: int) -> SSHForwarder:
@@ -203,7 +202,7 @@ class VisitorConnection(asyncssh.SSHServer):
             await self._door.enter(sandbox_id, self._blob, self._address)
             stream = await open_stream(self._run.channel_socket(sandbox_id), self._key_line)
         except AtelierError as error:
-            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from None
+            raise asyncssh.ChannelOpenError(OPEN_CONNECT_FAILED, error.message) from None
         loop = asyncio.get_running_loop()
         _, peer = await loop.create_connection(self._new_peer, sock=stream)
         return SSHForwarder(peer)

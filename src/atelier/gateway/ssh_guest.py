@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import asyncssh
 
@@ -95,7 +95,7 @@ class GuestLogins:
         if key is None:
             if len(self._keys) >= _KEYS_MAX:
                 self._keys.clear()
-            key = self._keys[sandbox_id] = asyncssh.generate_private_key("ssh-ed25519")
+            key = self._keys[sandbox_id] = cast(Any, asyncssh).generate_private_key("ssh-ed25519")
         return key
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final, cast
 
 import asyncssh
 
@@ -29,7 +29,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
         self._log_in = log_in
         self._note_use = note_use
         self._channel: asyncssh.SSHServerChannel[bytes]
-        self._guest: asyncssh.SSHClientChannel[bytes] | None = None
+        self._guest: asyncssh.SSHClientChannel[Any] | None = None
         self._joining: asyncio.Task[None] | None = None
         self._early: list[tuple[bytes, asyncssh.DataType]] = []
         self._has_ended = False
@@ -64,7 +64,8 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
         try:
             connection = await self._await_login()
             terminal = chan.get_terminal_type()
-            guest, _ = await connection.create_session(
+            # Its types do not say that encoding None means bytes.
+            opened: Any = await cast(Any, connection).create_session(
                 lambda: _GuestSession(chan, self._note_use if terminal is None else None),
                 command=chan.get_command(),
                 subsystem=chan.get_subsystem(),
@@ -82,6 +83,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
             chan.write_stderr(f"atelier: {reason}\r\n".encode())
             chan.exit(_FAILED_STATUS)
             return
+        guest: asyncssh.SSHClientChannel[Any] = opened[0]
         self._guest = guest
         for data, kind in self._early:
             guest.write(data, kind)
