@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import pty
+import select
 import socket
+import struct
 import subprocess
+import termios
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,17 +114,41 @@ def test_50_mb_there_and_back(visitor: Visitor) -> None:
     visitor.run("box", "rm big")
 
 
-def test_a_terminal(visitor: Visitor) -> None:
-    typed = b"stty -echo; echo $TERM; tty | cut -c1-8; sleep 100 || echo interrupted $?\n\x03exit 3\n"
-    done = subprocess.run(
-        ["ssh", *visitor.options, "-tt", "box"],
-        input=typed,
-        capture_output=True,
-        timeout=SECONDS,
-        env={**os.environ, "TERM": "vt220"},
-    )
-    assert b"vt220" in done.stdout
-    assert b"/dev/pts" in done.stdout
+def test_a_terminal_that_changes_its_size(visitor: Visitor) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("ssh", ["ssh", *visitor.options, "box"], {**os.environ, "TERM": "vt220"})
+    shown = b""
+
+    def type_and_wait(typed: bytes, wanted: bytes) -> None:
+        nonlocal shown
+        shown = b""
+        os.write(terminal, typed)
+        wait_until(lambda: wanted in read(), SECONDS)
+
+    def read() -> bytes:
+        nonlocal shown
+        while select.select([terminal], [], [], 0.2)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:
+                break
+        return shown
+
+    try:
+        wait_until(lambda: b"$ " in read(), SECONDS)
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 111, 0, 0))
+        type_and_wait(b"while [ \"$(stty size)\" != '33 111' ]; do sleep 0.1; done; echo size-$((1+1))\n", b"size-2")
+        type_and_wait(b"echo term-$TERM\n", b"term-vt220\r")
+        type_and_wait(b"echo begun-$((1+1)); sleep 1000\n", b"begun-2")
+        type_and_wait(b"\x03", b"$ ")
+        type_and_wait(b"echo status-$?\n", b"status-130")
+        os.write(terminal, b"exit 3\n")
+        read()
+    finally:
+        _, status = os.waitpid(process, 0)
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 3
 
 
 def test_copies(visitor: Visitor, tmp_path: Path) -> None:
@@ -135,6 +164,30 @@ def test_copies(visitor: Visitor, tmp_path: Path) -> None:
     batch = f"put {tree}/deep/file sftp\nrename sftp sftp2\nget sftp2 {tmp_path}/again\nrm sftp2\n".encode()
     subprocess.run(["sftp", *visitor.options, "-b", "-", "box"], input=batch, check=True, timeout=SECONDS)
     assert (tmp_path / "again").read_bytes() == (tree / "deep/file").read_bytes()
+
+
+def test_rsync(visitor: Visitor, tmp_path: Path) -> None:
+    """With this machine's rsync on both sides, as the base image has none and these tests no network."""
+    needed = subprocess.run(["ldd", "/usr/bin/rsync"], capture_output=True, text=True, check=True).stdout
+    libraries = [
+        word for word in needed.split() if word.startswith("/") and "/libc.so" not in word and "/ld-" not in word
+    ]
+    visitor.run("box", "mkdir -p rsync-program")
+    subprocess.run(
+        ["scp", "-q", *visitor.options, "/usr/bin/rsync", *libraries, "box:rsync-program"], check=True, timeout=SECONDS
+    )
+    program = "env LD_LIBRARY_PATH=rsync-program rsync-program/rsync"
+    if visitor.ssh("box", f"{program} --version").returncode != 0:
+        pytest.skip("this machine's rsync does not run in the guest")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").write_bytes(os.urandom(1_000_000))
+    words = ["rsync", "-a", "--rsync-path", program, "-e", f"ssh -F {visitor.folder}/config"]
+    subprocess.run([*words, f"{tree}/", "box:tree"], check=True, timeout=SECONDS)
+    (tree / "file").write_bytes((tree / "file").read_bytes() + b"more")
+    subprocess.run([*words, f"{tree}/", "box:tree"], check=True, timeout=SECONDS)
+    told = visitor.run("box", "sha256sum <tree/file").split()[0].decode()
+    assert told == hashlib.sha256((tree / "file").read_bytes()).hexdigest()
 
 
 def test_forwards(visitor: Visitor, tmp_path: Path) -> None:
@@ -210,7 +263,8 @@ def test_what_vs_code_does(visitor: Visitor) -> None:
     """``ssh -T -D PORT host bash`` with a script on its input, which unpacks what comes after it."""
     dynamic = free_port()
     payload = os.urandom(2_000_000)
-    script = f"head -c {len(payload)} >server.bin\nsha256sum <server.bin\necho listeningOn==8123==\n".encode()
+    # One line: what comes after it is not bash's to read.
+    script = f"head -c {len(payload)} >server.bin; sha256sum <server.bin; echo listeningOn==8123==\n".encode()
     out = visitor.run("-T", "-D", str(dynamic), "box", "bash", stdin=script + payload)
     assert out.split()[0].decode() == hashlib.sha256(payload).hexdigest()
     assert out.endswith(b"listeningOn==8123==\n")

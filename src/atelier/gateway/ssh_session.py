@@ -16,6 +16,8 @@ from atelier.gateway.ssh_guest import PACKET_BYTES, WINDOW_BYTES
 from atelier.model.errors import AtelierError
 
 _PATIENCE_SECONDS: Final = 5.0
+Channel = Any
+"""A channel of asyncssh's, whose types do not say that with no encoding it carries bytes."""
 _FAILED_STATUS: Final = 255
 """What ssh itself ends with when it cannot connect."""
 
@@ -28,8 +30,8 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
     ) -> None:
         self._log_in = log_in
         self._note_use = note_use
-        self._channel: asyncssh.SSHServerChannel[bytes]
-        self._guest: asyncssh.SSHClientChannel[Any] | None = None
+        self._channel: Channel
+        self._guest: Channel | None = None
         self._joining: asyncio.Task[None] | None = None
         self._early: list[tuple[bytes, asyncssh.DataType]] = []
         self._has_ended = False
@@ -64,8 +66,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
         try:
             connection = await self._await_login()
             terminal = chan.get_terminal_type()
-            # Its types do not say that encoding None means bytes.
-            opened: Any = await cast(Any, connection).create_session(
+            opened = await cast(Any, connection).create_session(
                 lambda: _GuestSession(chan, self._note_use if terminal is None else None),
                 command=chan.get_command(),
                 subsystem=chan.get_subsystem(),
@@ -83,8 +84,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
             chan.write_stderr(f"atelier: {reason}\r\n".encode())
             chan.exit(_FAILED_STATUS)
             return
-        guest: asyncssh.SSHClientChannel[Any] = opened[0]
-        self._guest = guest
+        guest = self._guest = opened[0]
         for data, kind in self._early:
             guest.write(data, kind)
         self._early.clear()
@@ -142,7 +142,7 @@ class VisitorSession(asyncssh.SSHServerSession[bytes]):
 class _GuestSession(asyncssh.SSHClientSession[bytes]):
     """``note_use``: told of output, where somebody waits for it."""
 
-    def __init__(self, visitor: asyncssh.SSHServerChannel[bytes], note_use: Callable[[], None] | None) -> None:
+    def __init__(self, visitor: Channel, note_use: Callable[[], None] | None) -> None:
         self._visitor = visitor
         self._note_use = note_use
         self._end: Callable[[], None] = visitor.close
