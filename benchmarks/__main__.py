@@ -42,6 +42,9 @@ FIGURES = (
     "request_roundtrip",
     "upload",
     "download",
+    "ssh_relay",
+    "ssh_splice",
+    "ssh_key_echo",
 )
 
 

@@ -45,6 +45,7 @@ def running_manager(
         "ATELIER_ACCELERATOR": accelerator,
         # What is measured has the machine to itself.
         "ATELIER_TEMPLATES": "off",
+        "ATELIER_SSH_LISTEN": "127.0.0.1:0",
         **(variables or {}),
     }
     arguments = ["-P", "-m", "atelier.manager", "--mode", mode, "--data-dir", str(data_dir), "--listen", "127.0.0.1:0"]
