@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tests.real_machines import NO_QEMU, REPOSITORY
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
+WITH_TEMPLATES = {"ATELIER_TEMPLATES": "on"}
+"""Variables for tests that need many guests and none of them booted: from the second on they are restored."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,20 @@ def launch_manager(
             stderr=log,
         )
     return environment, process
+
+
+def wait_for_template(manager: RunningManager) -> tuple[str, str]:
+    """The ids of the first template and of the sandbox that it was made of, once it is ready and that one is gone. The
+    manager was started with ``WITH_TEMPLATES`` and has created a sandbox."""
+
+    def ready() -> tuple[str, str] | None:
+        with closing(sqlite3.connect(f"file:{manager.data_dir / 'atelier.db'}?mode=ro", uri=True)) as database:
+            return database.execute(
+                "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'"
+                " AND sandbox_id NOT IN (SELECT id FROM sandboxes)"
+            ).fetchone()
+
+    return wait_until(ready, 600)
 
 
 def stop_manager(manager: RunningManager) -> int:

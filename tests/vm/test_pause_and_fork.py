@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 from tests.footprint import left_of, vmm_pids
-from tests.running_manager import RunningManager, running_local_manager, wait_until
+from tests.running_manager import (
+    WITH_TEMPLATES,
+    RunningManager,
+    running_local_manager,
+    wait_for_template,
+    wait_until,
+)
 
 from atelier import Sandbox, Snapshot
 from atelier.client.terminal import Terminal
@@ -264,22 +270,16 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
 
 
 def test_the_second_create_is_restored_from_a_template() -> None:
-    with running_local_manager({"ATELIER_TEMPLATES": "on"}) as manager:
-
-        def templates() -> list[tuple[Any, ...]]:
-            made = rows(manager, "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'")
-            return made if len(rows(manager, "SELECT id FROM sandboxes")) == 1 else []
-
-        with create(manager, name="first") as first:
-            assert b"atelier: initramfs" in first.read_console()
-            ((template, internal),) = wait_until(templates, WAIT_SECONDS)
-            assert left_of(manager, internal) == []
-            assert [each.name for each in Sandbox.list(api_url=manager.url, api_key=manager.key)] == ["first"]
-            assert Snapshot.list(api_url=manager.url, api_key=manager.key) == []
-            with create(manager, name="second") as second:
-                assert b"atelier: initramfs" not in second.read_console(), "it did not boot"
-                assert any(template in str(path) for path in manager.data_dir.rglob("*"))
-                check_clock(second)
-                mine, others = (run(each, WHO).split() for each in (second, first))
-                assert mine[0] == "second" and others[0] == "first"
-                assert all(one != other for one, other in zip(mine, others, strict=True))
+    with running_local_manager(WITH_TEMPLATES) as manager, create(manager, name="first") as first:
+        assert b"atelier: initramfs" in first.read_console()
+        template, internal = wait_for_template(manager)
+        assert left_of(manager, internal) == []
+        assert [each.name for each in Sandbox.list(api_url=manager.url, api_key=manager.key)] == ["first"]
+        assert Snapshot.list(api_url=manager.url, api_key=manager.key) == []
+        with create(manager, name="second") as second:
+            assert b"atelier: initramfs" not in second.read_console(), "it did not boot"
+            assert any(template in str(path) for path in manager.data_dir.rglob("*"))
+            check_clock(second)
+            mine, others = (run(each, WHO).split() for each in (second, first))
+            assert mine[0] == "second" and others[0] == "first"
+            assert all(one != other for one, other in zip(mine, others, strict=True))
