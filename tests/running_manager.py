@@ -145,16 +145,28 @@ class LocalInstallation:
     """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
     test."""
 
-    def __init__(self, folder: Path, *, mode: str = "local", program: Sequence[str] = MANAGER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: str = "local",
+        program: Sequence[str] = MANAGER,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.mode = mode
         self.program = program
+        self.variables = variables
         self.manager = self.start()
 
     def start(self, *options: str, program: Sequence[str] = ()) -> RunningManager:
         """A manager that leaves its sandboxes alone when it ends; ``program`` as for ``start_manager``."""
         self.manager = start_manager(
-            self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program or self.program
+            self.folder,
+            *("--on-exit", "keep", *options),
+            mode=self.mode,
+            program=program or self.program,
+            variables=self.variables,
         )
         return self.manager
 
@@ -209,13 +221,13 @@ def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 @contextmanager
-def local_installation() -> Generator[LocalInstallation]:
+def local_installation(variables: Mapping[str, str] | None = None) -> Generator[LocalInstallation]:
     """An installation of its own; all of it is gone in the end, and nothing may be left. Skipped where there is no
     QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        made = LocalInstallation(Path(folder))
+        made = LocalInstallation(Path(folder), variables=variables)
         try:
             yield made
         finally:

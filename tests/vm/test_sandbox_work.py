@@ -128,7 +128,7 @@ def test_a_large_file_comes_back_the_same(sandbox: Sandbox, tmp_path: Path) -> N
     original = tmp_path / "original"
     digest = hashlib.sha256()
     with original.open("wb") as file:
-        for _ in range(200):
+        for _ in range(100):
             piece = os.urandom(MEGABYTE)
             digest.update(piece)
             file.write(piece)
