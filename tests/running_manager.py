@@ -21,6 +21,7 @@ import pytest
 from tests.footprint import processes_naming
 from tests.real_machines import NO_QEMU, REPOSITORY
 
+from atelier.config.settings import load_settings
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
@@ -239,6 +240,17 @@ def local_installation(variables: Mapping[str, str] | None = None) -> Generator[
         assert not made.manager.run_dir.exists(), f"sockets and folders are gone with the manager, but for {left}"
         assert list((Path(folder) / "data" / "volumes").glob("*.qcow2")) == []
         assert processes_naming(folder) == []
+
+
+def cache_with_own_templates(folder: Path) -> Path:
+    """A cache folder below ``folder`` with the images of the present one, and with no templates but those that are put
+    there."""
+    present, made = load_settings().cache_dir, folder / "cache"
+    made.mkdir()
+    for name in ("images", "kernel", "packages", "tools"):
+        (present / name).mkdir(parents=True, exist_ok=True)
+        (made / name).symlink_to(present / name)
+    return made
 
 
 @contextmanager

@@ -299,3 +299,76 @@ async def test_the_fake_tells_of_a_damaged_snapshot(base: DiskFile) -> None:
     with pytest.raises(HostError) as damage:
         await storage.verify_snapshot_disk(FIRST)
     assert damage.value.code == "disk_file_damaged"
+
+
+# --- disks that go from one installation to another -----------------------------------------------------------------------
+
+
+async def exported(storage: StorageDriver, base: DiskFile, target: Path) -> str:
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await snapshot(storage, SANDBOX, FIRST)
+    return await storage.export_snapshot_disk(FIRST, target)
+
+
+@pytest.fixture(params=KINDS)
+def two_storages(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[StorageDriver, StorageDriver]:
+    return make_storage(request.param, tmp_path / "volumes"), make_storage(request.param, tmp_path / "others")
+
+
+async def test_an_exported_disk_serves_another_installation(
+    two_storages: tuple[StorageDriver, StorageDriver], base: DiskFile, tmp_path: Path
+) -> None:
+    here, there = two_storages
+    target = tmp_path / "exported"
+    checksum = await exported(here, base, target)
+    assert not target.stat().st_mode & 0o222
+    made = await there.import_snapshot_disk(SECOND, target, base, checksum)
+    assert await there.import_snapshot_disk(SECOND, tmp_path / "gone", base, checksum) == made, "twice is once"
+    await there.verify_snapshot_disk(SECOND)
+    assert len(made.disk.backing) == 1
+    # Nothing of it hangs on the other installation.
+    await here.ensure_volume_absent(SANDBOX)
+    await here.ensure_snapshot_disk_absent(FIRST)
+    target.unlink()
+    volume = await there.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64))
+    assert len(volume.backing) == 2
+    assert await there.list_snapshot_disks() == [SECOND]
+    await there.ensure_snapshot_disk_absent(SECOND)
+    assert len((await found(there, CHILD)).backing) == 2, "as with any snapshot"
+
+
+async def test_a_disk_that_is_not_what_was_exported_is_not_taken(
+    two_storages: tuple[StorageDriver, StorageDriver], base: DiskFile, tmp_path: Path
+) -> None:
+    here, there = two_storages
+    target = tmp_path / "exported"
+    checksum = await exported(here, base, target)
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.unlink()
+    target.write_bytes(content)
+    with pytest.raises(HostError) as damaged:
+        await there.import_snapshot_disk(SECOND, target, base, checksum)
+    assert damaged.value.code == "disk_file_damaged"
+    with pytest.raises(HostError) as missing:
+        await there.import_snapshot_disk(SECOND, tmp_path / "gone", base, checksum)
+    assert missing.value.code == "disk_file_missing"
+    assert await there.find_snapshot_disk(SECOND) is None
+    await there.ensure_snapshot_disk_absent(SECOND)
+    assert await there.list_snapshot_disks() == []
+
+
+async def test_only_a_disk_over_an_image_can_be_exported(
+    storage: StorageDriver, base: DiskFile, tmp_path: Path
+) -> None:
+    with pytest.raises(NotFoundError) as absent:
+        await storage.export_snapshot_disk(FIRST, tmp_path / "exported")
+    assert absent.value.code == "snapshot_disk_not_found"
+    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    first = await snapshot(storage, SANDBOX, FIRST)
+    await storage.ensure_volume(VolumeRequest(CHILD, first.disk.top, 64))
+    await snapshot(storage, CHILD, SECOND)
+    with pytest.raises(ConflictError) as over_another:
+        await storage.export_snapshot_disk(SECOND, tmp_path / "exported")
+    assert over_another.value.code == "snapshot_disk_not_alone"
+    assert not (tmp_path / "exported").exists()

@@ -79,6 +79,9 @@ class StubImages:
         await asyncio.to_thread(tell)
         return await self.find_image(name)
 
+    async def list_images(self) -> list[Image]:
+        return [await self.find_image(name) for name in ("base", "other")]
+
     async def find_image(self, name: str) -> Image:
         return Image(f"{name}-{self.build}", name, self.folder / f"{name}.ext4", self.size_mib, 1, datetime.now(UTC))
 

@@ -23,15 +23,15 @@ from atelier.saga.definition import SagaDefinition
 KINDS = (snapshot_take.KIND, snapshot_bake.KIND)
 
 
-def find_sagas() -> tuple[SagaDefinition[object], ...]:
+def find_sagas(*kinds: str) -> tuple[SagaDefinition[object], ...]:
     async def build() -> tuple[SagaDefinition[object], ...]:
         _, lifecycle = make_lifecycle(Path("/nonexistent"), FileDrivers(Path("/nonexistent")), opened=False)
-        return tuple(each for each in lifecycle.sagas if each.kind in KINDS)  # type: ignore[return-value]
+        return tuple(each for each in lifecycle.sagas if each.kind in kinds)  # type: ignore[return-value]
 
     return asyncio.run(build())
 
 
-SAGAS = find_sagas()
+SAGAS = find_sagas(*KINDS)
 DOS = places(SAGAS, "do")
 BAKING = [place for place in DOS if place.kind == snapshot_bake.KIND]
 TAKING = [place for place in DOS if place.kind == snapshot_take.KIND]

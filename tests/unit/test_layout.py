@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from atelier.model.errors import HostError
-from atelier.model.layout import DataLayout, RunLayout, check_socket_path
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout, check_socket_path
 
 
 def test_the_data_folder() -> None:
@@ -36,6 +36,12 @@ def test_disks_in_the_data_folder() -> None:
     assert disks.snapshot_layer(snapshot) == Path("/d/volumes/snapshots/bbbbbbbbbbbb.qcow2.layer")
     assert disks.snapshot_checksum(snapshot) == Path("/d/volumes/snapshots/bbbbbbbbbbbb.sha256")
     assert disks.snapshot_origin(snapshot) == Path("/d/volumes/origins/bbbbbbbbbbbb.qcow2")
+
+
+def test_the_cache_folder() -> None:
+    cache = CacheLayout(Path("/c"))
+    assert cache.template("0123") == Path("/c/templates/0123")
+    assert cache.templates_lock == Path("/c/templates/lock")
 
 
 def test_the_run_folder() -> None:

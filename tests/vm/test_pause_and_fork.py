@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from tests.footprint import left_of, vmm_pids
 from tests.running_manager import (
     WITH_TEMPLATES,
     RunningManager,
+    cache_with_own_templates,
     running_local_manager,
     wait_for_template,
     wait_until,
@@ -82,7 +84,7 @@ cut -d' ' -f2 /etc/ssh/ssh_host_ed25519_key.pub
 
 @pytest.fixture(scope="module")
 def manager() -> Iterator[RunningManager]:
-    with running_local_manager() as running:
+    with running_local_manager(WITH_TEMPLATES) as running:
         yield running
 
 
@@ -269,8 +271,9 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     ready.close()
 
 
-def test_the_second_create_is_restored_from_a_template() -> None:
-    with running_local_manager(WITH_TEMPLATES) as manager, create(manager, name="first") as first:
+def test_the_second_create_is_restored_from_a_template(tmp_path: Path) -> None:
+    variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
+    with running_local_manager(variables) as manager, create(manager, name="first") as first:
         assert b"atelier: initramfs" in first.read_console()
         template, internal = wait_for_template(manager)
         assert left_of(manager, internal) == []

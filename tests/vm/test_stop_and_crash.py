@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from tests.footprint import paths_naming, processes_naming, vmm_pids
-from tests.running_manager import LocalInstallation, local_installation, wait_until
+from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
 
 
 @pytest.fixture(scope="module")
 def installation() -> Iterator[LocalInstallation]:
-    with local_installation() as made:
+    with local_installation(WITH_TEMPLATES) as made:
         made.create("box", disk_mib=4608)
         yield made
 

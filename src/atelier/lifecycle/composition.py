@@ -36,14 +36,19 @@ from atelier.lifecycle.sandbox_start import define_start
 from atelier.lifecycle.sandbox_steps import SandboxSteps
 from atelier.lifecycle.sandbox_stop import define_stop
 from atelier.lifecycle.saved_memories import SavedMemories
+from atelier.lifecycle.shared_templates import SharedTemplates
+from atelier.lifecycle.snapshot_adopt import AdoptSteps, define_adopt
 from atelier.lifecycle.snapshot_bake import BakeSteps, bake_saga_id, define_bake
 from atelier.lifecycle.snapshot_checks import SnapshotChecks
 from atelier.lifecycle.snapshot_files import SnapshotFiles
 from atelier.lifecycle.snapshot_rows import SnapshotRows
 from atelier.lifecycle.snapshot_take import TakeSteps, define_take
 from atelier.lifecycle.snapshots import Snapshots
+from atelier.lifecycle.template_cache import TemplateCache
 from atelier.lifecycle.transitions import Transitions
-from atelier.model.layout import DataLayout, RunLayout
+from atelier.model.image import Image
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout
+from atelier.model.machine import BootFiles, MachineStamp
 from atelier.saga.definition import SagaDefinition
 from atelier.saga.executor import Executor
 from atelier.saga.retry import RetryPolicies
@@ -52,12 +57,14 @@ from atelier.saga.retry import RetryPolicies
 @dataclass(frozen=True, slots=True)
 class LifecycleLimits:
     """``concurrent_boots`` None: as many at once as are asked for. ``stop_grace_seconds``: how long a guest may take to shut
-    down, where the caller says nothing. ``uses_templates``: creates are restored from templates where there are any."""
+    down, where the caller says nothing. ``uses_templates``: creates are restored from templates where there are any.
+    ``template_cache``: where these are shared with other installations; None: with none."""
 
     guest_ready_seconds: float = 60.0
     stop_grace_seconds: float = 30.0
     concurrent_boots: int | None = None
     uses_templates: bool = False
+    template_cache: CacheLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +88,7 @@ class Composition:
     origins: Origins
     checks: SnapshotChecks
     snapshots: Snapshots
+    shared_templates: SharedTemplates
     sagas: tuple[SagaDefinition[Connection], ...]
     executor: Executor[Connection]
 
@@ -109,8 +117,14 @@ def compose(
     rows = SnapshotRows(SnapshotRepository(), outbox, now)
     files = SnapshotFiles(data)
     checks = SnapshotChecks(database, rows, files, drivers.storage, drivers.vmm, drivers.network)
+
+    async def adopt(
+        key: str, host_id: str, image: Image, boot: BootFiles, stamp: MachineStamp, *, is_awaited: bool
+    ) -> bool:
+        return await shared_templates.adopt(key, host_id, image, boot, stamp, is_awaited=is_awaited)
+
     origins = Origins(
-        database, drivers.images, drivers.storage, drivers.network, drivers.vmm, checks, limits.uses_templates
+        database, drivers.images, drivers.storage, drivers.network, drivers.vmm, checks, adopt, limits.uses_templates
     )
     steps = SandboxSteps(
         database=database,
@@ -138,6 +152,7 @@ def compose(
         executor.insert(connection, snapshot_bake.KIND, bake_saga_id(snapshot_id), snapshot_id)
 
     create = define_create(steps)
+    bake = BakeSteps(rows, files, drivers.storage, drivers.vmm, run, installation_id, database)
     sagas = (
         create,
         define_claim(steps, create.steps),
@@ -147,12 +162,25 @@ def compose(
         define_pause(memory_steps),
         define_resume(memory_steps),
         define_take(TakeSteps(steps, rows, files, machines), begin_bake),
-        define_bake(BakeSteps(rows, files, drivers.storage, drivers.vmm, run, installation_id, database)),
+        define_bake(bake),
+        define_adopt(AdoptSteps(bake)),
     )
     executor = Executor[Connection](
         SagaStore(database), sagas, is_transient=is_transient, describe=describe_error, policies=policies
     )
     snapshots = Snapshots(database=database, executor=executor, background=background, rows=rows, now=now)
+    shared_templates = SharedTemplates(
+        cache=TemplateCache(limits.template_cache) if limits.template_cache else None,
+        database=database,
+        executor=executor,
+        background=background,
+        rows=rows,
+        files=files,
+        snapshots=snapshots,
+        storage=drivers.storage,
+        images=drivers.images,
+        now=now,
+    )
     return Composition(
         sandboxes=sandboxes,
         transitions=transitions,
@@ -162,6 +190,7 @@ def compose(
         origins=origins,
         checks=checks,
         snapshots=snapshots,
+        shared_templates=shared_templates,
         sagas=sagas,
         executor=executor,
     )

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from atelier.db.engine import Database
 from atelier.drivers.images.interface import ImageDriver
@@ -23,11 +23,19 @@ from atelier.lifecycle.snapshot_checks import SnapshotChecks
 from atelier.lifecycle.snapshot_files import damaged
 from atelier.model.errors import AtelierError
 from atelier.model.image import BuildProgress, Image
-from atelier.model.machine import BootFiles, Disk
-from atelier.model.sandbox import DEFAULT_DISK_MIB, Sandbox
+from atelier.model.machine import BootFiles, Disk, MachineStamp
+from atelier.model.sandbox import DEFAULT_DISK_MIB, Sandbox, SandboxPurpose
 from atelier.model.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)
+
+
+class AdoptTemplate(Protocol):
+    """``SharedTemplates.adopt``."""
+
+    async def __call__(
+        self, key: str, host_id: str, image: Image, boot: BootFiles, stamp: MachineStamp, *, is_awaited: bool
+    ) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,7 @@ class Origins:
     network: NetworkDriver
     vmm: VmmDriver
     checks: SnapshotChecks
+    adopt: AdoptTemplate
     uses_templates: bool
 
     async def find(self, sandbox: Sandbox, report: Callable[[BuildProgress], None]) -> dict[str, Any]:
@@ -58,7 +67,7 @@ class Origins:
             await self.checks.check_usable(snapshot, boot)
             return await self._from_snapshot(snapshot, boot)
         image = await self.images.ensure_image(sandbox.spec.image, report)
-        if (template := await self._find_template(sandbox, image, boot)) is not None:
+        if (template := await self._find_fitting(sandbox, image, boot)) is not None:
             return await self._from_snapshot(template, boot)
         return {
             "image_id": image.id,
@@ -93,12 +102,27 @@ class Origins:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    async def _find_template(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> Snapshot | None:
+    async def _find_fitting(self, sandbox: Sandbox, image: Image, boot: BootFiles) -> Snapshot | None:
         if not self.uses_templates or sandbox.spec.disk_mib < template_disk_mib(image):
             return None
-        return await self.find_usable_template(await self.template_key(sandbox, image, boot), boot)
+        if sandbox.purpose is SandboxPurpose.TEMPLATE:
+            return None  # it is to be one itself: a guest that booted
+        key = await self.template_key(sandbox, image, boot)
+        return await self.find_template(key, sandbox, image, boot, is_awaited=True)
 
-    async def find_usable_template(self, key: str, boot: BootFiles) -> Snapshot | None:
+    async def find_template(
+        self, key: str, sandbox: Sandbox, image: Image, boot: BootFiles, *, is_awaited: bool
+    ) -> Snapshot | None:
+        """For sandboxes like this one: this installation's, else the one that all share, if that would do.
+        ``is_awaited``: by a create, which would rather boot than wait for long."""
+        if (template := await self._find_usable(key, boot)) is not None:
+            return template
+        stamp = await self.vmm.stamp(boot, self.network.attachment_kind)
+        if not await self.adopt(key, sandbox.host_id, image, boot, stamp, is_awaited=is_awaited):
+            return None
+        return await self._find_usable(key, boot)
+
+    async def _find_usable(self, key: str, boot: BootFiles) -> Snapshot | None:
         """None where there is none, or the one that there is would not do."""
         with self.database.read() as connection:
             template = self.checks.rows.repository.find_template(connection, key)

@@ -132,6 +132,7 @@ class SandboxLifecycle:
             create=creation.start_create,
             settle=self.wait_settled,
             destroy=self.destroy,
+            share=parts.shared_templates.put,
         )
         self.sagas = parts.sagas
         """Every saga there is, for tests."""

@@ -102,6 +102,23 @@ class BakeSteps:
 
 
 def define_bake(bake: BakeSteps) -> SagaDefinition[Connection]:
+    return define_making(
+        bake,
+        KIND,
+        (
+            # The folder and the frozen layer are from when the snapshot was taken; they go last.
+            Step("files", bake.nothing, bake.remove_taken),
+            Step("disk", bake.make_disk, bake.remove_disk),
+            Step("image", bake.make_image, bake.remove_image),
+            Step("checksums", bake.measure),
+            Step("stream", bake.remove_stream),
+        ),
+    )
+
+
+def define_making(bake: BakeSteps, kind: str, steps: tuple[Step[Connection], ...]) -> SagaDefinition[Connection]:
+    """A saga under the id ``bake_saga_id`` that makes a snapshot ready; ``disk`` and ``checksums`` are among ``steps``."""
+
     def end_ready(connection: Connection, record: SagaRecord) -> None:
         disk, measured = record.outputs["disk"], record.outputs["checksums"]
         bake.rows.move(
@@ -126,15 +143,8 @@ def define_bake(bake: BakeSteps) -> SagaDefinition[Connection]:
         bake.rows.fail(connection, record.subject_id, failure_of(record.error), state)
 
     return SagaDefinition(
-        KIND,
-        (
-            # The folder and the frozen layer are from when the snapshot was taken; they go last.
-            Step("files", bake.nothing, bake.remove_taken),
-            Step("disk", bake.make_disk, bake.remove_disk),
-            Step("image", bake.make_image, bake.remove_image),
-            Step("checksums", bake.measure),
-            Step("stream", bake.remove_stream),
-        ),
+        kind,
+        steps,
         recovery=Recovery.RESUME,
         on_completed=end_ready,
         on_unwound=end_unwound,

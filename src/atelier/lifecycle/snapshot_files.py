@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from atelier.host.file_copies import sha256_of_file
@@ -52,6 +54,16 @@ class SnapshotFiles:
                 hint="restart the sandbox (atelier restart), which gives it the present one",
             ) from error
 
+    async def keep_image(self, snapshot_id: str, source: MemoryImage) -> None:
+        """Have memory and state of ``source`` as the snapshot's, in the folder that is there. Raises HostError
+        (``snapshot_damaged``) where one is gone, DiskFullError."""
+        image = self.image(snapshot_id)
+        for there, here in ((source.memory, image.memory), (source.state, image.state)):
+            try:
+                await run_in_thread(partial(_pin, there, here))
+            except FileNotFoundError as error:
+                raise damaged(there, "it is gone") from error
+
     def remove_stream(self, snapshot_id: str) -> None:
         remove_saved(self.stream(snapshot_id))
 
@@ -93,6 +105,10 @@ class SnapshotFiles:
                 return await run_in_thread(lambda given_up: sha256_of_file(path, given_up=given_up))
         except FileNotFoundError as error:
             raise damaged(path, "it is gone") from error
+
+
+def _pin(there: Path, here: Path, given_up: threading.Event) -> None:
+    ensure_pinned(there, here, given_up=given_up)
 
 
 def damaged(path: Path, how: str) -> HostError:

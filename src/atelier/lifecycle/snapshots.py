@@ -36,6 +36,8 @@ _logger = logging.getLogger(__name__)
 _UNDER_WAY = (SnapshotState.TAKING, SnapshotState.BAKING, SnapshotState.DELETING)
 
 _NOT_DROPPED = (SnapshotState.TAKING, SnapshotState.DELETING)
+_SPENT = (SnapshotState.READY, SnapshotState.DAMAGED, SnapshotState.FAILED)
+"""In what states a template may be that another has taken the place of."""
 
 
 class Snapshots:
@@ -222,6 +224,18 @@ class Snapshots:
                     continue
                 except AtelierError as error:
                     _logger.warning("the snapshot %s, which nothing needs, stays for now: %s", snapshot.name, error)
+
+    async def drop_superseded(self, made: Snapshot) -> None:
+        """Delete the templates for the same creates as ``made`` that fit no more, or are damaged."""
+        with self._database.read() as connection:
+            templates = self._snapshots.list_in(connection, _SPENT, [SnapshotPurpose.TEMPLATE])
+        for template in templates:
+            same = (template.image, template.vcpu_count, template.memory_mib)
+            if template.id != made.id and same == (made.image, made.vcpu_count, made.memory_mib):
+                try:
+                    await self.delete(template.id)
+                except AtelierError as error:
+                    _logger.warning("the template %s, which serves nobody, stays for now: %s", template.name, error)
 
     # --- waiting and finding ------------------------------------------------------------------------------------------
 

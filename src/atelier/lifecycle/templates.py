@@ -2,7 +2,8 @@
 
 Used by ``sandboxes``, which tells of every sandbox that had to boot. A template is made in the background from a sandbox of
 Atelier's own, never from a user's, by the steps that every create and every snapshot takes; the sandbox then goes. One
-that does not fit any more (a new image, tools image, QEMU) goes when its successor is ready.
+that does not fit any more (a new image, tools image, QEMU) goes when its successor is ready. Other installations get theirs
+from this one (``shared_templates``).
 """
 
 from __future__ import annotations
@@ -36,8 +37,6 @@ _IDLE_PERCENT = 10.0
 _IDLE_POLLS = 30
 _IDLE_PAUSE_SECONDS = 0.5
 _AGAIN_AFTER_SECONDS = 600.0
-_SPENT = (SnapshotState.READY, SnapshotState.DAMAGED, SnapshotState.FAILED)
-"""In what states a template may be that another has taken the place of."""
 
 
 class CreateSandbox(Protocol):
@@ -49,7 +48,7 @@ class CreateSandbox(Protocol):
 
 
 class Templates:
-    """``create``, ``settle`` and ``destroy`` are the lifecycle's own. ``idle_pause_seconds`` stands between two looks at
+    """``create``, ``settle`` and ``destroy`` are the lifecycle's own; ``share`` hands on what is ready. ``idle_pause_seconds`` stands between two looks at
     whether a guest is idle."""
 
     def __init__(
@@ -64,6 +63,7 @@ class Templates:
         create: CreateSandbox,
         settle: Callable[[str, float | None], Awaitable[Sandbox | None]],
         destroy: Callable[[str], Awaitable[None]],
+        share: Callable[[Snapshot], Awaitable[None]],
         idle_pause_seconds: float = _IDLE_PAUSE_SECONDS,
     ) -> None:
         self._database = database
@@ -75,6 +75,7 @@ class Templates:
         self._create = create
         self._settle = settle
         self._destroy = destroy
+        self._share = share
         self._idle_pause_seconds = idle_pause_seconds
         self._under_way: set[str] = set()
         self._not_before: dict[str, float] = {}
@@ -110,7 +111,7 @@ class Templates:
             return
         self._under_way.add(key)
         try:
-            if await self._origins.find_usable_template(key, boot) is not None:
+            if await self._origins.find_template(key, booted, image, boot, is_awaited=False) is not None:
                 return
             spec = SandboxSpec(
                 image=booted.spec.image,
@@ -142,7 +143,8 @@ class Templates:
         finally:
             await self._try(self._destroy(sandbox.id))
         _logger.info("template %s is ready: creates like it are restored from now on", name)
-        await self._drop_superseded(made)
+        await self._snapshots.drop_superseded(made)
+        await self._share(made)
 
     async def _warm(self, sandbox_id: str) -> None:
         """Run what every sandbox runs, then wait until nothing goes on any more."""
@@ -159,15 +161,6 @@ class Templates:
             await asyncio.sleep(self._idle_pause_seconds)
             if (await self._guests.metrics(sandbox_id)).cpu_used_percent < _IDLE_PERCENT:
                 return
-
-    async def _drop_superseded(self, made: Snapshot) -> None:
-        """Those for the same creates that fit no more, or are damaged."""
-        with self._database.read() as connection:
-            templates = SnapshotRepository().list_in(connection, _SPENT, [SnapshotPurpose.TEMPLATE])
-        for template in templates:
-            same = (template.image, template.vcpu_count, template.memory_mib)
-            if template.id != made.id and same == (made.image, made.vcpu_count, made.memory_mib):
-                await self._try(self._snapshots.delete(template.id))
 
     async def _try(self, work: Awaitable[None]) -> None:
         try:

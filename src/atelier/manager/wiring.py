@@ -40,7 +40,7 @@ from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.network_choice import choose_network
 from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
-from atelier.model.layout import DataLayout, RunLayout
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout
 from atelier.schemas.health import Health
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
@@ -76,6 +76,7 @@ class Drivers:
     room: RoomPolicy
     concurrent_boots: int | None
     uses_templates: bool
+    template_cache: CacheLayout | None
     close: Callable[[], Awaitable[None]]
 
 
@@ -135,6 +136,7 @@ def build_lifecycle(
             guest_ready_seconds=_GUEST_READY_SECONDS,
             concurrent_boots=drivers.concurrent_boots,
             uses_templates=drivers.uses_templates,
+            template_cache=drivers.template_cache,
         ),
     )
 
@@ -156,6 +158,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         # More at once than there are processors only makes each of them late.
         concurrent_boots=max(2, os.cpu_count() or 1),
         uses_templates=settings.templates is TemplateChoice.ON,
+        template_cache=CacheLayout(settings.cache_dir),
         room=RoomPolicy(
             memory_available_bytes=lambda: memory_bytes("MemAvailable"),
             memory_reserve_mib=_MEMORY_RESERVE_MIB,
@@ -196,6 +199,7 @@ def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
         network_missing="",
         concurrent_boots=None,
         uses_templates=False,
+        template_cache=None,
         room=RoomPolicy(fixed=Capacity(memory_mib=_MOCK_MEMORY_MIB)),
         close=guests.close,
     )

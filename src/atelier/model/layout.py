@@ -140,6 +140,26 @@ class DataLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """``ATELIER_CACHE_DIR``, as far as it is not the image driver's: what can be made anew, for all installations."""
+
+    root: Path
+
+    @property
+    def templates(self) -> Path:
+        return self.root / "templates"
+
+    @property
+    def templates_lock(self) -> Path:
+        """Held by who puts one there."""
+        return self.templates / "lock"
+
+    def template(self, key: str) -> Path:
+        """A folder with all of one template; whole if it has this name."""
+        return self.templates / key
+
+
+@dataclass(frozen=True, slots=True)
 class RunLayout:
     """The run directory: sockets and what dies with a reboot."""
 

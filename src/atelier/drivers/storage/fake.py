@@ -185,10 +185,7 @@ class FakeStorage:
             shared = tuple(file for file in snapshot.below if not _NAMES.is_layer(file.path))
             below = shared if len(shared) < _LONGEST_SNAPSHOT_CHAIN else shared[-1:]
             self._set_snapshot(snapshot_id, replace(snapshot, below=below, made=True))
-        disk = self._disk_of(snapshot_id)
-        assert disk is not None
-        checksum = hashlib.sha256(f"{snapshot_id} {self.snapshots[snapshot_id]}".encode()).hexdigest()
-        return SnapshotDisk(disk, _FILE_BYTES, checksum)
+        return self._get_snapshot_disk(snapshot_id)
 
     async def find_snapshot_disk(self, snapshot_id: str) -> Disk | None:
         await self.faults.before("find_snapshot_disk")
@@ -197,13 +194,39 @@ class FakeStorage:
     async def verify_snapshot_disk(self, snapshot_id: str) -> None:
         await self.faults.before("verify_snapshot_disk")
         if self._disk_of(_snapshot(snapshot_id)) is None:
-            raise NotFoundError(f"snapshot {snapshot_id} has no disk", code="snapshot_disk_not_found")
+            raise _no_disk(snapshot_id)
         if snapshot_id in self.damaged_snapshots:
             raise HostError(
                 f"the disk of snapshot {snapshot_id} is not what it was when it was made",
                 code="disk_file_damaged",
                 hint="delete the snapshot and take another",
             )
+
+    async def export_snapshot_disk(self, snapshot_id: str, target: Path) -> str:
+        await self.faults.before("export_snapshot_disk")
+        disk = self._disk_of(_snapshot(snapshot_id))
+        if disk is None:
+            raise _no_disk(snapshot_id)
+        if len(disk.backing) != 1:
+            raise ConflictError(
+                f"the disk of snapshot {snapshot_id} stands over another snapshot's", code="snapshot_disk_not_alone"
+            )
+        words = json.dumps({"size_mib": self.snapshots[snapshot_id].size_mib, "snapshot": snapshot_id}).encode()
+        write_atomically(target, words, mode=0o400)
+        return hashlib.sha256(words).hexdigest()
+
+    async def import_snapshot_disk(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        await self.faults.before("import_snapshot_disk")
+        if self._disk_of(_snapshot(snapshot_id)) is None:
+            try:
+                words = source.read_bytes()
+            except FileNotFoundError as error:
+                raise HostError(f"the disk file {source} is missing", code="disk_file_missing") from error
+            if hashlib.sha256(words).hexdigest() != checksum:
+                raise HostError(f"{source} is not what was written there", code="disk_file_damaged")
+            self._take_room("making the snapshot disk")
+            self._set_snapshot(snapshot_id, FakeSnapshot((base,), int(json.loads(words)["size_mib"]), made=True))
+        return self._get_snapshot_disk(snapshot_id)
 
     async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
         await self.faults.before("ensure_snapshot_disk_absent")
@@ -212,6 +235,12 @@ class FakeStorage:
     async def list_snapshot_disks(self) -> list[str]:
         await self.faults.before("list_snapshot_disks")
         return sorted(self.snapshots)
+
+    def _get_snapshot_disk(self, snapshot_id: str) -> SnapshotDisk:
+        disk = self._disk_of(snapshot_id)
+        assert disk is not None, "it was just made"
+        checksum = hashlib.sha256(f"{snapshot_id} {self.snapshots[snapshot_id]}".encode()).hexdigest()
+        return SnapshotDisk(disk, _FILE_BYTES, checksum)
 
     def _disk_of(self, snapshot_id: str) -> Disk | None:
         snapshot = self.snapshots.get(snapshot_id)
@@ -313,3 +342,7 @@ def _snapshot(snapshot_id: str) -> str:
     if not is_snapshot_id(snapshot_id):
         raise InvalidRequestError(f"{snapshot_id!r} is not a snapshot id", code="invalid_id")
     return snapshot_id
+
+
+def _no_disk(snapshot_id: str) -> NotFoundError:
+    return NotFoundError(f"snapshot {snapshot_id} has no disk", code="snapshot_disk_not_found")

@@ -7,6 +7,7 @@ as over an image's. One operation at a time works on a sandbox's volume, and on 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from atelier.model.machine import Disk, DiskFile, SnapshotDisk, VolumeRequest
@@ -105,6 +106,23 @@ class StorageDriver(Protocol):
         """Read the whole file and compare it with its checksum.
 
         Raises NotFoundError (``snapshot_disk_not_found``), HostError (``disk_file_damaged``).
+        """
+        ...
+
+    async def export_snapshot_disk(self, snapshot_id: str, target: Path) -> str:
+        """Have the file of the snapshot's disk as ``target`` too, read-only and on disk; its checksum. It is for
+        ``import_snapshot_disk``, of another installation as well, and nothing else can be done with it.
+
+        Raises NotFoundError (``snapshot_disk_not_found``), ConflictError (``snapshot_disk_not_alone``: it stands over
+        another snapshot's), DiskFullError.
+        """
+        ...
+
+    async def import_snapshot_disk(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        """A disk like the exported one over ``base``, the image that that one stood over. Whole or absent; one that is
+        there is returned as it is.
+
+        Raises HostError (``disk_file_missing``, ``disk_file_damaged``: not what was exported), DiskFullError.
         """
         ...
 

@@ -162,6 +162,12 @@ class Qcow2Storage:
     async def verify_snapshot_disk(self, snapshot_id: str) -> None:
         await self._snapshots.verify(_check_snapshot(snapshot_id))
 
+    async def export_snapshot_disk(self, snapshot_id: str, target: Path) -> str:
+        return await self._snapshots.export(_check_snapshot(snapshot_id), target)
+
+    async def import_snapshot_disk(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        return await self._snapshots.ensure_imported(_check_snapshot(snapshot_id), source, base, checksum)
+
     async def ensure_snapshot_disk_absent(self, snapshot_id: str) -> None:
         self._snapshots.ensure_absent(_check_snapshot(snapshot_id))
 

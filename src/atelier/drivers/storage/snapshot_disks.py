@@ -14,9 +14,11 @@ from pathlib import Path
 from atelier.drivers.storage.backing_files import BackingFiles
 from atelier.drivers.storage.layers import is_same_file
 from atelier.host.disk_chains import chain_below
+from atelier.host.disk_files import missing_disk_file
 from atelier.host.disk_images import merge_copies
 from atelier.host.file_copies import sha256_of_file
-from atelier.host.files import disk_full_as_error, sync_folder, write_atomically
+from atelier.host.file_pins import ensure_pinned
+from atelier.host.files import disk_full_as_error, ensure_private_folder, sync_folder, write_atomically
 from atelier.host.threads import run_in_thread
 from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.ids import is_snapshot_id
@@ -50,9 +52,47 @@ class SnapshotDisks:
             await self._make(path, DiskFile(layer, "qcow2"), sandbox_id)
         layer.unlink(missing_ok=True)
         self._backings.drop_unused()
+        return self._get(snapshot_id)
+
+    async def export(self, snapshot_id: str, target: Path) -> str:
+        """See ``StorageDriver.export_snapshot_disk``."""
         disk = self.find(snapshot_id)
-        assert disk is not None
-        return SnapshotDisk(disk, path.stat().st_blocks * 512, self._read_checksum(snapshot_id))
+        if disk is None:
+            raise _no_disk(snapshot_id)
+        if len(disk.backing) != 1:
+            raise ConflictError(
+                f"the disk of snapshot {snapshot_id} stands over another snapshot's", code="snapshot_disk_not_alone"
+            )
+        await run_in_thread(lambda given_up: ensure_pinned(disk.top.path, target, given_up=given_up))
+        return self._read_checksum(snapshot_id)
+
+    async def ensure_imported(self, snapshot_id: str, source: Path, base: DiskFile, checksum: str) -> SnapshotDisk:
+        """See ``StorageDriver.import_snapshot_disk``."""
+        path = self._layout.snapshot_disk(snapshot_id)
+        if not path.exists():
+            for folder in (self._layout.root, self._layout.snapshots):
+                ensure_private_folder(folder)
+            async with self._backings.pinned(base, self._pin_of(base)) as pin:
+                await self._import(path, DiskFile(source, "qcow2"), pin, checksum)
+        return self._get(snapshot_id)
+
+    async def _import(self, path: Path, source: DiskFile, base: DiskFile, checksum: str) -> None:
+        doing = f"making the snapshot disk {path}"
+        try:
+            found = await run_in_thread(lambda given_up: sha256_of_file(source.path, given_up=given_up))
+        except FileNotFoundError as error:
+            raise missing_disk_file(source.path) from error
+        if found != checksum:
+            raise HostError(f"{source.path} is not what was written there", code="disk_file_damaged")
+        unfinished = path.with_name(f"{path.name}.new")
+        # A copy of its own, since another name is to be written into it.
+        await merge_copies([source], [base], unfinished, doing=doing)
+        await self._publish(unfinished, path, doing)
+
+    def _get(self, snapshot_id: str) -> SnapshotDisk:
+        disk = self.find(snapshot_id)
+        assert disk is not None, "it was just made"
+        return SnapshotDisk(disk, disk.top.path.stat().st_blocks * 512, self._read_checksum(snapshot_id))
 
     async def _make(self, path: Path, layer: DiskFile, sandbox_id: str) -> None:
         chain = chain_below(self._layout, layer, sandbox_id)
@@ -67,16 +107,19 @@ class SnapshotDisks:
             # Beyond the limit it stands over the image alone.
             merged = over if 1 + len(over) > _LONGEST_CHAIN else over[:1]
             await merge_copies([layer, *private], merged, unfinished, doing=doing)
-            try:
-                checksum = await run_in_thread(lambda given_up: sha256_of_file(unfinished, given_up=given_up))
-                with disk_full_as_error(doing):
-                    unfinished.chmod(0o400)
-                    write_atomically(self._layout.snapshot_checksum(path.stem), f"{checksum}\n".encode())
-                    unfinished.rename(path)
-                    await asyncio.to_thread(sync_folder, path.parent)
-            except BaseException:
-                unfinished.unlink(missing_ok=True)
-                raise
+            await self._publish(unfinished, path, doing)
+
+    async def _publish(self, unfinished: Path, path: Path, doing: str) -> None:
+        try:
+            checksum = await run_in_thread(lambda given_up: sha256_of_file(unfinished, given_up=given_up))
+            with disk_full_as_error(doing):
+                unfinished.chmod(0o400)
+                write_atomically(self._layout.snapshot_checksum(path.stem), f"{checksum}\n".encode())
+                unfinished.rename(path)
+                await asyncio.to_thread(sync_folder, path.parent)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
     def _pin_of(self, file: DiskFile) -> Path:
         if self._layout.is_origin(file.path):
@@ -94,7 +137,7 @@ class SnapshotDisks:
         try:
             found = await run_in_thread(lambda given_up: sha256_of_file(path, given_up=given_up))
         except FileNotFoundError:
-            raise NotFoundError(f"snapshot {snapshot_id} has no disk", code="snapshot_disk_not_found") from None
+            raise _no_disk(snapshot_id) from None
         if found != self._read_checksum(snapshot_id):
             raise HostError(
                 f"the disk of snapshot {snapshot_id} is not what it was when it was made",
@@ -125,3 +168,7 @@ class SnapshotDisks:
         names = [entry.name for entry in self._layout.snapshots.iterdir()]
         ids = {name.removesuffix(_LAYER_SUFFIX).removesuffix(_SUFFIX) for name in names}
         return sorted(snapshot_id for snapshot_id in ids if is_snapshot_id(snapshot_id))
+
+
+def _no_disk(snapshot_id: str) -> NotFoundError:
+    return NotFoundError(f"snapshot {snapshot_id} has no disk", code="snapshot_disk_not_found")
