@@ -168,6 +168,9 @@ class FileDrivers:
     async def initialize(self, sandbox_id: str, identity: Any) -> None:
         assert (self.folder / f"vmm-{sandbox_id}").exists()
 
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
     async def shut_down(self, sandbox_id: str) -> None:
         self._set(f"vmm-{sandbox_id}", present=False)
 
