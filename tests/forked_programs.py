@@ -25,9 +25,11 @@ PROCESSES.set_forkserver_preload(
         "atelier.cli.__main__",
         "atelier.manager.__main__",
         "alembic.command",
+        "atelier.gateway.__main__",
         "atelier.network_holder.__main__",
         "atelier.drivers.storage.qcow2",
         "tests.contract.crashing_holder",
+        "tests.contract.crashing_managers",
         "tests.lifecycle.crash_program",
         "tests.lifecycle.sabotage",
     ]
