@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import pytest
@@ -145,7 +145,7 @@ class Theatre:
 
 @contextmanager
 def running_managers(folder: Path) -> Iterator[Connection]:
-    ours, theirs = PROCESSES.Pipe()
+    ours, theirs = Pipe()
     managers = PROCESSES.Process(target=run_managers, args=(folder, folder / LOG, theirs), daemon=True)
     managers.start()
     theirs.close()
