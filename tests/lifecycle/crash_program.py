@@ -200,6 +200,10 @@ class FileDrivers:
     async def list_volumes(self) -> list[str]:
         return self._ids("volume")
 
+    async def list_snapshot_disks(self) -> list[str]:
+        """It takes no snapshots."""
+        return []
+
     async def list_slots(self) -> list[str]:
         return self._ids("slot")
 
