@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.footprint import processes_naming
+from tests.forked_programs import ForkedProgram, Program, run_forked
 from tests.real_machines import NO_QEMU, REPOSITORY
 
 from atelier.config.settings import load_settings
@@ -37,7 +38,7 @@ class RunningManager:
     run_dir: Path
     log: Path
     environment: dict[str, str]
-    process: subprocess.Popen[bytes]
+    process: Program
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(
@@ -57,12 +58,14 @@ def start_manager(
     program: Sequence[str] = MANAGER,
     variables: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
+    forked: bool = True,
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
     ``program``: another module to run in its place, with the arguments that stand before the manager's. ``variables``
-    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's."""
+    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's.
+    ``forked``: unless it has such a place, it is spared its imports (tests/forked_programs.py)."""
     environment, process = launch_manager(
-        folder, *options, mode=mode, program=program, variables=variables, within=within
+        folder, *options, mode=mode, program=program, variables=variables, within=within, forked=forked
     )
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
@@ -95,7 +98,8 @@ def launch_manager(
     program: Sequence[str],
     variables: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
-) -> tuple[dict[str, str], subprocess.Popen[bytes]]:
+    forked: bool = True,
+) -> tuple[dict[str, str], Program]:
     """As ``start_manager``, without waiting for its answer: its environment and its process."""
     environment = {
         **os.environ,
@@ -111,16 +115,30 @@ def launch_manager(
     }
     environment.pop("ATELIER_API_KEY", None)
     environment.pop("ATELIER_API_URL", None)
+    words = [*program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options]
     with (folder / "manager.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*within, sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
+        if forked and not within:
+            return environment, ForkedProgram(words, environment=environment, folder=REPOSITORY, output=log, errors=log)
+        return environment, subprocess.Popen(
+            [*within, sys.executable, "-m", *words],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
-    return environment, process
+
+
+def run_manager(
+    environment: Mapping[str, str], *options: str, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """``atelier.manager`` where it is to end by itself. ``within``: as for ``start_manager``."""
+    words = [*MANAGER, *options]
+    if not within:
+        done = run_forked(words, environment=environment, folder=REPOSITORY)
+        return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
+    command = [*within, sys.executable, "-m", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def wait_for_template(manager: RunningManager) -> tuple[str, str]:
