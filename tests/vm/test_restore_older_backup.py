@@ -13,14 +13,14 @@ import pytest
 from tests.footprint import vmm_pids
 from tests.forked_programs import run_forked
 from tests.leftovers import traces_of
-from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation
+from tests.running_manager import LocalInstallation, local_installation
 
 BACKUP = "older.tar.gz"
 
 
 @pytest.fixture
 def installation() -> Iterator[LocalInstallation]:
-    with local_installation(WITH_TEMPLATES) as made:
+    with local_installation() as made:
         yield made
 
 
