@@ -36,7 +36,7 @@ from tests.network_lab import (
     why_no_lab,
 )
 from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
-from tests.running_manager import wait_until
+from tests.running_manager import WITH_TEMPLATES, wait_until
 from tests.vm.guest_card import guest_card
 from tests.vm.ordinary_user import ORDINARY_USER
 
@@ -71,7 +71,8 @@ class BridgedManager:
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
             *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
-            "ATELIER_TEMPLATES=off",
+            # Where there is a template, guests are restored; test_a_choice_that_was_changed starts one that boots.
+            *(f"{name}={value}" for name, value in WITH_TEMPLATES.items()),
             *(["ATELIER_NETWORK_HOME=host"] if lab.home is Home.HOST else []),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
@@ -135,11 +136,17 @@ class BridgedManager:
         return done.stdout
 
     def create(self, *names: str) -> None:
-        """They boot at once, and come to their addresses in this order."""
-        for name in names:
-            self.cli("create", "--name", name, "--memory", "256M", *(["--no-wait"] if name != names[-1] else []))
-        for name in names:
-            with self.sandbox(name) as box:
+        """They begin at once, and come to their addresses in this order."""
+        token = self.token
+        with self.lab.inside("host"), ExitStack() as stack:
+            made: list[Sandbox] = []
+            for name in names:
+                box = Sandbox.create(
+                    name=name, memory_mib=256, wait=False, api_url=token["api_url"], api_key=token["api_key"]
+                )
+                stack.callback(box.close)
+                made.append(box)
+            for box in made:
                 wait_until(lambda box=box: box.refresh().state not in UNDER_WAY, 300)
                 assert box.state is SandboxState.RUNNING, self.log.read_text()
 
@@ -181,10 +188,13 @@ def _copy_cache(folder: Path) -> Path:
     cache = load_settings().cache_dir
     copied = [*(cache / "kernel").iterdir(), *(cache / "tools").glob("*.json"), boot.tools]
     copied += [image.path, image.path.with_suffix(".json")]
-    for source in copied:
+    templates = cache.glob("templates/*/template.json")
+    for source in (*copied, *(each.parent for each in templates)):
         target = folder / "cache" / source.relative_to(cache)
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "--archive", "--sparse=always", str(source), str(target)], check=True)
+        # A template may go meanwhile; one that is not whole is not used.
+        copying = ["cp", "--archive", "--sparse=always", str(source), str(target)]
+        subprocess.run(copying, check=source in copied)
     subprocess.run(["chown", "--recursive", f"{ORDINARY_USER}:{ORDINARY_USER}", str(folder / "cache")], check=True)
     return folder / "cache"
 

@@ -8,9 +8,9 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from tests.footprint import paths_naming, processes_naming, vmm_pids
 from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
@@ -69,12 +69,15 @@ def test_a_restart_is_one_piece_of_work(installation: LocalInstallation) -> None
 
 
 def test_a_guest_that_does_not_shut_down_is_cut_off_and_said_so(installation: LocalInstallation) -> None:
-    # The agent stands still, so nobody in the guest hears of it; nor does this call get an answer.
-    script = "sync; sudo pkill -STOP -f '[/]opt/shared/agent/start'"
-    with installation.manager.client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/api/v1/sandboxes/box/run", json={"command": ["sh", "-c", script]}, timeout=12)
-    stopped = installation.call("POST", "/sandboxes/box/stop?wait=true", {"grace_seconds": 3})
-    assert (stopped["state"], stopped["stop_reason"]) == ("stopped", "forced")
+    # The agent stands still, so nobody in the guest hears of it; nor is this call answered before the machine is gone.
+    script = "sync; pkill -STOP -f '[/]opt/shared/agent/start'; echo it stands still >/dev/ttyS0; sleep 600"
+    body = {"command": ["sh", "-c", script], "user": "root"}
+    with installation.manager.client() as client, ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(client.post, "/api/v1/sandboxes/box/run", json=body, timeout=120)
+        wait_until(lambda: "it stands still" in client.get("/api/v1/sandboxes/box/console").text)
+        stopped = installation.call("POST", "/sandboxes/box/stop?wait=true", {"grace_seconds": 3})
+        assert (stopped["state"], stopped["stop_reason"]) == ("stopped", "forced")
+        assert ran.result().status_code != 200
     installation.call("POST", "/sandboxes/box/start?wait=true")
     assert installation.run("box", "cat /home/user/after-restart") == "here\n"
 
