@@ -100,9 +100,6 @@ class FileDrivers:
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
         self._set(f"volume-{sandbox_id}", present=False)
 
-    async def list_snapshot_disks(self) -> list[str]:
-        return []
-
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         self._set(f"run-{sandbox_id}", present=True)
 
