@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from atelier.config.settings import load_settings
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
+WITH_TEMPLATES = {"ATELIER_TEMPLATES": "on"}
+"""Variables for tests that need many guests and none of them booted: from the second on they are restored."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,20 @@ def run_manager(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
+def wait_for_template(manager: RunningManager) -> tuple[str, str]:
+    """The ids of the first template and of the sandbox that it was made of, once it is ready and that one is gone. The
+    manager was started with ``WITH_TEMPLATES`` and has created a sandbox."""
+
+    def ready() -> tuple[str, str] | None:
+        with closing(sqlite3.connect(f"file:{manager.data_dir / 'atelier.db'}?mode=ro", uri=True)) as database:
+            return database.execute(
+                "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'"
+                " AND sandbox_id NOT IN (SELECT id FROM sandboxes)"
+            ).fetchone()
+
+    return wait_until(ready, 600)
+
+
 def stop_manager(manager: RunningManager) -> int:
     manager.process.send_signal(signal.SIGINT)
     try:
@@ -151,16 +168,28 @@ class LocalInstallation:
     """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
     test."""
 
-    def __init__(self, folder: Path, *, mode: str = "local", program: Sequence[str] = MANAGER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: str = "local",
+        program: Sequence[str] = MANAGER,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.mode = mode
         self.program = program
+        self.variables = variables
         self.manager = self.start()
 
     def start(self, *options: str, program: Sequence[str] = ()) -> RunningManager:
         """A manager that leaves its sandboxes alone when it ends; ``program`` as for ``start_manager``."""
         self.manager = start_manager(
-            self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program or self.program
+            self.folder,
+            *("--on-exit", "keep", *options),
+            mode=self.mode,
+            program=program or self.program,
+            variables=self.variables,
         )
         return self.manager
 
@@ -215,13 +244,13 @@ def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 @contextmanager
-def local_installation() -> Generator[LocalInstallation]:
+def local_installation(variables: Mapping[str, str] | None = None) -> Generator[LocalInstallation]:
     """An installation of its own; all of it is gone in the end, and nothing may be left. Skipped where there is no
     QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        made = LocalInstallation(Path(folder))
+        made = LocalInstallation(Path(folder), variables=variables)
         try:
             yield made
         finally:

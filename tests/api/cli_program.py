@@ -44,6 +44,10 @@ _QUICK = (
     "fork",
     "snapshots",
     "pool",
+    "user",
+    "key",
+    "share",
+    "audit",
 )
 PROGRAM = [sys.executable, "-m", "atelier.cli"]
 

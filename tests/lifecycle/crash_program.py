@@ -100,6 +100,9 @@ class FileDrivers:
     async def ensure_volume_absent(self, sandbox_id: str) -> None:
         self._set(f"volume-{sandbox_id}", present=False)
 
+    async def list_snapshot_disks(self) -> list[str]:
+        return []
+
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         self._set(f"run-{sandbox_id}", present=True)
 
@@ -163,6 +166,9 @@ class FileDrivers:
         assert (self.folder / f"vmm-{sandbox_id}").exists()
 
     async def initialize(self, sandbox_id: str, identity: Any) -> None:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
         assert (self.folder / f"vmm-{sandbox_id}").exists()
 
     async def shut_down(self, sandbox_id: str) -> None:

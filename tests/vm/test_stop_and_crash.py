@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 from tests.footprint import paths_naming, processes_naming, vmm_pids
-from tests.running_manager import LocalInstallation, local_installation, wait_until
+from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
 
 
 @pytest.fixture(scope="module")
 def installation() -> Iterator[LocalInstallation]:
-    with local_installation() as made:
+    with local_installation(WITH_TEMPLATES) as made:
         made.create("box", disk_mib=4608)
         yield made
 
@@ -27,7 +27,7 @@ def disk_size_mib(installation: LocalInstallation, name: str) -> int:
     return int(installation.run(name, "df -BM --output=size / | tail -1").strip().rstrip("M"))
 
 
-def test_stop_keeps_the_disk_and_start_brings_it_all_back(installation: LocalInstallation) -> None:
+def test_stop_keeps_the_disk_which_may_grow_and_start_brings_it_all_back(installation: LocalInstallation) -> None:
     row = installation.call("GET", "/sandboxes/box")
     # Not fsync-ed by the writer: an orderly stop loses nothing all the same.
     installation.run("box", "seq 1 100000 >/home/user/kept; cat /etc/machine-id >/home/user/machine-id")
@@ -37,30 +37,27 @@ def test_stop_keeps_the_disk_and_start_brings_it_all_back(installation: LocalIns
     assert paths_naming(row["id"], installation.manager.run_dir) == []
     refused = installation.call("POST", "/sandboxes/box/run", {"command": ["true"]}, expected=409)
     assert "atelier start" in refused["hint"]
+    installation.call("POST", "/sandboxes/box/resize?wait=true", {"disk_mib": 5120})
 
     started = installation.call("POST", "/sandboxes/box/start?wait=true")
     assert (started["state"], started["stop_reason"], started["id"]) == ("running", None, row["id"])
     assert installation.run("box", "wc -l </home/user/kept; hostname").split() == ["100000", "box"]
     installation.run("box", "cmp /etc/machine-id /home/user/machine-id")
     assert len(vmm_pids(row["id"])) == 1
+    assert 5120 * 0.9 < disk_size_mib(installation, "box") <= 5120
 
 
-def test_a_disk_grows_live_and_while_it_is_stopped(installation: LocalInstallation) -> None:
+def test_a_disk_grows_live(installation: LocalInstallation) -> None:
     before = disk_size_mib(installation, "box")
-    grown = installation.call("POST", "/sandboxes/box/resize?wait=true", {"disk_mib": 5120})
-    assert (grown["state"], grown["disk_mib"], grown["failure"]) == ("running", 5120, None)
+    grown = installation.call("POST", "/sandboxes/box/resize?wait=true", {"disk_mib": 6144})
+    assert (grown["state"], grown["disk_mib"], grown["failure"]) == ("running", 6144, None)
     live = disk_size_mib(installation, "box")
-    assert 5120 * 0.9 < live <= 5120
+    assert 6144 * 0.9 < live <= 6144
     assert live > before
     # What lies beyond the old end can be written and read.
-    installation.run("box", "fallocate -l 4400M /home/user/big && sync && rm /home/user/big")
+    installation.run("box", "fallocate -l 5200M /home/user/big && sync && rm /home/user/big")
     smaller = installation.call("POST", "/sandboxes/box/resize", {"disk_mib": 4608}, expected=422)
     assert smaller["code"] == "disk_cannot_shrink"
-
-    installation.call("POST", "/sandboxes/box/stop?wait=true")
-    installation.call("POST", "/sandboxes/box/resize?wait=true", {"disk_mib": 6144})
-    installation.call("POST", "/sandboxes/box/start?wait=true")
-    assert 6144 * 0.9 < disk_size_mib(installation, "box") <= 6144
 
 
 def test_a_restart_is_one_piece_of_work(installation: LocalInstallation) -> None:
