@@ -21,7 +21,7 @@ from benchmarks.heartbeat import BEATING, longest_gap
 from benchmarks.progress import say
 from benchmarks.stage import Stage
 
-ROUNDS = 7
+ROUNDS = 5
 _DOWNTIME_MS = 50
 _BETWEEN_SECONDS = 1.0
 

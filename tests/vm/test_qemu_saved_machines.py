@@ -433,7 +433,7 @@ async def test_a_guest_that_was_not_quiet_in_time_is_stopped_and_sent_once_more(
 
     monkeypatch.setattr(qemu_saving, "send_state", send_and_tell)
     if too_late == "it came to the end":
-        monkeypatch.setattr(PipedFile, "hold", lambda _: None)
+        monkeypatch.setattr(PipedFile, "let_through", lambda stream, _: stream.go_on())
     else:
         monkeypatch.setattr(qemu_saving, "query_progress", with_one_more)
     quiesced: list[tuple[int, bool]] = []

@@ -38,11 +38,15 @@ from atelier.model.machine import SavedMachine
 Callback = Callable[[], Awaitable[None]]
 
 _MIB = 1024 * 1024
-_POLL_SECONDS = 0.001
+_POLL_SECONDS = 0.002
 _LITTLE_LEFT_BYTES = (64 * _MIB, 128 * _MIB)
 """A quarter of the memory, within these. A held pipe (64 KiB) and QEMU's buffer still take 45 MiB of pages of zeros,
 9 bytes each."""
-_LOOK_AGAIN_SECONDS = 0.05
+_LEAST_LEFT_BYTES = 8 * _MIB
+_PAGE_BYTES, _ZERO_PAGE_BYTES = 4096, 9
+"""The latter: of a page of zeros in the stream."""
+_CAUTION = 16
+_STEP_SECONDS = 0.002
 _ABANDON_SECONDS = 30.0
 
 _log = logging.getLogger(__name__)
@@ -65,13 +69,12 @@ async def save_machine(
     memory_bytes = await _memory_bytes(control)
     loop = asyncio.get_running_loop()
     if before_stop is not None:
-        async with _stream(control, target, memory_bytes) as stream:
+        async with _stream(control, target, memory_bytes, held=True) as stream:
             if await _send_while_it_runs(control, stream, memory_bytes, before_stop):
                 stopped_at = loop.time()
                 await control.execute("stop")
                 progress = await query_progress(control)
                 if progress.syncs == 1:
-                    stream.go_on()
                     return await _finish(control, stream, target, at_stop, afterwards, stopped_at)
         _log.warning("a machine's memory was sent before its guest stood still: it is stopped and sent once more")
         await run_on(control)
@@ -82,11 +85,13 @@ async def save_machine(
 
 
 @asynccontextmanager
-async def _stream(control: QmpConnection, target: Path, memory_bytes: int) -> AsyncGenerator[PipedFile]:
+async def _stream(
+    control: QmpConnection, target: Path, memory_bytes: int, *, held: bool = False
+) -> AsyncGenerator[PipedFile]:
     """A file for the stream. Unless the block ends well the machine runs on, and no file stays."""
     # At most each page twice, and a VMM gone wild must not fill the disk.
     limit_bytes = 4 * memory_bytes + 1024 * _MIB
-    async with piped_file(target.with_name(target.name + ".new"), limit_bytes=limit_bytes) as stream:
+    async with piped_file(target.with_name(target.name + ".new"), limit_bytes=limit_bytes, held=held) as stream:
         try:
             yield stream
         except BaseException:
@@ -120,29 +125,43 @@ async def _send_while_it_runs(
     False if all was sent before; the machine runs again then, and ``before_stop`` was awaited too."""
     lowest, highest = _LITTLE_LEFT_BYTES
     little_bytes = min(max(memory_bytes // 4, lowest), highest)
-    stream.hold()
     await _stop_and_begin(control, stream)
-    while (await _progress(control, stream)).syncs == 0:
-        await asyncio.sleep(_POLL_SECONDS)
+    await _wait(control, stream, lambda progress: progress.syncs > 0)
     await control.execute("cont")
-    stream.go_on()
-    while (await _progress(control, stream)).remaining_bytes > little_bytes:
-        await asyncio.sleep(_POLL_SECONDS)
-    stream.hold()
+    # All of it, but never so wide that it cannot be held.
+    stream.let_through(2 * memory_bytes)
+    await _wait(control, stream, lambda progress: progress.remaining_bytes <= little_bytes)
+    stream.let_through(0)
     quiescing = asyncio.ensure_future(before_stop())
     try:
-        in_time = True
-        while not (await asyncio.wait([quiescing], timeout=_LOOK_AGAIN_SECONDS))[0]:
-            if in_time and (await _progress(control, stream)).status == "pre-switchover":
-                # A machine that stands still would never answer.
-                stream.go_on()
-                await run_on(control)
-                in_time = False
+        in_time = await _send_more_until(quiescing, control, stream)
         await quiescing
     finally:
         quiescing.cancel()
         await asyncio.wait([quiescing])
     return in_time
+
+
+async def _send_more_until(quiescing: asyncio.Future[None], control: QmpConnection, stream: PipedFile) -> bool:
+    """Send of what is left as much as is safe meanwhile. False, and the machine runs, if that was too much."""
+    page_bytes, let_through, before = _ZERO_PAGE_BYTES, 0, 0
+    while not quiescing.done():
+        progress = await _progress(control, stream)
+        if progress.status == "pre-switchover":
+            # A machine that stands still would never answer.
+            stream.go_on()
+            await run_on(control)
+            return False
+        left = progress.remaining_bytes
+        if let_through and left < before:
+            # What such a page took of late, and by far not so much: there may be more zeros.
+            page_bytes = let_through * _PAGE_BYTES // (before - left) // _CAUTION
+        page_bytes = max(page_bytes, _ZERO_PAGE_BYTES)
+        let_through, before = max(left - _LEAST_LEFT_BYTES, 0) // _PAGE_BYTES * page_bytes, left
+        if let_through:
+            stream.let_through(let_through)
+        await asyncio.wait([quiescing], timeout=_STEP_SECONDS)
+    return True
 
 
 async def _finish(
@@ -153,11 +172,12 @@ async def _finish(
     afterwards: Callback | None,
     stopped_at: float,
 ) -> SavedMachine:
-    """``stopped_at``: on the event loop's clock."""
-    while (await _progress(control, stream)).status != "pre-switchover":
-        await asyncio.sleep(_POLL_SECONDS)
+    """The machine stands still, since ``stopped_at`` on the event loop's clock."""
+    stream.go_on()
+    # QEMU goes on to send meanwhile, and lets the disks go only after it was told to continue.
     if at_stop is not None:
         await at_stop()
+    await _wait(control, stream, lambda progress: progress.status == "pre-switchover")
     await control.execute("migrate-continue", {"state": "pre-switchover"})
     try:
         await wait_until(control, "completed")
@@ -171,6 +191,13 @@ async def _finish(
     size_bytes = await stream.end()
     await stream.keep(target)
     return SavedMachine(stopped_ms, size_bytes, await query_version(control))
+
+
+async def _wait(control: QmpConnection, stream: PipedFile, reached: Callable[[Progress], bool]) -> None:
+    while True:
+        if reached(await _progress(control, stream)):
+            return
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 async def _progress(control: QmpConnection, stream: PipedFile) -> Progress:
