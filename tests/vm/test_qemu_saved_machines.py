@@ -285,13 +285,16 @@ async def _die(*_: object, **__: object) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("moment", ["before_stop", "at_stop", "afterwards"])
+@pytest.mark.parametrize("moment", ["stopped_to_begin", "before_stop", "at_stop", "afterwards"])
 def test_a_machine_whose_manager_died_while_saving_it(stage: QemuStage, moment: str) -> None:
     run_directory, target = stage.parent.run_directory, stage.folder / f"died-{moment}"
 
     async def save() -> None:
         vmm = emulated(INSTALLATION, stage.folder)
-        before, at = (_die if moment == each else None for each in ("before_stop", "at_stop"))
+        before = _die if moment == "before_stop" else nothing
+        at = _die if moment == "at_stop" else None
+        if moment == "stopped_to_begin":
+            setattr(qemu_saving, "send_state", _die)  # noqa: B010
         await vmm.save(run_directory, target, before_stop=before, at_stop=at)
         await _die()
 

@@ -113,7 +113,7 @@ class PipedFile:
     def _copy(self) -> int:
         poll = select.poll()
         poll.register(self._read_end, select.POLLIN)
-        size_bytes = 0
+        size_bytes, is_wide = 0, False
         try:
             while not self._abandoned.is_set():
                 self._changed.clear()
@@ -122,8 +122,9 @@ class PipedFile:
                 if allowed_bytes == 0:
                     self._changed.wait(_LOOK_AGAIN_MS / 1000)
                     continue
-                if allowed_bytes == math.inf:
+                if allowed_bytes == math.inf and not is_wide:
                     self._set_room(_WIDE_BYTES)
+                    is_wide = True
                 if not poll.poll(_LOOK_AGAIN_MS) or self._changed.is_set():
                     continue
                 at_most = int(min(allowed_bytes, _WIDE_BYTES))

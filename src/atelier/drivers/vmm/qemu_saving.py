@@ -210,6 +210,7 @@ async def _progress(control: QmpConnection, stream: PipedFile) -> Progress:
 
 async def _raise_failure(stream: PipedFile, reason: str) -> NoReturn:
     """A full disk is told as such, not as the broken pipe that QEMU saw."""
+    stream.go_on()
     await stream.end()
     raise VmmError(f"the machine could not be saved: {reason}")
 
