@@ -44,7 +44,9 @@ def form(path: Path) -> set[tuple[str, str]]:
     """Tables with their columns, and indexes; Alembic spells the same table with other white space."""
     with sqlite3.connect(path) as connection:
         objects = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
-    return {(f"{kind} {name}", " ".join(sql.replace(",", " , ").split())) for kind, name, sql in objects}
+    return {
+        (f"{kind} {name}", " ".join(sql.replace(",", " , ").replace(")", " )").split())) for kind, name, sql in objects
+    }
 
 
 async def test_settings_of_the_connection(database: Database) -> None:

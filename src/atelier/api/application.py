@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 import atelier
-from atelier.api import errors
+from atelier.api import errors, sign_in_pages
 from atelier.api.authentication import Application, Gate
+from atelier.api.authorisation import authorise
 from atelier.api.routes import (
+    accounts,
+    audit,
     events,
     host,
     images,
@@ -20,6 +23,7 @@ from atelier.api.routes import (
     networks,
     processes,
     sandboxes,
+    shares,
     snapshots,
     terminals,
     warm_pools,
@@ -31,7 +35,7 @@ from atelier.schemas.health import Health
 
 API_PREFIX = "/api/v1"
 _DESCRIPTION = """Self-hosted microVM sandboxes. Every route but `/health` and this page wants
-`Authorization: Bearer <key>`. Errors always have the form `{code, message, hint}`."""
+`Authorization: Bearer <key>` or `X-API-Key: <key>`. What somebody may not see does not exist for them. Errors always have the form `{code, message, hint}`."""
 
 
 def describe_api(health: Health | None = None) -> FastAPI:
@@ -46,9 +50,10 @@ def describe_api(health: Health | None = None) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     errors.install(app)
-    api = APIRouter(prefix=API_PREFIX)
+    api = APIRouter(prefix=API_PREFIX, dependencies=[Depends(authorise)])
     for module in (
         sandboxes,
+        shares,
         snapshots,
         warm_pools,
         networks,
@@ -58,11 +63,13 @@ def describe_api(health: Health | None = None) -> FastAPI:
         images,
         events,
         host,
+        accounts,
+        audit,
     ):
         api.include_router(module.router)
     app.include_router(api)
     # Where monitoring systems look for it by themselves.
-    app.include_router(metrics.router)
+    app.include_router(metrics.router, dependencies=[Depends(authorise)])
 
     @app.get("/health", operation_id="get_health", tags=["health"])
     async def get_health() -> Health:
@@ -72,10 +79,12 @@ def describe_api(health: Health | None = None) -> FastAPI:
     return app
 
 
-def create_application(services: Services, token: str, host_names: frozenset[str] = frozenset()) -> Application:
-    """The ASGI application. ``token``: the bearer that every route but the open ones wants."""
+def create_application(services: Services, public_url: str, host_names: frozenset[str] = frozenset()) -> Application:
+    """The ASGI application; for ``public_url`` and ``host_names`` see ``Gate``."""
     app = describe_api(services.health)
     app.state.services = services
+    app.state.public_url = public_url
+    app.include_router(sign_in_pages.router)
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
     # nobody else learns who reads it.
@@ -91,4 +100,4 @@ def create_application(services: Services, token: str, host_names: frozenset[str
             swagger_favicon_url="/docs/assets/favicon.png",
         )
 
-    return Gate(app, token, host_names)
+    return Gate(app, services, public_url, host_names)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.websockets import WebSocket
 
 from atelier.model import errors
 from atelier.schemas.errors import ErrorBody
@@ -20,6 +22,7 @@ _STATUS_BY_CLASS: tuple[tuple[type[errors.AtelierError], int], ...] = (
     (errors.InvalidRequestError, 422),
     (errors.AuthenticationError, 401),
     (errors.AccessDeniedError, 403),
+    (errors.RateLimitedError, 429),
     (errors.NotFoundError, 404),
     (errors.ConflictError, 409),
     (errors.PreconditionError, 409),
@@ -63,12 +66,22 @@ def respond(status: int, body: ErrorBody) -> JSONResponse:
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)
 
 
+def answer(error: errors.AtelierError) -> JSONResponse:
+    response = respond(status_of(error), body_of(error))
+    if isinstance(error, errors.RateLimitedError):
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_seconds))
+    return response
+
+
 def install(app: FastAPI) -> None:
     """Make ``app`` answer every error in the one form."""
 
-    async def on_atelier_error(_: Request, error: Exception) -> JSONResponse:
+    async def on_atelier_error(connection: HTTPConnection, error: Exception) -> JSONResponse:
         assert isinstance(error, errors.AtelierError)
-        return respond(status_of(error), body_of(error))
+        response = answer(error)
+        if isinstance(connection, WebSocket):
+            await connection.send_denial_response(response)
+        return response
 
     async def on_validation_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -95,7 +108,7 @@ def install(app: FastAPI) -> None:
             ),
         )
 
-    app.add_exception_handler(errors.AtelierError, on_atelier_error)
+    app.add_exception_handler(errors.AtelierError, on_atelier_error)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)

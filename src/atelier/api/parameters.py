@@ -9,13 +9,15 @@ from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
 from fastapi import Path, Query, Request
+from starlette.requests import HTTPConnection
 
 from atelier.api.services import Services
 from atelier.model.errors import InvalidRequestError
 from atelier.services.guest_sessions import GuestSession, check_path
 
-SandboxReference = Annotated[str, Path(description="id or name of the sandbox", max_length=64)]
-SnapshotReference = Annotated[str, Path(description="id or name of the snapshot", max_length=64)]
+REFERENCE_MAX_LENGTH = 64
+SandboxReference = Annotated[str, Path(description="id or name of the sandbox", max_length=REFERENCE_MAX_LENGTH)]
+SnapshotReference = Annotated[str, Path(description="id or name of the snapshot", max_length=REFERENCE_MAX_LENGTH)]
 WaitSeconds = Annotated[float, Query(gt=0, le=3600, description="how long to wait at most")]
 PageLimit = Annotated[int, Query(ge=1, le=500)]
 PageCursor = Annotated[str, Query(max_length=200, description="`next_cursor` of the page before")]
@@ -23,8 +25,8 @@ LabelFilter = Annotated[list[str] | None, Query(description="`key=value`; severa
 GuestUser = Annotated[str, Query(description="user in the guest; empty: the image's default user", max_length=32)]
 
 
-def services_of(request: Request) -> Services:
-    services = request.app.state.services
+def services_of(connection: HTTPConnection) -> Services:
+    services = connection.app.state.services
     assert isinstance(services, Services)
     return services
 

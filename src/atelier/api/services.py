@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from atelier.schemas.health import Health
+from atelier.services.access import AccessService
+from atelier.services.accounts import AccountService
+from atelier.services.audit import AuditLog
+from atelier.services.authentication import Authenticator
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
+from atelier.services.idempotency import IdempotencyService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
+from atelier.services.rate_limits import RateLimits
 from atelier.services.sandboxes import SandboxService
+from atelier.services.sign_in import SignInService
 from atelier.services.snapshots import SnapshotService
 from atelier.services.warm_pools import WarmPoolService
 
@@ -25,5 +32,12 @@ class Services:
     images: ImageService
     events: EventService
     host: HostService
+    authenticator: Authenticator
+    accounts: AccountService
+    access: AccessService
+    sign_in: SignInService
+    audit: AuditLog
+    idempotency: IdempotencyService
+    rate_limits: RateLimits
     health: Health
     """What ``/health`` says: it stays the same for as long as the manager runs."""

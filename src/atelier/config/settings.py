@@ -2,8 +2,9 @@
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
-``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``.
-Nothing defaults into a source checkout.
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
+``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
+Those of signing in stand in ``sign_in``. Nothing defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
+from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
 
@@ -96,6 +99,12 @@ class Settings:
     disk_overcommit: float
     templates: TemplateChoice
     log_level: str
+    public_url: str
+    """Where people reach this manager; empty: where it listens."""
+    requests_per_second: float
+    sign_ins_per_minute: float
+    web_sockets_per_key: int
+    sign_in: SignInSettings
 
 
 def load_settings(
@@ -125,6 +134,11 @@ def load_settings(
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
+        public_url=_public_url(variables.get("ATELIER_PUBLIC_URL", "")),
+        requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
+        sign_ins_per_minute=_limit(variables, "ATELIER_SIGN_INS_PER_MINUTE", "30"),
+        web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
+        sign_in=load_sign_in(variables),
     )
 
 
@@ -201,6 +215,31 @@ def _overcommit(text: str) -> float:
             hint="how many times the room on disk may be promised to sandboxes: a number from 1 to 1000",
         )
     return factor
+
+
+def _public_url(text: str) -> str:
+    parts = urlsplit(text)
+    is_origin = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/")
+    if text and (not is_origin or parts.query or parts.fragment or parts.username):
+        raise InvalidRequestError(
+            f"ATELIER_PUBLIC_URL is {text!r}",
+            code="invalid_setting",
+            hint="scheme and name, and a port if it is not the usual one, as https://atelier.example.org",
+        )
+    return text.rstrip("/").lower()
+
+
+def _limit(variables: Mapping[str, str], name: str, default: str) -> float:
+    text = variables.get(name, default)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not 0 <= limit <= 1e6:
+        raise InvalidRequestError(
+            f"{name} is {text!r}", code="invalid_setting", hint="a number up to 1000000; 0: no limit"
+        )
+    return limit
 
 
 _E = TypeVar("_E", bound=StrEnum)

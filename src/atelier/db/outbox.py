@@ -13,27 +13,41 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select
+from sqlalchemy import Connection, bindparam, delete, func, insert, select
 
 from atelier.db.engine import Database, Subscription, signal
-from atelier.db.tables import outbox
+from atelier.db.tables import outbox, sandboxes, snapshots
 
 KEPT_EVENTS = 100_000
 KEPT_FOR = timedelta(days=7)
 _TOPIC = "outbox"
 
-_INSERT = insert(outbox)
+_OWNER = func.coalesce(
+    select(sandboxes.c.owner_id).where(sandboxes.c.id == bindparam("sandbox_id")).scalar_subquery(),
+    # Of a sandbox that is gone something may be left.
+    select(snapshots.c.owner_id).where(snapshots.c.sandbox_id == bindparam("sandbox_id")).limit(1).scalar_subquery(),
+    "",
+)
+_INSERT = insert(outbox).values(
+    at=bindparam("at"),
+    kind=bindparam("kind"),
+    sandbox_id=bindparam("sandbox_id"),
+    payload=bindparam("payload"),
+    owner_id=_OWNER,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxEvent:
-    """``kind`` is like ``sandbox.state_changed``; ``payload`` is JSON and depends on it."""
+    """``kind`` is like ``sandbox.state_changed``; ``payload`` is JSON and depends on it. ``owner_id``: whose the sandbox
+    was; empty: Atelier's own."""
 
     id: int
     at: datetime
     kind: str
     sandbox_id: str | None
     payload: dict[str, Any]
+    owner_id: str
 
 
 class Outbox:
@@ -55,7 +69,7 @@ class Outbox:
         """The events after ``event_id``, oldest first."""
         query = select(outbox).where(outbox.c.id > event_id).order_by(outbox.c.id).limit(limit)
         return [
-            OutboxEvent(id=row.id, at=row.at, kind=row.kind, sandbox_id=row.sandbox_id, payload=row.payload)
+            OutboxEvent(row.id, row.at, row.kind, row.sandbox_id, row.payload, row.owner_id)
             for row in connection.execute(query)
         ]
 

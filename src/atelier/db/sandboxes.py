@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select,
 from sqlalchemy.exc import IntegrityError
 
 from atelier.db.pages import bearing, make_cursor, parse_cursor
+from atelier.db.sandbox_access import visible_to
 from atelier.db.tables import sandboxes
 from atelier.model.errors import CapacityError, ConflictError, NotFoundError
 from atelier.model.ids import is_sandbox_id
@@ -81,6 +82,7 @@ class SandboxRepository:
                     "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
                     "expires_at": spec.expires_at,
                     "last_active_at": sandbox.last_active_at,
+                    "owner_id": spec.owner_id,
                     "snapshot_id": sandbox.snapshot_id,
                     "disk_only": sandbox.disk_only,
                     "purpose": sandbox.purpose.value,
@@ -118,15 +120,18 @@ class SandboxRepository:
         cursor: str | None = None,
         state: SandboxState | None = None,
         labels: Mapping[str, str] | None = None,
+        viewer_id: str | None = None,
     ) -> tuple[list[Sandbox], str | None]:
         """A page, newest first, of the users' own in ``state`` that bear all ``labels``; and the cursor of the next page, None
-        after the last. A cursor stays good while sandboxes come and go: none is shown twice, none that stays is left
+        after the last. ``viewer_id``: only those of this user, and those shared with them. A cursor stays good while sandboxes come and go: none is shown twice, none that stays is left
         out.
 
         Raises InvalidRequestError (``invalid_cursor``).
         """
         query = _ROW.order_by(sandboxes.c.sequence.desc()).limit(limit + 1)
         query = query.where(sandboxes.c.purpose == SandboxPurpose.USER.value)
+        if viewer_id is not None:
+            query = query.where(visible_to(viewer_id, sandboxes.c.owner_id, sandboxes.c.id))
         if cursor is not None:
             query = query.where(sandboxes.c.sequence < parse_cursor(cursor))
         if state is not None:
@@ -225,6 +230,7 @@ class SandboxRepository:
             "labels": spec.labels,
             "auto_stop_after_idle_seconds": spec.auto_stop_after_idle_seconds,
             "expires_at": spec.expires_at,
+            "owner_id": spec.owner_id,
             "created_at": at,
         }
         try:
@@ -371,6 +377,7 @@ def _to_sandbox(row: Row[Any]) -> Sandbox:
             labels=row.labels,
             auto_stop_after_idle_seconds=row.auto_stop_after_idle_seconds,
             expires_at=row.expires_at,
+            owner_id=row.owner_id,
         ),
         created_at=row.created_at,
         updated_at=row.updated_at,

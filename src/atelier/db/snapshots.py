@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, delete, insert, or_, 
 from sqlalchemy.exc import IntegrityError
 
 from atelier.db.pages import bearing, make_cursor, parse_cursor
+from atelier.db.sandbox_access import visible_to
 from atelier.db.tables import sandboxes, snapshots
 from atelier.model.errors import ConflictError, NotFoundError
 from atelier.model.ids import is_sandbox_id
@@ -62,15 +63,18 @@ class SnapshotRepository:
         purposes: Collection[SnapshotPurpose],
         sandbox: str | None = None,
         labels: Mapping[str, str] | None = None,
+        viewer_id: str | None = None,
     ) -> tuple[list[Snapshot], str | None]:
         """A page, oldest first, of ``states`` and ``purposes``, taken of ``sandbox`` (its id or name then) and bearing all
-        ``labels``; and the cursor of the next page, None after the last. A cursor stays good while snapshots come and go.
+        ``labels``; ``viewer_id``: only those of this user, and of sandboxes shared with them; and the cursor of the next page, None after the last. A cursor stays good while snapshots come and go.
 
         Raises InvalidRequestError (``invalid_cursor``).
         """
         query = _in(states, purposes).limit(limit + 1)
         if cursor is not None:
             query = query.where(snapshots.c.sequence > parse_cursor(cursor))
+        if viewer_id is not None:
+            query = query.where(visible_to(viewer_id, snapshots.c.owner_id, snapshots.c.sandbox_id))
         if sandbox is not None:
             query = query.where(or_(snapshots.c.sandbox_id == sandbox, snapshots.c.sandbox_name == sandbox))
         rows = connection.execute(query.where(*bearing(snapshots.c.labels, labels or {}))).all()
@@ -162,6 +166,7 @@ def _to_values(snapshot: Snapshot) -> dict[str, Any]:
         "disk_bytes": snapshot.disk_bytes,
         "stopped_ms": snapshot.stopped_ms,
         "template_key": snapshot.template_key,
+        "owner_id": snapshot.owner_id,
         "failure_code": snapshot.failure_code,
         "failure_message": snapshot.failure_message,
         "failure_hint": snapshot.failure_hint,
@@ -197,6 +202,7 @@ def _to_snapshot(row: Row[Any]) -> Snapshot:
         disk_bytes=row.disk_bytes,
         stopped_ms=row.stopped_ms,
         template_key=row.template_key,
+        owner_id=row.owner_id,
         failure_code=row.failure_code,
         failure_message=row.failure_message,
         failure_hint=row.failure_hint,

@@ -12,7 +12,7 @@ from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, T
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 """The newest file in ``migrations/versions``. Revisions are numbers of four digits, so they can be compared."""
 
 
@@ -84,7 +84,10 @@ sandboxes = Table(
     Column("purpose", Text, nullable=False, server_default="user"),
     # SavedMemory.to_json: of a paused sandbox.
     Column("saved_memory", JSON(none_as_null=True)),
+    # The user whose it is; empty: Atelier's own.
+    Column("owner_id", Text, nullable=False, server_default=""),
     Index("sandboxes_by_lease", "host_id", "network_lease", unique=True),
+    Index("sandboxes_by_owner", "owner_id"),
     sqlite_autoincrement=True,
 )
 
@@ -118,6 +121,8 @@ outbox = Table(
     Column("kind", Text, nullable=False),
     Column("sandbox_id", Text),
     Column("payload", JSON, nullable=False),
+    # Whose the sandbox was then: it may be gone when somebody reads of it.
+    Column("owner_id", Text, nullable=False, server_default=""),
     sqlite_autoincrement=True,
 )
 
@@ -159,6 +164,7 @@ snapshots = Table(
     Column("failure_hint", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("owner_id", Text, nullable=False, server_default=""),
     Index("snapshots_by_template", "template_key"),
     sqlite_autoincrement=True,
 )
@@ -178,4 +184,92 @@ settings = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", Text, nullable=False),
+)
+
+users = Table(
+    "users",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    # Lower case; null for the local admin.
+    Column("email", Text, unique=True),
+    Column("role", Text, nullable=False),
+    Column("is_disabled", Boolean, nullable=False),
+    Column("is_local", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+# Who a provider says that a user is.
+identities = Table(
+    "identities",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("subject", Text, primary_key=True),
+    Column("user_id", Text, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    # SHA-256 of what stands behind the prefix, in hexadecimal digits.
+    Column("hash", Text, nullable=False, unique=True),
+    Column("hint", Text, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("is_local", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+    Index("api_keys_by_user", "user_id"),
+)
+
+browser_sessions = Table(
+    "browser_sessions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("user_id", Text, nullable=False),
+    Column("hash", Text, nullable=False, unique=True),
+    Column("provider", Text, nullable=False),
+    Column("address", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Index("browser_sessions_by_user", "user_id"),
+)
+
+# Rows stay for as long as there are events of their sandbox, which may be gone.
+sandbox_shares = Table(
+    "sandbox_shares",
+    metadata,
+    Column("sandbox_id", Text, primary_key=True),
+    Column("user_id", Text, primary_key=True),
+    Index("sandbox_shares_by_user", "user_id"),
+)
+
+audit_entries = Table(
+    "audit_entries",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("user_name", Text, nullable=False),
+    Column("through", Text, nullable=False),
+    Column("operation", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("address", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("user_id", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    # Of operation, path and body.
+    Column("request_hash", Text, nullable=False),
+    # Ids of what was made; null: it was begun, and nobody has said yet how it ended.
+    Column("made", JSON(none_as_null=True)),
+    Column("created_at", UtcDateTime, nullable=False),
 )

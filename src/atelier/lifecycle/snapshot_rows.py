@@ -61,8 +61,9 @@ class SnapshotRows:
     def end(self, connection: Connection, snapshot_id: str) -> None:
         """Remove the row: nothing of the snapshot is left."""
         snapshot = self.repository.get(connection, snapshot_id)
-        self.repository.delete(connection, snapshot_id)
+        # While the row still says whose it is, which decides who reads of it.
         self._outbox.append(connection, DELETED, snapshot.sandbox_id, {"id": snapshot_id, "name": snapshot.name})
+        self.repository.delete(connection, snapshot_id)
         signal(connection, snapshot_topic(snapshot_id))
 
     def _tell(self, connection: Connection, snapshot: Snapshot) -> None:

@@ -124,6 +124,7 @@ class Snapshots:
                 labels=labels or {},
                 environment=spec.environment,
                 template_key=template_key,
+                owner_id=spec.owner_id,
             )
             self._rows.begin(connection, snapshot)
             self._executor.insert(

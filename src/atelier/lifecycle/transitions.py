@@ -93,8 +93,9 @@ class Transitions:
     def end(self, connection: Connection, sandbox_id: str) -> None:
         """Remove the row: nothing of the sandbox is left."""
         sandbox = self._sandboxes.get(connection, sandbox_id)
-        self._sandboxes.delete(connection, sandbox_id)
+        # While the row still says whose it is, which decides who reads of it.
         self._outbox.append(connection, DESTROYED, sandbox_id, {"name": sandbox.name})
+        self._sandboxes.delete(connection, sandbox_id)
         signal(connection, sandbox_topic(sandbox_id))
 
     def _write(self, connection: Connection, sandbox: Sandbox, failure: Failure | None) -> Sandbox:

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import logging
-import secrets
 import socket
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -28,6 +27,7 @@ from atelier.manager.kept_process import KeptProcess
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
 from atelier.model.layout import DataLayout, RunLayout
+from atelier.services.accounts import new_key
 from atelier.services.host import SandboxesAtEnd
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ _NETWORK_POLICY_SECONDS = 1.0
 _CLOCK_SECONDS = 60.0
 _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
+_ACCOUNT_TRIM_SECONDS = 600.0
 _WARM_POOL_SECONDS = 10.0
 _SNAPSHOT_CHECK_SECONDS = 60.0
 _SNAPSHOT_CHECK_AFTER_SECONDS = 300.0
@@ -50,7 +51,6 @@ _AT_END: dict[SandboxesAtEnd, str] = {
     "destroy": "destroys the sandboxes and ends it",
 }
 _ANY_PORT = ListenAddress("127.0.0.1", 0)
-_TOKEN_PREFIX = "atl_"  # noqa: S105  marks a key of Atelier's, for secret scanners
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,8 @@ class Installation:
     fleet: SandboxFleet
     end_asked: asyncio.Event
     """Set when a client has asked for the manager's end."""
+    first_link: str | None
+    """Secret of a link that was made just now, and that nobody can be shown again."""
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -81,7 +83,7 @@ class Installation:
             host, port = listening.getsockname()[:2]
             address = ListenAddress(host, port)
             _make_run_folders(run)
-            token = _ensure_token(data, address) if serves else secrets.token_urlsafe()
+            token = _ensure_token(data, address) if serves else ""
 
             database = Database(data.database)
             database.open()
@@ -100,8 +102,14 @@ class Installation:
                 await companion.open()
             stack.push_async_callback(lifecycle.close)
             end_asked = asyncio.Event()
-            services = assemble(drivers, database, lifecycle, fleet, settings.mode, end_asked.set)
+            services = assemble(drivers, database, lifecycle, fleet, settings, end_asked.set)
             stack.push_async_callback(services.images.close)
+            stack.push_async_callback(services.authenticator.close)
+            stack.push_async_callback(services.audit.close)
+            first_link = None
+            if serves:
+                await services.accounts.ensure_local_admin(token)
+                first_link = await services.sign_in.make_first_link()
             await lifecycle.recover()
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
@@ -112,6 +120,9 @@ class Installation:
                 (_CLOCK_SECONDS, fleet.keep_clocks),
                 (_FULL_DISK_SECONDS, fleet.resume_after_full_disk),
                 (_EVENT_TRIM_SECONDS, services.events.trim),
+                (_ACCOUNT_TRIM_SECONDS, services.accounts.trim),
+                (_ACCOUNT_TRIM_SECONDS, services.audit.trim),
+                (_ACCOUNT_TRIM_SECONDS, services.idempotency.trim),
                 (_WARM_POOL_SECONDS, lifecycle.warm_pools.keep),
             ):
                 stack.push_async_callback(_cancel, asyncio.create_task(_every(seconds, work)))
@@ -119,8 +130,9 @@ class Installation:
                 _SNAPSHOT_CHECK_SECONDS, lifecycle.snapshot_checks.check_next, after=_SNAPSHOT_CHECK_AFTER_SECONDS
             )
             stack.push_async_callback(_cancel, asyncio.create_task(checking))
-            application = create_application(services, token, frozenset({address.host}))
-            yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked)
+            public_url = settings.public_url or address.url
+            application = create_application(services, public_url, frozenset({address.host}))
+            yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked, first_link)
 
     def announce(self, on_exit: SandboxesAtEnd) -> None:
         """Tell the person at the terminal where everything is."""
@@ -130,6 +142,11 @@ class Installation:
             f"atelier: the key is in {self.data.token_file}; clients on this machine find it there\n"
             f"atelier: Ctrl-C {_AT_END[on_exit]}\n"
         )
+        if self.first_link is not None:
+            address = f"{self.settings.public_url or self.address.url}/sign-in/first-run?secret={self.first_link}"
+            sys.stderr.write(
+                f"atelier: to be its admin in a browser, open this within 24 hours:\natelier:   {address}\n"
+            )
         sys.stderr.flush()
 
     async def end_sandboxes(self, what: SandboxesAtEnd) -> tuple[list[str], list[str]]:
@@ -194,7 +211,7 @@ def _ensure_token(data: DataLayout, address: ListenAddress) -> str:
     token = ""
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         token = str(json.loads(data.token_file.read_text())["api_key"])
-    token = token or _TOKEN_PREFIX + secrets.token_urlsafe(32)
+    token = token or new_key()
     write_atomically(data.token_file, json.dumps({"api_url": address.url, "api_key": token}).encode() + b"\n")
     return token
 

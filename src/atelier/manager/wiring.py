@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
-from atelier.config.settings import ServerMode, Settings, TemplateChoice
+from atelier.config.settings import ServerMode, Settings, SignInSettings, TemplateChoice
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -25,6 +25,9 @@ from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.network.succession import SucceededNetwork
 from atelier.drivers.network.user import UserNetwork
+from atelier.drivers.sign_in.github import GitHubProvider
+from atelier.drivers.sign_in.interface import SignInProvider
+from atelier.drivers.sign_in.oidc import OidcProvider
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.storage.qcow2 import Qcow2Storage
@@ -42,12 +45,19 @@ from atelier.manager.network_choice import choose_network
 from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
 from atelier.model.layout import CacheLayout, DataLayout, RunLayout
 from atelier.schemas.health import Health
+from atelier.services.access import AccessService
+from atelier.services.accounts import AccountService
+from atelier.services.audit import AuditLog
+from atelier.services.authentication import Authenticator
 from atelier.services.events import EventService
 from atelier.services.guest_sessions import GuestSessions
 from atelier.services.host import HostService
+from atelier.services.idempotency import IdempotencyService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
+from atelier.services.rate_limits import Limits, RateLimits
 from atelier.services.sandboxes import SandboxService
+from atelier.services.sign_in import Admission, SignInService
 from atelier.services.snapshots import SnapshotService
 from atelier.services.warm_pools import WarmPoolService
 
@@ -93,11 +103,13 @@ def assemble(
     database: Database,
     lifecycle: SandboxLifecycle,
     fleet: SandboxFleet,
-    mode: str,
+    settings: Settings,
     end_manager: Callable[[], None],
 ) -> Services:
     """The services that the API calls."""
     sandboxes = SandboxService(database, drivers.images, lifecycle)
+    authenticator = Authenticator(database)
+    accounts = AccountService(database, authenticator)
     return Services(
         sandboxes=sandboxes,
         snapshots=SnapshotService(database, lifecycle),
@@ -107,10 +119,24 @@ def assemble(
         images=ImageService(drivers.images),
         events=EventService(database),
         host=HostService(lifecycle.reclaim.orphans, fleet, end_manager),
+        authenticator=authenticator,
+        accounts=accounts,
+        sign_in=SignInService(
+            database,
+            accounts,
+            _sign_in_providers(settings.sign_in),
+            Admission(settings.sign_in.emails, settings.sign_in.domains),
+        ),
+        access=AccessService(database),
+        audit=AuditLog(database),
+        idempotency=IdempotencyService(database),
+        rate_limits=RateLimits(
+            Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)
+        ),
         health=Health(
             status="ok",
             version=atelier.__version__,
-            mode=mode,
+            mode=settings.mode,
             network=drivers.network.name,
             network_missing=drivers.network_missing,
         ),
@@ -139,6 +165,26 @@ def build_lifecycle(
             template_cache=drivers.template_cache,
         ),
     )
+
+
+def _sign_in_providers(settings: SignInSettings) -> dict[str, SignInProvider]:
+    found: list[SignInProvider] = []
+    if settings.github_client_id:
+        found.append(
+            GitHubProvider(
+                settings.github_client_id,
+                settings.github_client_secret,
+                sorted(settings.github_organizations),
+                settings.github_url,
+            )
+        )
+    if settings.oidc_issuer:
+        found.append(
+            OidcProvider(
+                settings.oidc_issuer, settings.oidc_client_id, settings.oidc_client_secret, settings.oidc_title
+            )
+        )
+    return {each.name: each for each in found}
 
 
 def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:

@@ -6,6 +6,7 @@
     +-- InvalidRequestError          the caller's words are off (invalid_request)
     +-- AuthenticationError          no token, or a wrong one (unauthenticated)
     +-- AccessDeniedError            known, but not allowed; or a foreign Host or Origin (access_denied)
+    +-- RateLimitedError             too many requests, or WebSockets, at once (rate_limited)
     +-- NotFoundError                no such sandbox, image, process or path (not_found)
     +-- ConflictError                name taken, wrong state, saga under way (conflict)
     +-- PreconditionError            the sandbox is not in a state in which this works (not_running)
@@ -23,6 +24,7 @@
     +-- TransientError               worth trying again (transient)
         +-- GuestUnreachableError    the guest channel does not answer now (guest_unreachable)
         +-- TimeoutExceededError     it did not happen in time (timeout)
+        +-- IdentityProviderError    who people sign in with does not answer, or nonsense (identity_provider_failed)
 
 ``TransientError`` and its children are the only ones that a saga retries.
 """
@@ -62,6 +64,16 @@ class AuthenticationError(AtelierError):
 
 class AccessDeniedError(AtelierError):
     default_code = "access_denied"
+
+
+class RateLimitedError(AtelierError):
+    """``retry_after_seconds``: when it is worth trying again."""
+
+    default_code = "rate_limited"
+
+    def __init__(self, message: str, *, retry_after_seconds: float, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint=hint, code=code)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class NotFoundError(AtelierError):
@@ -130,3 +142,7 @@ class GuestUnreachableError(TransientError):
 
 class TimeoutExceededError(TransientError):
     default_code = "timeout"
+
+
+class IdentityProviderError(TransientError):
+    default_code = "identity_provider_failed"

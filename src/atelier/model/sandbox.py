@@ -26,7 +26,7 @@ class SandboxSpec:
     """What the creator asked for. ``image`` is the image's name (``base``); ``image_id`` the exact build it resolved to.
 
     ``auto_stop_after_idle_seconds``: stopped when nobody has used it for so long; ``expires_at``: destroyed then.
-    None: never.
+    None: never. ``owner_id``: the user whose it is; empty for Atelier's own.
     """
 
     image: str = DEFAULT_IMAGE
@@ -38,6 +38,7 @@ class SandboxSpec:
     labels: dict[str, str] = field(default_factory=dict[str, str])
     auto_stop_after_idle_seconds: int | None = None
     expires_at: datetime | None = None
+    owner_id: str = ""
 
 
 class SandboxPurpose(StrEnum):

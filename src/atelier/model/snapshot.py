@@ -37,7 +37,7 @@ class Snapshot:
     always the first: the one over whose disk this one's stands. ``keep_last``: how many of the sandbox's snapshots, this
     one included, are kept once it is ready; None: all.
     ``memory_bytes`` and ``disk_bytes`` are what is really occupied on disk; 0 until it is ready. ``template_key``: what a
-    template fits; empty for others."""
+    template fits; empty for others. ``owner_id``: whose sandbox it was taken of; empty for Atelier's own."""
 
     id: str
     name: str
@@ -69,3 +69,4 @@ class Snapshot:
     failure_code: str = ""
     failure_message: str = ""
     failure_hint: str = ""
+    owner_id: str = ""

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 
 from atelier.db.engine import Database
 from atelier.db.outbox import Outbox
+from atelier.db.sandbox_access import SandboxAccessRepository
 from atelier.schemas.events import Event
 
 _PAGE = 200
@@ -21,14 +22,19 @@ class EventService:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._outbox = Outbox(database)
+        self._access = SandboxAccessRepository()
 
-    async def follow(self, after: int | None, sandbox_id: str = "") -> AsyncIterator[Event]:
-        """Events behind the id ``after`` (None: from now on), for ever. Where events are missing, ``stream.gap`` comes
+    async def follow(
+        self, after: int | None, sandbox_id: str = "", viewer_id: str | None = None
+    ) -> AsyncIterator[Event]:
+        """Events behind the id ``after`` (None: from now on), for ever. ``viewer_id``: only of sandboxes of this user's,
+        and of those that are shared with them when the event is read. Where events are missing, ``stream.gap`` comes
         in their place, at the start as later, when the reader is slower than old events go."""
         with self._outbox.subscribe() as news:
             with self._database.read() as connection:
                 _, newest = self._outbox.bounds(connection)
             position = newest if after is None else after
+            shared: frozenset[str] = frozenset()
             if position > newest:
                 # An id that this database never gave out: it began anew, or it is an older one brought back.
                 yield _gap("unknown_id", position + 1, newest)
@@ -38,11 +44,14 @@ class EventService:
                 with self._database.read() as connection:
                     oldest, _ = self._outbox.bounds(connection)
                     page = self._outbox.read_after(connection, position, _PAGE)
+                    if viewer_id is not None:
+                        shared = self._access.list_shared_with(connection, viewer_id)
                 if position < oldest - 1:
                     yield _gap("trimmed", position + 1, oldest - 1)
                 for event in page:
                     position = event.id
-                    if not sandbox_id or event.sandbox_id == sandbox_id:
+                    is_visible = viewer_id in (None, event.owner_id) or event.sandbox_id in shared
+                    if is_visible and (not sandbox_id or event.sandbox_id == sandbox_id):
                         yield Event(
                             id=event.id,
                             at=event.at,

@@ -77,11 +77,11 @@ class SandboxService:
             return self._sandboxes.get(connection, reference)
 
     def list_page(
-        self, limit: int, cursor: str, state: SandboxState | None, labels: dict[str, str]
+        self, limit: int, cursor: str, state: SandboxState | None, labels: dict[str, str], viewer_id: str | None
     ) -> tuple[list[Sandbox], str | None]:
-        """Newest first, with the cursor of the next page. Raises InvalidRequestError (``invalid_cursor``)."""
+        """What a user may see (None: everything), newest first, with the cursor of the next page. Raises InvalidRequestError (``invalid_cursor``)."""
         with self._database.read() as connection:
-            return self._sandboxes.list_page(connection, limit, cursor or None, state, labels)
+            return self._sandboxes.list_page(connection, limit, cursor or None, state, labels, viewer_id)
 
     async def start(self, reference: str) -> Sandbox:
         """Begin to boot a stopped or failed sandbox from its disk.

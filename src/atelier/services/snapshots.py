@@ -72,10 +72,11 @@ class SnapshotService:
         return snapshot
 
     def list_page(
-        self, limit: int, cursor: str, sandbox: str | None, labels: Mapping[str, str]
+        self, limit: int, cursor: str, sandbox: str | None, labels: Mapping[str, str], viewer_id: str | None
     ) -> tuple[list[Snapshot], str | None]:
         """Those that are ready or damaged, oldest first: of all, or of a sandbox (its id or name, which may be gone by
-        now), that bear all ``labels``; with the cursor of the next page. Raises InvalidRequestError (``invalid_cursor``).
+        now), that bear all ``labels``; with the cursor of the next page. ``viewer_id``: only
+        those of this user, and of sandboxes shared with them. Raises InvalidRequestError (``invalid_cursor``).
         """
         with self._database.read() as connection:
             return self._snapshots.list_page(
@@ -86,6 +87,7 @@ class SnapshotService:
                 purposes=_OF_USERS,
                 sandbox=sandbox,
                 labels=labels,
+                viewer_id=viewer_id,
             )
 
     async def delete(self, reference: str) -> None:
@@ -135,9 +137,16 @@ class SnapshotService:
         return snapshot, replace(spec, image_id=snapshot.image_id, environment=environment, **sizes)
 
     async def fork(
-        self, sandbox: str, count: int, *, name_prefix: str | None, labels: dict[str, str], timeout_seconds: float
+        self,
+        sandbox: str,
+        count: int,
+        *,
+        owner_id: str,
+        name_prefix: str | None,
+        labels: dict[str, str],
+        timeout_seconds: float,
     ) -> list[Sandbox]:
-        """Begin ``count`` sandboxes that go on from where the running ``sandbox`` is now; their rows in state
+        """Begin ``count`` sandboxes of the user ``owner_id``'s that go on from where the running ``sandbox`` is now; their rows in state
         ``creating``. They have its sizes, network policy, time limits and, beside ``labels``, its labels; they are named
         ``<name_prefix>-<n>``. The one snapshot that this takes is gone with the last of them.
 
@@ -149,7 +158,7 @@ class SnapshotService:
         parent = self._get_sandbox(sandbox)
         if name_prefix is not None:
             validate_name(_join(name_prefix, count))
-        spec = replace(parent.spec, labels={**parent.spec.labels, **labels})
+        spec = replace(parent.spec, labels={**parent.spec.labels, **labels}, owner_id=owner_id)
         await self._lifecycle.check_room([spec] * count)
         with self._database.read() as connection:
             policy = SandboxNetworkRepository().get(connection, parent.id).policy

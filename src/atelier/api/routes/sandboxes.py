@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
+from atelier.api.authorisation import Caller
+from atelier.api.idempotency import Once
 from atelier.api.parameters import (
     LabelFilter,
     PageCursor,
@@ -49,6 +51,8 @@ _ENDED: dict[int | str, dict[str, Any]] = {200: {"model": Sandbox, "description"
 async def create_sandbox(
     request: Request,
     response: Response,
+    caller: Caller,
+    once: Once,
     body: CreateSandboxRequest,
     wait: bool = False,
     timeout_seconds: WaitSeconds = 120,
@@ -65,17 +69,25 @@ async def create_sandbox(
         labels=body.labels,
         auto_stop_after_idle_seconds=body.auto_stop_after_idle_seconds,
         expires_at=body.expires_at,
+        owner_id=caller.user_id,
     )
     policy = parse_network_policy(body.network) if body.network is not None else OPEN_POLICY
-    snapshot_id = None
-    if body.snapshot is not None:
-        snapshot, spec = await services_of(request).snapshots.begin_from(
-            body.snapshot, spec, body.model_fields_set, disk_only=body.disk_only
+
+    async def create() -> list[str]:
+        if body.snapshot is None:
+            return [(await service.create(body.name, spec, policy)).id]
+        visible = services_of(request).access.find_snapshot(caller, body.snapshot, as_owner=False)
+        snapshot, its_spec = await services_of(request).snapshots.begin_from(
+            visible, spec, body.model_fields_set, disk_only=body.disk_only
         )
-        snapshot_id = snapshot.id
-    elif body.disk_only:
+        row = await service.create(body.name, its_spec, policy, snapshot_id=snapshot.id, disk_only=body.disk_only)
+        return [row.id]
+
+    if body.snapshot is None and body.disk_only:
         raise InvalidRequestError("disk_only says how to begin from a snapshot, and none is given", hint="name one")
-    row = await service.create(body.name, spec, policy, snapshot_id=snapshot_id, disk_only=body.disk_only)
+    (sandbox_id,) = await once(body, create)
+    request.state.subject = sandbox_id
+    row = service.get(sandbox_id)
     if wait:
         row, _ = await service.wait_settled(row.id, timeout_seconds)
         if row.state is not SandboxState.CREATING:
@@ -177,6 +189,7 @@ async def change_sandbox(request: Request, sandbox: SandboxReference, body: Chan
 @router.get("", operation_id="list_sandboxes")
 async def list_sandboxes(
     request: Request,
+    caller: Caller,
     limit: PageLimit = 100,
     cursor: PageCursor = "",
     state: SandboxState | None = None,
@@ -184,7 +197,7 @@ async def list_sandboxes(
 ) -> SandboxPage:
     """List sandboxes, newest first, page by page."""
     labels = parse_label_filter(label)
-    rows, next_cursor = services_of(request).sandboxes.list_page(limit, cursor, state, labels)
+    rows, next_cursor = services_of(request).sandboxes.list_page(limit, cursor, state, labels, caller.viewer_id)
     return SandboxPage(items=[render_sandbox(row) for row in rows], next_cursor=next_cursor)
 
 

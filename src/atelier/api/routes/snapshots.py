@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
+from atelier.api.authorisation import Caller
+from atelier.api.idempotency import Once
 from atelier.api.parameters import (
     LabelFilter,
     PageCursor,
@@ -35,6 +37,7 @@ _FORKED: dict[int | str, dict[str, Any]] = {201: {"model": SandboxList, "descrip
 async def take_snapshot(
     request: Request,
     response: Response,
+    once: Once,
     sandbox: SandboxReference,
     body: TakeSnapshotRequest | None = None,
     wait: bool = False,
@@ -44,7 +47,12 @@ async def take_snapshot(
     201 when it is `ready` or `failed`, or 202 when neither has come true within `timeout_seconds` (it goes on)."""
     service = services_of(request).snapshots
     wish = body or TakeSnapshotRequest(keep_last=None)
-    row = await service.take(sandbox, wish.name, labels=wish.labels, keep_last=wish.keep_last)
+
+    async def take() -> list[str]:
+        return [(await service.take(sandbox, wish.name, labels=wish.labels, keep_last=wish.keep_last)).id]
+
+    (snapshot_id,) = await once(wish, take)
+    row = service.get(snapshot_id)
     if wait:
         row = await service.wait_settled(row.id, timeout_seconds)
         if row.state not in _UNDER_WAY:
@@ -56,6 +64,8 @@ async def take_snapshot(
 async def fork_sandbox(
     request: Request,
     response: Response,
+    caller: Caller,
+    once: Once,
     sandbox: SandboxReference,
     body: ForkRequest | None = None,
     wait: bool = False,
@@ -67,9 +77,19 @@ async def fork_sandbox(
     error says how many would fit."""
     services, wish = services_of(request), body or ForkRequest(count=1)
     deadline = time.monotonic() + timeout_seconds
-    rows = await services.snapshots.fork(
-        sandbox, wish.count, name_prefix=wish.name_prefix, labels=wish.labels, timeout_seconds=timeout_seconds
-    )
+
+    async def fork() -> list[str]:
+        forks = await services.snapshots.fork(
+            sandbox,
+            wish.count,
+            owner_id=caller.user_id,
+            name_prefix=wish.name_prefix,
+            labels=wish.labels,
+            timeout_seconds=timeout_seconds,
+        )
+        return [each.id for each in forks]
+
+    rows = [services.sandboxes.get(each) for each in await once(wish, fork)]
     if wait:
         left = max(0.001, deadline - time.monotonic())
         rows = [
@@ -83,6 +103,7 @@ async def fork_sandbox(
 @router.get("/snapshots", operation_id="list_snapshots")
 async def list_snapshots(
     request: Request,
+    caller: Caller,
     limit: PageLimit = 100,
     cursor: PageCursor = "",
     sandbox: Annotated[
@@ -91,7 +112,9 @@ async def list_snapshots(
     label: LabelFilter = None,
 ) -> SnapshotPage:
     """List snapshots that are `ready` or `damaged`, oldest first, page by page, those that forks are made from included."""
-    rows, next_cursor = services_of(request).snapshots.list_page(limit, cursor, sandbox, parse_label_filter(label))
+    rows, next_cursor = services_of(request).snapshots.list_page(
+        limit, cursor, sandbox, parse_label_filter(label), caller.viewer_id
+    )
     return SnapshotPage(items=[render_snapshot(row) for row in rows], next_cursor=next_cursor)
 
 

@@ -1,0 +1,1 @@
+"""Identity providers: who vouches for the people that sign in."""
