@@ -1,4 +1,4 @@
-"""What ``scripts/demo`` shows, over the public Python SDK: images, a sandbox, a shell pipeline, a Python program, files.
+"""What ``scripts/demo`` shows, over the public Python SDK: images, a sandbox, programs, files, a fork.
 
 Called by ``scripts/demo`` with the checkout's own Python. It starts its own Atelier with a temporary data and run
 folder, and must end with none of these left: processes, sockets, files.
@@ -137,8 +137,6 @@ class OwnAtelier:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ATELIER_")}
         environment |= {name: os.environ[name] for name in kept if name in os.environ}
         environment["ATELIER_RUN_DIR"] = str(self.folder / "run")
-        # One sandbox is all that is shown: nothing is to be made ready for a second.
-        environment["ATELIER_TEMPLATES"] = "off"
         # VMMs run under users of their own when this is root, and must get to their sockets' folder.
         self.folder.chmod(0o711)
         with self.log.open("wb") as log:
@@ -229,6 +227,20 @@ def work_in(sandbox: Sandbox, phases: Phases) -> None:
         phase.add(f"{PAYLOAD_BYTES // 1024**2} MiB there and back, SHA-256 {digest[:16]}… on both sides")
 
 
+def fork(sandbox: Sandbox, phases: Phases) -> None:
+    """A second sandbox that goes on from where the first one is, and cannot be told from it but by its identity."""
+    with phases.phase("fork it while it runs") as phase:
+        pid = sandbox.run("setsid sleep 3600 >/dev/null 2>&1 & echo $!", check=True).stdout.strip()
+        (copy,) = sandbox.fork(1)
+        with copy:
+            told = copy.run(
+                f"cat /proc/{pid}/comm && hostname && sha256sum -c payload.sha256", check=True
+            ).stdout.split()
+            if told[:2] != ["sleep", copy.name]:
+                raise AtelierError(f"the fork is not what was forked: {' '.join(told)}")
+            phase.add(f"{copy.name} has the files and the running process {pid}, and a name of its own")
+
+
 def stay(endpoint: Endpoint, own: OwnAtelier, sandbox: Sandbox) -> None:
     console.print(
         textwrap.dedent(
@@ -306,6 +318,7 @@ def show(own: OwnAtelier, phases: Phases, *, once: bool) -> None:
                 f"{details.disk_mib} MiB of disk"
             )
         work_in(sandbox, phases)
+        fork(sandbox, phases)
         console.print(f"\nAPI documentation: {endpoint.api_url}/docs", markup=False)
         if not once:
             stay(endpoint, own, sandbox)

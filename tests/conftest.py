@@ -1,9 +1,9 @@
 """What every test run shares: the order of the folders, what runs beside what, and the refusal of skips where all must
 run.
 
-With several workers (scripts/test), the tests of one file stay together, and those that boot real guests stay in three
+With several workers (scripts/test), the tests of one file stay together, and those that boot real guests stay in four
 groups: they are the longest, and more guests at a time would be late for everything on few processors. Two of the groups
-begin at once, beside the fast tests.
+begin at once, beside the fast tests, and the others among them, so that no worker is left alone with one in the end.
 
 Tests skip when a probe says that the machine cannot do what they need. With ``ATELIER_REQUIRE_ALL=1`` (scripts/test
 sets it in CI) such a skip counts as a failure, since there it means that a test silently stopped running. A skip that
@@ -16,6 +16,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Generator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,16 @@ FOLDER_ORDER = ("architecture", "unit", "contract", "lifecycle", "api", "e2e", "
 """Fast ones first, real guests last, so that a slip is told in seconds."""
 
 _GUESTS = FOLDER_ORDER[-1]
-_BRIDGED = "test_bridge_network.py"
 
-_SHARED_GUEST = re.compile(r"\blocal_manager\b|\bsandbox: Sandbox\b")
-"""The fixtures of tests/vm/conftest.py."""
+_GROUPS = {
+    "one guest that they share": re.compile(r"\blocal_manager\b|\bsandbox: Sandbox\b"),  # tests/vm/conftest.py
+    "bridge": re.compile(r"^class BridgedManager\b", re.MULTILINE),
+    "guests of managers": re.compile(r"^from tests\.(running_manager|kill_under_load|soak) ", re.MULTILINE),
+    "guests of drivers": re.compile(""),
+}
+"""The groups of files in tests/vm: a file is of the first of which its text has the sign."""
+_GROUP_BEFORE = {"bridge": "contract", "guests of drivers": "lifecycle"}
+"""The folder before whose tests a group stands where there are several workers; the others stand before all."""
 
 ALWAYS_RIGHT = "not applicable:"
 
@@ -42,10 +49,17 @@ def _folder(item: pytest.Item) -> str:
     return item.path.relative_to(item.config.rootpath / "tests").parts[0]
 
 
+@cache
+def _group(file: Path) -> str:
+    text = file.read_text()
+    return next(group for group, sign in _GROUPS.items() if sign.search(text))
+
+
 def _place(item: pytest.Item) -> float:
     folder = _folder(item)
     if folder == _GUESTS and "PYTEST_XDIST_WORKER" in os.environ:
-        return FOLDER_ORDER.index("contract") - 0.5 if item.path.name == _BRIDGED else -1
+        later = _GROUP_BEFORE.get(_group(item.path))
+        return -1 if later is None else FOLDER_ORDER.index(later) - 0.5
     return FOLDER_ORDER.index(folder) if folder in FOLDER_ORDER else len(FOLDER_ORDER)
 
 
@@ -54,10 +68,7 @@ class _Shares(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if not file.startswith(f"tests/{_GUESTS}/") or file.endswith(f"/{_BRIDGED}"):
-            return file
-        shared = _SHARED_GUEST.search(Path(file).read_text()) is not None
-        return "shared guests" if shared else "guests of their own"
+        return _group(self.config.rootpath / file) if file.startswith(f"tests/{_GUESTS}/") else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:

@@ -2,8 +2,9 @@
 
 ``python -m tests.disturbed_manager ACTION PLACE OPTION ...``. ACTION ``crash``: end there by ``os._exit``, as a kill
 would; ``hold=FILE``: make FILE there and wait until somebody removes it; ``slow=SECONDS``: take so long. With
-``,drain=SECONDS`` behind it, an end waits so long for what is under way, and not half a minute. PLACE is a
-``sabotage.Place``, or ``everywhere``; the options are the manager's.
+``,drain=SECONDS`` behind it, an end waits so long for what is under way, and not half a minute; with ``,look=SECONDS``,
+guests that met a full disk are looked at so often, and not each ten seconds. PLACE is a ``sabotage.Place``,
+``everywhere`` or ``nowhere``; the options are the manager's.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from atelier.manager import installation
 
 CRASHED = 77
 MODULE = "tests.disturbed_manager"
-EVERYWHERE = "everywhere"
+EVERYWHERE, NOWHERE = "everywhere", "nowhere"
+_INTERVALS = {"drain": "_DRAIN_SECONDS", "look": "_FULL_DISK_SECONDS"}
 
 
 def main(action: str, place: str, options: list[str]) -> int:
-    action, _, drain_seconds = action.partition(",drain=")
+    action, *wishes = action.split(",")
     verb, _, value = action.partition("=")
-    if drain_seconds:
-        installation._DRAIN_SECONDS = float(drain_seconds)
+    for wish in wishes:
+        name, _, seconds = wish.partition("=")
+        assert hasattr(installation, _INTERVALS[name])
+        setattr(installation, _INTERVALS[name], float(seconds))
 
     async def disturbance(reached: Place) -> None:
         if place not in (EVERYWHERE, str(reached)):

@@ -30,6 +30,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+from tests.forked_programs import ForkedProgram
 from tests.vm.ordinary_user import ORDINARY_USER
 
 from atelier.drivers.network.bridge import BridgeNetwork
@@ -107,7 +108,7 @@ class NetworkLab:
     host: subprocess.Popen[bytes]
     internet: subprocess.Popen[bytes]
     home: Home = Home.ROOT
-    holder: subprocess.Popen[bytes] | None = None
+    holder: ForkedProgram | None = None
     installation: str = INSTALLATION
     run: RunLayout = field(init=False)
     data: DataLayout = field(init=False)
@@ -232,26 +233,27 @@ class NetworkLab:
     def start_holder(
         self,
         *options: str,
-        program: Sequence[str] = ("atelier.network_holder",),
+        program: Sequence[str] = ("atelier.network_holder.__main__",),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises RuntimeError with the holder's last words when it ends instead of answering."""
+        """``program``: a module's name, whose ``main`` gets the words after it and the holder's. Raises RuntimeError with the
+        holder's last words when it ends instead of answering."""
         self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
+        user = ORDINARY_USER if self.home is Home.USER else 0
         with self.log.open("ab") as output:
-            self.holder = subprocess.Popen(
+            self.holder = ForkedProgram(
                 [
-                    *(str(shutil.which("nsenter")), "--target", str(self.host.pid), "--net", "--mount"),
-                    *(*self.as_owner(), sys.executable, "-m", *program, *map(str, arguments)),
+                    *("tests.program_in_lab", str(self.host.pid), str(user), *program, *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, **environment} if environment else None,
+                environment={**os.environ, **(environment or {})},
+                folder=_REPOSITORY,
+                output=output,
+                errors=output,
             )
         deadline = time.monotonic() + 60
         while not self.run.network_socket.exists():
@@ -269,7 +271,7 @@ class NetworkLab:
     def stop_holder(self) -> None:
         """The process alone: the home stays."""
         if self.holder is not None:
-            self.holder.terminate()
+            self.holder.send_signal(signal.SIGTERM)
             self.holder.wait(60)
             self.holder = None
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from typing import Any
 import httpx
 import pytest
 from tests.footprint import processes_naming
+from tests.forked_programs import ForkedProgram, Program, run_forked
 from tests.real_machines import NO_QEMU, REPOSITORY
 
 from atelier.config.settings import load_settings
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
+WITH_TEMPLATES = {"ATELIER_TEMPLATES": "on"}
+"""Variables for tests that need many guests and none of them booted: from the second on they are restored."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class RunningManager:
     run_dir: Path
     log: Path
     environment: dict[str, str]
-    process: subprocess.Popen[bytes]
+    process: Program
 
     def client(self, **options: object) -> httpx.Client:
         return httpx.Client(
@@ -54,12 +58,14 @@ def start_manager(
     program: Sequence[str] = MANAGER,
     variables: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
+    forked: bool = True,
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
     ``program``: another module to run in its place, with the arguments that stand before the manager's. ``variables``
-    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's."""
+    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's.
+    ``forked``: unless it has such a place, it is spared its imports (tests/forked_programs.py)."""
     environment, process = launch_manager(
-        folder, *options, mode=mode, program=program, variables=variables, within=within
+        folder, *options, mode=mode, program=program, variables=variables, within=within, forked=forked
     )
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
@@ -92,7 +98,8 @@ def launch_manager(
     program: Sequence[str],
     variables: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
-) -> tuple[dict[str, str], subprocess.Popen[bytes]]:
+    forked: bool = True,
+) -> tuple[dict[str, str], Program]:
     """As ``start_manager``, without waiting for its answer: its environment and its process."""
     environment = {
         **os.environ,
@@ -109,16 +116,44 @@ def launch_manager(
     }
     environment.pop("ATELIER_API_KEY", None)
     environment.pop("ATELIER_API_URL", None)
+    words = [*program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options]
     with (folder / "manager.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*within, sys.executable, "-m", *program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options],
+        if forked and not within:
+            return environment, ForkedProgram(words, environment=environment, folder=REPOSITORY, output=log, errors=log)
+        return environment, subprocess.Popen(
+            [*within, sys.executable, "-m", *words],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
-    return environment, process
+
+
+def run_manager(
+    environment: Mapping[str, str], *options: str, within: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """``atelier.manager`` where it is to end by itself. ``within``: as for ``start_manager``."""
+    words = [*MANAGER, *options]
+    if not within:
+        done = run_forked(words, environment=environment, folder=REPOSITORY)
+        return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
+    command = [*within, sys.executable, "-m", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def wait_for_template(manager: RunningManager) -> tuple[str, str]:
+    """The ids of the first template and of the sandbox that it was made of, once it is ready and that one is gone. The
+    manager was started with ``WITH_TEMPLATES`` and has created a sandbox."""
+
+    def ready() -> tuple[str, str] | None:
+        with closing(sqlite3.connect(f"file:{manager.data_dir / 'atelier.db'}?mode=ro", uri=True)) as database:
+            return database.execute(
+                "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'"
+                " AND sandbox_id NOT IN (SELECT id FROM sandboxes)"
+            ).fetchone()
+
+    return wait_until(ready, 600)
 
 
 def stop_manager(manager: RunningManager) -> int:
@@ -134,16 +169,28 @@ class LocalInstallation:
     """Machines below one folder, real ones as a rule, whose manager may be killed, ended and started again by the
     test."""
 
-    def __init__(self, folder: Path, *, mode: str = "local", program: Sequence[str] = MANAGER) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: str = "local",
+        program: Sequence[str] = MANAGER,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.mode = mode
         self.program = program
+        self.variables = variables
         self.manager = self.start()
 
     def start(self, *options: str, program: Sequence[str] = ()) -> RunningManager:
         """A manager that leaves its sandboxes alone when it ends; ``program`` as for ``start_manager``."""
         self.manager = start_manager(
-            self.folder, "--on-exit", "keep", *options, mode=self.mode, program=program or self.program
+            self.folder,
+            *("--on-exit", "keep", *options),
+            mode=self.mode,
+            program=program or self.program,
+            variables=self.variables,
         )
         return self.manager
 
@@ -198,13 +245,13 @@ def wait_until(true: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 @contextmanager
-def local_installation() -> Generator[LocalInstallation]:
+def local_installation(variables: Mapping[str, str] | None = None) -> Generator[LocalInstallation]:
     """An installation of its own; all of it is gone in the end, and nothing may be left. Skipped where there is no
     QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        made = LocalInstallation(Path(folder))
+        made = LocalInstallation(Path(folder), variables=variables)
         try:
             yield made
         finally:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from click.testing import CliRunner, Result
+from tests.forked_programs import run_forked
 from tests.running_manager import RunningManager
 
 from atelier.cli.__main__ import cli
@@ -26,6 +27,12 @@ _QUICK = (
     "get",
     "ls",
     "rm",
+    "stop",
+    "start",
+    "restart",
+    "resize",
+    "retry",
+    "extend",
     "cp",
     "logs",
     "image",
@@ -61,17 +68,23 @@ class Cli:
     ) -> subprocess.CompletedProcess[bytes]:
         """Run to the end. ``input`` None: stdin is /dev/null. ``status`` None: any.
 
-        Commands without input run inside of this process, which takes a tenth of the time.
+        Commands without input run inside of this process, which takes a tenth of the time, or forked where they may
+        execute another program or want to hear of signals.
         """
-        if input is None and arguments[0] in _QUICK:
+        if input is not None:
+            return self.run_program(*arguments, input=input, status=status, timeout=timeout)
+        if arguments[0] in _QUICK:
             result = self.invoke(*map(str, arguments), status=status)
             return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout_bytes, result.stderr_bytes)
-        return self.run_program(*arguments, input=input, status=status, timeout=timeout)
+        words = ["atelier.cli", *map(os.fsdecode, arguments)]
+        return self._checked(
+            run_forked(words, environment=self.environment, folder=self.folder, timeout=timeout), status
+        )
 
     def run_program(
         self, *arguments: str | bytes | Path, input: bytes | None = None, status: int | None = 0, timeout: float = 120
     ) -> subprocess.CompletedProcess[bytes]:
-        """As ``run``, always as a process of its own."""
+        """As ``run``, always as a program of its own."""
         done = subprocess.run(
             [*PROGRAM, *arguments],
             env=self.environment,
@@ -81,6 +94,10 @@ class Cli:
             capture_output=True,
             timeout=timeout,
         )
+        return self._checked(done, status)
+
+    @staticmethod
+    def _checked(done: subprocess.CompletedProcess[bytes], status: int | None) -> subprocess.CompletedProcess[bytes]:
         assert b"Traceback" not in done.stderr, done.stderr.decode()
         assert status is None or done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done

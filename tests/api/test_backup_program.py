@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.forked_programs import run_forked
 from tests.running_manager import RunningManager, start_manager, stop_manager
 
 
@@ -32,11 +32,11 @@ def running(folder: Path) -> Iterator[RunningManager]:
 
 def atelier(data: Path, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "ATELIER_DATA_DIR": str(data)}
-    command = [sys.executable, "-m", "atelier.cli", *arguments]
-    done = subprocess.run(command, env=environment, cwd=data.parent, capture_output=True, text=True, timeout=60)
+    words = ["atelier.cli", *arguments]
+    done = run_forked(words, environment=environment, folder=data.parent)
     assert done.returncode == status, (done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    return done
+    assert b"Traceback" not in done.stderr
+    return subprocess.CompletedProcess(words, status, done.stdout.decode(), done.stderr.decode())
 
 
 def test_a_backup_beside_a_running_manager_moves_to_a_new_machine(running: RunningManager, folder: Path) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tests.running_manager import start_manager, stop_manager
+from tests.running_manager import run_manager, start_manager, stop_manager
 
 
 def findings(environment: dict[str, str]) -> tuple[int, dict[str, Any]]:
-    program = [sys.executable, "-m", "atelier.manager", "--doctor", "--json"]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60)
+    done = run_manager(environment, "--doctor", "--json")
     return done.returncode, {each["name"]: each for each in json.loads(done.stdout)["checks"]}
 
 

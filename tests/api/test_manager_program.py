@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import httpx
 import pytest
 from tests.disturbed_manager import MODULE
 from tests.lifecycle.sabotage import Place
-from tests.running_manager import RunningManager, start_manager, stop_manager, wait_until
+from tests.running_manager import RunningManager, run_manager, start_manager, stop_manager, wait_until
 
 from atelier.model.states import UNDER_WAY
 
@@ -27,11 +26,6 @@ from atelier.model.states import UNDER_WAY
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="atl-") as made:  # short: sockets lie below it
         yield Path(made)
-
-
-def run_manager(environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "atelier.manager", *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_second_manager_on_the_same_data_is_refused(manager: RunningManager) -> None:
@@ -98,7 +92,8 @@ def test_an_end_that_is_to_stop_the_sandboxes_does_and_says_so(folder: Path) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_end_leaves_the_sandboxes_to_the_next_manager(folder: Path, number: signal.Signals) -> None:
     """The machines of mock mode end with their manager, as all do when the host is rebooted: they boot again."""
-    running = start_manager(folder, "--on-exit", "keep")
+    # In an interpreter of its own, with the signals as that found them.
+    running = start_manager(folder, "--on-exit", "keep", forked=number == signal.SIGKILL)
     with running.client() as client:
         for name in ("busy", "resting"):
             client.post("/api/v1/sandboxes", params={"wait": True}, json={"name": name}).raise_for_status()

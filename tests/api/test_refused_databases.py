@@ -15,7 +15,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.running_manager import start_manager, stop_manager
+from tests.running_manager import run_manager, start_manager, stop_manager
 
 AN_ORDINARY_USER = 54321
 """Nobody's: it needs no passwd entry."""
@@ -67,8 +67,7 @@ def run_up(folder: Path, *prefix: str) -> subprocess.CompletedProcess[str]:
         "ATELIER_RUN_DIR": str(folder / "run"),
         "ATELIER_CACHE_DIR": str(folder / "cache"),
     }
-    command = [*prefix, sys.executable, "-m", "atelier.manager", "--mode", "mock", "--listen", "127.0.0.1:0"]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return run_manager(environment, "--mode", "mock", "--listen", "127.0.0.1:0", within=prefix)
 
 
 def refusal(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
@@ -208,18 +207,25 @@ def test_a_locked_one_is_said_and_kept(folder: Path) -> None:
         other.communicate()
 
 
-@pytest.fixture
-def as_ordinary_user(folder: Path) -> list[str]:
-    """The command that runs a program as a user who does not get past modes; ``folder`` is that user's."""
+@pytest.fixture(scope="module")
+def ordinary_user() -> list[str]:
+    """The command that runs a program as a user who does not get past modes."""
     if os.geteuid() != 0:
         return []
     prefix = ["setpriv", f"--reuid={AN_ORDINARY_USER}", f"--regid={AN_ORDINARY_USER}", "--clear-groups", "--"]
     probe = [*prefix, sys.executable, "-c", "import atelier.manager.__main__"]
     if shutil.which("setpriv") is None or subprocess.run(probe, capture_output=True).returncode != 0:
         pytest.skip("an ordinary user cannot run this checkout")
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, AN_ORDINARY_USER, AN_ORDINARY_USER)
     return prefix
+
+
+@pytest.fixture
+def as_ordinary_user(folder: Path, ordinary_user: list[str]) -> list[str]:
+    """As ``ordinary_user``; ``folder`` is that user's."""
+    if ordinary_user:
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, AN_ORDINARY_USER, AN_ORDINARY_USER)
+    return ordinary_user
 
 
 def test_a_file_that_may_only_be_read(folder: Path, as_ordinary_user: list[str]) -> None:

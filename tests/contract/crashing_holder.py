@@ -1,19 +1,18 @@
 """A network holder that ends without a word while it takes or frees a slot: before its Nth call that changes something.
 
-``python -m tests.contract.crashing_holder N <the holder's own arguments>``. Started by ``test_holder_crashes``.
+Its arguments are N and the holder's own. Started by ``test_holder_crashes``.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from atelier.host import tap
 from atelier.host.netlink import NetlinkSocket
 from atelier.host.nftables import Nftables
-from atelier.network_holder.__main__ import main
+from atelier.network_holder import __main__ as holder
 from atelier.network_holder.policies import PolicyFiles
 from atelier.network_holder.slots import NetworkSlots
 
@@ -56,6 +55,6 @@ def crash_before(number: int) -> None:
         setattr(NetworkSlots, name, counting(getattr(NetworkSlots, name)))
 
 
-if __name__ == "__main__":
-    crash_before(int(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))
+def main(arguments: list[str]) -> int:
+    crash_before(int(arguments[0]))
+    return holder.main(arguments[1:])

@@ -1,8 +1,9 @@
-"""Managers that end themselves, one after another, on a real network: run as a program by ``test_manager_crashes``.
+"""Managers that end themselves, one after another, on a real network: run in a process of its own by
+``test_manager_crashes``.
 
-``crashing_managers.py FOLDER``: for each line of its input, a JSON list [errand, sandbox's name, place], one manager is
-forked, which takes up what the last one left, does the errand and ends by ``os._exit`` at the place, or in good order
-when all has settled; then its exit code is a line of the output. Forked, as starting a program takes longer than it runs.
+``run_managers``: for each (errand, sandbox's name, place) that comes by the connection, one manager is forked, which
+takes up what the last one left, does the errand and ends by ``os._exit`` at the place, or in good order when all has
+settled; then its exit code is sent back. Forked, as starting a program takes longer than it runs.
 
 All drivers are ``crash_program``'s files, but for the network's. Machines hold their TAPs and outlive the managers, as
 QEMU does: the descriptors go to ``MachineRoom``, in the process that is to send and hear their packets.
@@ -11,13 +12,13 @@ QEMU does: the descriptors go to ``MachineRoom``, in the process that is to send
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 
@@ -33,7 +34,6 @@ from atelier.model.machine import MachineSpec, ProcessIdentity
 from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
 from atelier.model.sandbox import SandboxSpec
 
-MODULE = "tests.contract.crashing_managers"
 LISTED = NetworkPolicy(EgressPolicy.make(EgressMode.LIST, ["203.0.113.0/24"]), upload_kbit_per_second=1_000_000)
 """What the errand ``limit`` sets: all that the packet table expects to pass is allowed."""
 SETTING_POLICY = tuple(Place("network_policy", "set_policy", "do", moment) for moment in ("before", "after"))
@@ -156,22 +156,23 @@ async def _do(lifecycle: SandboxLifecycle, errand: str, sandbox_id: str) -> None
         await lifecycle.network_policies.change(sandbox_id, lambda _: LISTED)
 
 
-def main(folder: Path) -> None:
+def run_managers(folder: Path, log: Path, errands: Connection) -> None:
+    """Until the other end of the connection is closed."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
     (folder / "resources").mkdir()
-    for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                asyncio.run(run_manager(folder, *json.loads(line)))
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with suppress(EOFError):
+        while True:
+            errand, name, place = errands.recv()
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    asyncio.run(run_manager(folder, errand, name, place))
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            errands.send(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

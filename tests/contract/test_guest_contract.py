@@ -145,6 +145,15 @@ async def test_initialize_and_metrics(ground: Ground) -> None:
     assert metrics.uptime_seconds >= 0
 
 
+async def test_a_new_name_leaves_the_token(ground: Ground) -> None:
+    await ground.driver.initialize(BOX, GuestIdentity("box", "0" * 32, TOKEN, bytes(32), 1, {"OLD": "value"}))
+    await ground.driver.rename(BOX, "renamed", {"NEW": "value"})
+    await ground.driver.rename(BOX, "renamed", {"NEW": "value"})
+    assert (await ground.driver.metrics(BOX)).cpu_count >= 1
+    with pytest.raises(GuestUnreachableError):
+        await ground.driver.rename("mmmmmmmmmmmm", "renamed", {})
+
+
 async def test_a_clock_that_is_right(ground: Ground) -> None:
     assert abs(await ground.driver.synchronize_clock(BOX)) < 5
     with pytest.raises(GuestUnreachableError):

@@ -12,7 +12,6 @@ from tests.contract.packet_stage import Guest, Stage
 from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import NEIGHBOUR, NO_LAB
 from tests.network_lab import NetworkLab, network_lab
-from tests.real_machines import REPOSITORY
 
 from atelier.model.errors import TransientError
 from atelier.model.network_policy import EgressMode, EgressPolicy, NetworkPolicy
@@ -34,7 +33,7 @@ async def crashes(lab: NetworkLab, number: int, work: Callable[[], Awaitable[obj
     """Whether the holder ended before its Nth change; another one stands in its place afterwards."""
     lab.stop_holder()
     program = ("tests.contract.crashing_holder", str(number))
-    lab.start_holder(program=program, environment={"PYTHONPATH": str(REPOSITORY)})
+    lab.start_holder(program=program)
     try:
         await work()
     except TransientError:

@@ -16,6 +16,8 @@ from typing import cast
 
 import pytest
 from tests.contract.hostile_peer import ATTACKS
+from tests.forked_programs import ForkedProgram, Program
+from tests.real_machines import REPOSITORY
 
 from atelier.guest_agent.channel import run_channel
 from atelier.guest_protocol.multiplexer import INITIAL_WINDOW_BYTES
@@ -33,7 +35,7 @@ NO_VIOLATION = {"silence", "silence_in_an_epoch", "hang_up_at_once", "tiny_frame
 
 
 class Gateway:
-    def __init__(self, root: Path, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, root: Path, process: Program | asyncio.subprocess.Process) -> None:
         self.layout = RunLayout(root)
         self.process = process
 
@@ -76,17 +78,14 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 
 
 @contextlib.asynccontextmanager
-async def started(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    root = Path(__file__).resolve().parents[2]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", *arguments, cwd=root, stderr=asyncio.subprocess.DEVNULL
-    )
+async def started(*words: str) -> AsyncIterator[ForkedProgram]:
+    with open(os.devnull, "wb") as nothing:
+        process = ForkedProgram(words, environment=os.environ, folder=REPOSITORY, output=nothing, errors=nothing)
     try:
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(process.wait(), PATIENCE_SECONDS)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.wait, PATIENCE_SECONDS)
 
 
 async def until_there(path: Path) -> None:

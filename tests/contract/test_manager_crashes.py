@@ -7,26 +7,24 @@ many managers have resumed is unwound, so the places are dealt to a few sandboxe
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import pytest
-from tests.contract.crashing_managers import MODULE, SETTING_POLICY, MachineRoom
+from tests.contract.crashing_managers import SETTING_POLICY, MachineRoom, run_managers
 from tests.contract.packet_flows import UdpFlow, is_open
 from tests.contract.packet_stage import Guest, Stage
 from tests.contract.packet_table import try_table
 from tests.contract.test_network_packets import NO_LAB
 from tests.contract.test_network_policies import counters_left_out
+from tests.forked_programs import PROCESSES
 from tests.lifecycle.crash_program import CRASHED
 from tests.lifecycle.sabotage import Place
 from tests.lifecycle.test_every_saga import DOS, UNDOS
 from tests.network_lab import INTERNET, NetworkLab, network_lab
-from tests.real_machines import REPOSITORY
 
 from atelier.db.engine import Database
 from atelier.db.sandbox_networks import SandboxNetwork, SandboxNetworkRepository
@@ -51,6 +49,7 @@ DESTROYING = [
     for moment in ("before", "after")
 ]
 ROUNDS = -(-max(len(CREATING), len(STARTING)) // RESUMED_MAX)
+LOG = "managers.log"
 NAME, WITNESSES = "crashed", ("north", "south")
 
 
@@ -65,7 +64,7 @@ class Theatre:
 
     lab: NetworkLab
     database: Database
-    managers: subprocess.Popen[str]
+    managers: Connection
     room: MachineRoom
     stage: Stage = field(init=False)
     witnesses: list[Guest] = field(default_factory=list)
@@ -85,14 +84,12 @@ class Theatre:
         self.settle()
 
     def _run(self, errand: str, name: str, place: str = "") -> int:
-        assert self.managers.stdin is not None and self.managers.stdout is not None
-        self.managers.stdin.write(json.dumps([errand, name, place]) + "\n")
-        self.managers.stdin.flush()
-        return int(self.managers.stdout.readline())
+        self.managers.send((errand, name, place))
+        return self.managers.recv()
 
     @property
     def log(self) -> Path:
-        return self.lab.folder / "managers.log"
+        return self.lab.folder / LOG
 
     # --- what there is ---
 
@@ -147,23 +144,17 @@ class Theatre:
 
 
 @contextmanager
-def running_managers(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    with (folder / "managers.log").open("w") as log:
-        managers = subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(folder)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    with managers:
-        try:
-            yield managers
-        finally:
-            assert managers.stdin is not None
-            managers.stdin.close()
-            managers.wait(60)
+def running_managers(folder: Path) -> Iterator[Connection]:
+    ours, theirs = Pipe()
+    managers = PROCESSES.Process(target=run_managers, args=(folder, folder / LOG, theirs), daemon=True)
+    managers.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        managers.join(60)
+        assert managers.exitcode == 0
 
 
 @pytest.fixture

@@ -88,14 +88,14 @@ async def test_with_the_keeper_all_that_it_started_ends(stage: Stage) -> None:
 
 @of_user
 async def test_a_keeper_that_nobody_needs_ends(lab: NetworkLab) -> None:
-    lab.start_keeper("--linger-seconds", "8")
+    lab.start_keeper("--linger-seconds", "4")
     keeper = lab.keeper
     lab.start_holder()
     driver = lab.driver()
     await driver.ensure_slot(GUEST, 0)
     async with driver.opened(GUEST):
         lab.stop_holder()
-        time.sleep(12)
+        time.sleep(6)
         assert lab.keeper == keeper, "a machine holds its TAP"
     wait_until(lambda: not lab.run.network_keeper_socket.exists(), 30)
     wait_until(lambda: _processes_with(f"at{INSTALLATION}-home") == [])

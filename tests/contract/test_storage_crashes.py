@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.forked_programs import PROCESSES
 from tests.qcow2_disks import IMAGE_NAME, files_in, find_volume, freeze, holds, make_image, write
 from tests.real_machines import missing_programs
 
@@ -26,37 +29,38 @@ def base(tmp_path: Path) -> DiskFile:
     return make_image(tmp_path / "cache")
 
 
-CRASHING = """
-import asyncio, os, sys
-from pathlib import Path
-from atelier.drivers.storage.qcow2 import Qcow2Storage
-
-CHANGES = {"os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "open", "subprocess.Popen"}
-volumes, countdown, operation, *arguments = sys.argv[1:]
-left = int(countdown)
-
-def end_before_a_change(event, values):
-    global left
-    if event not in CHANGES or not any(volumes in str(value) for value in values):
-        return
-    if event == "open" and isinstance(values[2], int) and not values[2] & (os.O_WRONLY | os.O_RDWR):
-        return
-    left -= 1
-    if left < 0:
-        os._exit(77)
-
-storage = Qcow2Storage(Path(volumes))
-words = {"True": {"switched": True}, "False": {"switched": False}}.get(arguments[-1], {})
-sys.addaudithook(end_before_a_change)
-asyncio.run(getattr(storage, operation)(*(arguments[:-1] if words else arguments), **words))
-"""
+CHANGES = {
+    *("os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate"),
+    *("open", "subprocess.Popen"),
+}
+CRASHED = 77
 
 
-def crash_at(volumes: Path, number: int, *words: str) -> bool:
+def crash_at(volumes: Path, number: int, operation: str, *arguments: str, **options: bool) -> bool:
     """Do it in a process that ends itself before its ``number``-th change of a file; whether it came to its end."""
-    done = subprocess.run([sys.executable, "-c", CRASHING, str(volumes), str(number), *words], capture_output=True)
-    assert done.returncode in (0, 77), done.stderr.decode()
-    return done.returncode == 0
+    process = PROCESSES.Process(target=_do, args=(volumes, number, operation, arguments, options))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, CRASHED), "it says why above"
+    return process.exitcode == 0
+
+
+def _do(volumes: Path, number: int, operation: str, arguments: tuple[str, ...], options: dict[str, bool]) -> None:
+    left = number
+
+    def end_before_a_change(event: str, values: tuple[object, ...]) -> None:
+        nonlocal left
+        if event not in CHANGES or not any(str(volumes) in str(value) for value in values):
+            return
+        if event == "open" and isinstance(values[2], int) and not values[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        left -= 1
+        if left < 0:
+            os._exit(CRASHED)
+
+    storage = Qcow2Storage(volumes)
+    sys.addaudithook(end_before_a_change)
+    asyncio.run(getattr(storage, operation)(*arguments, **options))
 
 
 @pytest.mark.parametrize("switched", [True, False])
@@ -69,13 +73,13 @@ async def test_a_crash_at_any_change_of_a_file_while_freezing(base: DiskFile, tm
         write(volume, 2, at_mib=1)
         old = await find_volume(storage, SANDBOX)
         # First through ``begin``, then, that whole, through ``end``.
-        operation = ["begin_layer", SANDBOX, FIRST]
+        operation, options = "begin_layer", dict[str, bool]()
         if finished == 1:
             next_top = await storage.begin_layer(SANDBOX, FIRST)
             if switched:
                 write(next_top.path, 3, at_mib=2)
-            operation = ["end_layer", SANDBOX, FIRST, str(switched)]
-        through = crash_at(volumes, crashes, *operation)
+            operation, options = "end_layer", {"switched": switched}
+        through = crash_at(volumes, crashes, operation, SANDBOX, FIRST, **options)
         again = Qcow2Storage(volumes)
         if finished == 0:
             assert await again.find_volume(SANDBOX) == old

@@ -165,6 +165,9 @@ class FileDrivers:
     async def initialize(self, sandbox_id: str, identity: Any) -> None:
         assert (self.folder / f"vmm-{sandbox_id}").exists()
 
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
+        assert (self.folder / f"vmm-{sandbox_id}").exists()
+
     async def shut_down(self, sandbox_id: str) -> None:
         self._set(f"vmm-{sandbox_id}", present=False)
 
@@ -193,6 +196,10 @@ class FileDrivers:
 
     async def list_volumes(self) -> list[str]:
         return self._ids("volume")
+
+    async def list_snapshot_disks(self) -> list[str]:
+        """It takes no snapshots."""
+        return []
 
     async def list_slots(self) -> list[str]:
         return self._ids("slot")

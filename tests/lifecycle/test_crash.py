@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from pathlib import Path
 
 import pytest
+from tests.forked_programs import PROCESSES
 from tests.lifecycle import crash_program
 from tests.lifecycle.sabotage import NAME, Place, check_holdings, end_of_unwinding, last_that_unwinds
 from tests.lifecycle.test_every_saga import DOS, SETTLED_WELL, UNDOS, saga_of
@@ -16,11 +16,6 @@ from atelier.db.sandboxes import SandboxRepository
 from atelier.model.errors import NotFoundError
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
-
-PROCESSES = multiprocessing.get_context("forkserver")
-"""Each manager is forked from a process that has imported all of it and done nothing yet: a new interpreter would
-import it anew at every place."""
-PROCESSES.set_forkserver_preload([crash_program.__name__])
 
 
 def crash(folder: Path, scenario: str, place: Place) -> None:

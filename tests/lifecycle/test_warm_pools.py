@@ -103,7 +103,7 @@ async def test_one_is_warmed_before_it_is_ready_and_only_there(host: Host) -> No
     await until(lambda: len(ready(host)) == 1)
     assert warmed_by(host) == ["true", "sh", "bash", "python3", "true"], "in the pool's own only"
     (waiting,) = pooled(host)
-    assert host.calls.count("initialize") == 3, "what giving it away takes was done once, too"
+    assert host.calls.count("rename") == 1, "what giving it away takes was done once, too"
     taken = await running(lifecycle, await host.begun(lifecycle, "one"))
     assert taken.id == waiting.id
 
@@ -246,7 +246,7 @@ async def test_a_guest_that_does_not_take_its_name_leaves_nothing(host: Host) ->
     lifecycle = host.lifecycle()
     waiting = await lifecycle.start_create("pool-one", SandboxSpec(), purpose=SandboxPurpose.POOL)
     await running(lifecycle, waiting)
-    host.faults.fail_next("initialize", HostError("no", code="on_purpose"))
+    host.faults.fail_next("rename", HostError("no", code="on_purpose"))
     taken = await host.created(lifecycle, "one")
     assert taken.id == waiting.id
     assert (taken.state, taken.failure_code, taken.holds_volume) == (SandboxState.FAILED, "on_purpose", False)
@@ -282,11 +282,11 @@ async def test_a_pool_outlives_the_manager(host: Host) -> None:
 async def test_a_manager_that_ends_while_one_is_taken(host: Host) -> None:
     lifecycle = host.lifecycle()
     (waiting,) = await filled(host, lifecycle, 1)
-    host.hang("initialize")
+    host.hang("rename")
     taken = await host.begun(lifecycle)
-    await host.reach("initialize")
+    await host.reach("rename")
     await lifecycle.close()
-    host.faults.release("initialize")
+    host.faults.release("rename")
     after = host.lifecycle()
     await after.recover()
     assert taken.id == waiting

@@ -48,8 +48,7 @@ async def test_what_is_not_kept_goes(tmp_path: Path) -> None:
 async def test_a_held_writer_waits_and_goes_on(tmp_path: Path) -> None:
     # More than the largest pipe takes.
     content = os.urandom(3_000_000)
-    async with piped_file(tmp_path / "new", limit_bytes=LIMIT) as piped:
-        piped.hold()
+    async with piped_file(tmp_path / "new", limit_bytes=LIMIT, held=True) as piped:
         writing = asyncio.create_task(asyncio.to_thread(_write, piped, content))
         await asyncio.sleep(0.3)
         assert not writing.done()
@@ -58,6 +57,24 @@ async def test_a_held_writer_waits_and_goes_on(tmp_path: Path) -> None:
             await writing
             assert await piped.end() == len(content)
         assert (tmp_path / "new").read_bytes() == content
+
+
+async def test_a_held_writer_is_let_through_by_and_by(tmp_path: Path) -> None:
+    content, file, step = os.urandom(3_000_000), tmp_path / "new", 100_000
+    async with piped_file(file, limit_bytes=LIMIT, held=True) as piped:
+        writing = asyncio.create_task(asyncio.to_thread(_write, piped, content))
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            for number in range(3):
+                before = file.stat().st_size
+                piped.let_through(step)
+                while file.stat().st_size < before + step:
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
+                assert file.stat().st_size == before + step, number
+            piped.go_on()
+            await writing
+            assert await piped.end() == len(content)
+        assert file.read_bytes() == content
 
 
 async def test_a_writer_that_never_ends_is_left_alone(tmp_path: Path) -> None:

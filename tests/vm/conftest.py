@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.running_manager import RunningManager, running_local_manager
+from tests.running_manager import WITH_TEMPLATES, RunningManager, running_local_manager
 
 from atelier import Sandbox
 
 
 @pytest.fixture(scope="session")
 def local_manager() -> Iterator[RunningManager]:
-    with running_local_manager() as running:
+    with running_local_manager(WITH_TEMPLATES) as running:
         yield running
 
 

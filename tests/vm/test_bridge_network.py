@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from ipaddress import IPv4Network
 from pathlib import Path
 
+import httpx
 import pytest
 from tests.contract.packet_stage import Guest, Stage
 from tests.contract.packet_table import try_table
@@ -35,13 +36,17 @@ from tests.network_lab import (
     why_no_lab,
 )
 from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.running_manager import WITH_TEMPLATES, wait_until
 from tests.vm.guest_card import guest_card
 from tests.vm.ordinary_user import ORDINARY_USER
 
+from atelier import Sandbox
 from atelier.config.settings import load_settings
 from atelier.model.address_plan import AddressPlan
 from atelier.model.image import Image
 from atelier.model.machine import BootFiles
+from atelier.model.states import UNDER_WAY, SandboxState
+from atelier.schemas.processes import RunResult
 
 pytestmark = pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 
@@ -55,7 +60,8 @@ _SERVE = (
 
 
 class BridgedManager:
-    """A manager in the lab's host, run by who holds the lab's network, asked through its command line there."""
+    """A manager in the lab's host, run by who holds the lab's network, asked through its command line there, and where
+    much is asked without a program for each question."""
 
     def __init__(self, lab: NetworkLab, folder: Path, choice: str = "bridge") -> None:
         self.lab = lab
@@ -65,7 +71,8 @@ class BridgedManager:
         self.words = [
             *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
             *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
-            "ATELIER_TEMPLATES=off",
+            # Where there is a template, guests are restored; test_a_choice_that_was_changed starts one that boots.
+            *(f"{name}={value}" for name, value in WITH_TEMPLATES.items()),
             *(["ATELIER_NETWORK_HOME=host"] if lab.home is Home.HOST else []),
             *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
             sys.executable,
@@ -80,10 +87,32 @@ class BridgedManager:
                 [*self.words, "-m", "atelier.manager"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline = time.monotonic() + 60
-        while self.try_cli("ls").returncode != 0:
+        while not self.answers():
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.2)
+            time.sleep(0.05)
         return self.process
+
+    def answers(self) -> bool:
+        try:
+            with self.lab.inside("host"):
+                return httpx.get(f"{self.token['api_url']}/health", timeout=5, verify=False).status_code == 200
+        except (OSError, ValueError, httpx.HTTPError):
+            return False
+
+    @property
+    def token(self) -> dict[str, str]:
+        """Where it is asked, and with what."""
+        return json.loads((self.data / "token.json").read_text())
+
+    @contextmanager
+    def sandbox(self, name: str) -> Iterator[Sandbox]:
+        """From a client in the lab's host."""
+        token = self.token
+        with (
+            self.lab.inside("host"),
+            Sandbox.connect(name, api_url=token["api_url"], api_key=token["api_key"]) as connected,
+        ):
+            yield connected
 
     def end(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -99,22 +128,40 @@ class BridgedManager:
         """For the next start."""
         self.words = [f"ATELIER_NETWORK={network}" if "ATELIER_NETWORK=" in word else word for word in self.words]
 
-    def try_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def cli(self, *arguments: str) -> str:
+        done = subprocess.run(
             [*self.words, "-m", "atelier.cli", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
-
-    def cli(self, *arguments: str) -> str:
-        done = self.try_cli(*arguments)
         assert done.returncode == 0, done.stdout + done.stderr + self.log.read_text()
         return done.stdout
+
+    def create(self, *names: str) -> None:
+        """They begin at once, and come to their addresses in this order."""
+        token = self.token
+        with self.lab.inside("host"), ExitStack() as stack:
+            made: list[Sandbox] = []
+            for name in names:
+                box = Sandbox.create(
+                    name=name, memory_mib=256, wait=False, api_url=token["api_url"], api_key=token["api_key"]
+                )
+                stack.callback(box.close)
+                made.append(box)
+            for box in made:
+                wait_until(lambda box=box: box.refresh().state not in UNDER_WAY, 300)
+                assert box.state is SandboxState.RUNNING, self.log.read_text()
+
+    def restart(self, name: str) -> None:
+        with self.sandbox(name) as box:
+            box.stop()
+            box.start()
 
     @property
     def plan(self) -> AddressPlan:
         return AddressPlan(IPv4Network(json.loads((self.data / "network.json").read_text())["subnet"]))
 
-    def in_guest(self, name: str, script: str) -> subprocess.CompletedProcess[str]:
-        return self.try_cli("exec", name, "--", "sudo", "sh", "-c", script)
+    def in_guest(self, name: str, script: str) -> RunResult:
+        with self.sandbox(name) as box:
+            return box.run(script, user="root")
 
     def check_card(self, name: str, lease: int) -> None:
         """The guest agent has set it as the manager said."""
@@ -127,7 +174,7 @@ class BridgedManager:
         """What servers there answer, all asked at once; empty if none is reached."""
         asking = [f"curl --silent --max-time 4 http://{address}/ &" for address in addresses]
         done = self.in_guest(name, "\n".join([*asking, "wait"]))
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         return done.stdout
 
 
@@ -141,10 +188,13 @@ def _copy_cache(folder: Path) -> Path:
     cache = load_settings().cache_dir
     copied = [*(cache / "kernel").iterdir(), *(cache / "tools").glob("*.json"), boot.tools]
     copied += [image.path, image.path.with_suffix(".json")]
-    for source in copied:
+    templates = cache.glob("templates/*/template.json")
+    for source in (*copied, *(each.parent for each in templates)):
         target = folder / "cache" / source.relative_to(cache)
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "--archive", "--sparse=always", str(source), str(target)], check=True)
+        # A template may go meanwhile; one that is not whole is not used.
+        copying = ["cp", "--archive", "--sparse=always", str(source), str(target)]
+        subprocess.run(copying, check=source in copied)
     subprocess.run(["chown", "--recursive", f"{ORDINARY_USER}:{ORDINARY_USER}", str(folder / "cache")], check=True)
     return folder / "cache"
 
@@ -214,8 +264,8 @@ def test_two_guests_have_the_internet_and_nothing_else(home: Home) -> None:
 
 
 def try_guests(manager: BridgedManager) -> None:
+    manager.create("one", "two")
     for lease, name in enumerate(("one", "two")):
-        manager.cli("create", "--name", name, "--memory", "256M")
         manager.check_card(name, lease)
     plan = manager.plan
     for name in ("one", "two"):
@@ -223,8 +273,8 @@ def try_guests(manager: BridgedManager) -> None:
     gateway, neighbour = str(plan.gateway), str(plan.address_of(1))
     closed = (HOST_ADDRESS, OTHER_HOST_ADDRESS, gateway, str(plan.uplink_host), METADATA)
     assert manager.fetch("one", *closed) == ""
-    assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").returncode != 0
-    assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").returncode != 0
+    assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").exit_code != 0
+    assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").exit_code != 0
 
     try_packets(manager)
 
@@ -240,7 +290,7 @@ def try_guests(manager: BridgedManager) -> None:
         f"ip address add {neighbour}/16 dev eth0; ip link set eth0 up; ip route replace default via {gateway}; "
     )
     stolen = manager.in_guest("one", theft + f"curl --silent --max-time 4 http://{INTERNET}/")
-    assert stolen.returncode != 0
+    assert stolen.exit_code != 0
     assert manager.fetch("two", INTERNET) == HOST_ADDRESS
 
 
@@ -283,20 +333,18 @@ def test_a_choice_that_was_changed_disturbs_nobody() -> None:
         manager = BridgedManager(lab, Path(name))
         try:
             with serving(lab, lab.internet.pid, "0.0.0.0", 80):
-                manager.cli("create", "--name", "one", "--memory", "256M")
+                manager.create("one")
                 manager.end()
                 manager.choose("closed")
                 manager.start()
                 assert manager.fetch("one", INTERNET) == HOST_ADDRESS, "it runs, and keeps what it has"
-                manager.cli("stop", "one")
-                manager.cli("start", "one")
+                manager.restart("one")
                 assert manager.fetch("one", INTERNET) == ""
                 manager.end()
                 manager.choose("auto")
                 manager.start()
                 assert manager.fetch("one", INTERNET) == "", "it runs, and keeps what it has"
-                manager.cli("stop", "one")
-                manager.cli("start", "one")
+                manager.restart("one")
                 assert manager.fetch("one", INTERNET) == HOST_ADDRESS
             manager.cli("rm", "--yes", "one")
             manager.end()

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.disturbed_manager import MODULE, NOWHERE
 from tests.footprint import left_of
 from tests.real_machines import NO_QEMU
 from tests.running_manager import RunningManager, start_manager, stop_manager
@@ -172,7 +173,7 @@ def test_a_manager_that_finds_no_room_to_start(small_data_folder: Path) -> None:
 @pytest.mark.skipif(bool(NO_QEMU), reason=NO_QEMU)
 def test_a_guest_that_met_a_full_host_goes_on_once_there_is_room(larger_data_folder: Path) -> None:
     """It is halted, not told of an error: what it wrote is whole in the end."""
-    manager = start_manager(larger_data_folder, mode="local")
+    manager = start_manager(larger_data_folder, mode="local", program=(MODULE, "slow=0,look=1", NOWHERE))
     try:
         with manager.client() as api, ThreadPoolExecutor(1) as pool:
             assert created(api, "writer").json()["state"] == "running"

@@ -1,4 +1,7 @@
-"""Ten real sandboxes at once, all removed without a trace; a gateway that is killed while guests work."""
+"""Ten real sandboxes at once, all removed without a trace; a gateway that is killed while guests work.
+
+The ten are restored; that many boot at once in ``test_kill_under_load``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.footprint import gateway_pid, paths_naming, processes_naming
-from tests.running_manager import RunningManager, running_local_manager
+from tests.running_manager import WITH_TEMPLATES, RunningManager, running_local_manager, wait_for_template
 
 from atelier import Sandbox
 from atelier.model.errors import AtelierError
@@ -21,7 +24,9 @@ COUNT = 10
 
 @pytest.fixture(scope="module")
 def own_manager() -> Iterator[RunningManager]:
-    with running_local_manager() as running:
+    with running_local_manager(WITH_TEMPLATES) as running:
+        with create(running, "first"):
+            wait_for_template(running)
         yield running
     assert processes_naming(str(running.run_dir.parent)) == []
 

@@ -17,7 +17,14 @@ import pytest
 from tests.footprint import left_of, vmm_pids
 from tests.network_lab import HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
 from tests.real_machines import NO_QEMU
-from tests.running_manager import RunningManager, cache_with_own_templates, running_local_manager, wait_until
+from tests.running_manager import (
+    WITH_TEMPLATES,
+    RunningManager,
+    cache_with_own_templates,
+    running_local_manager,
+    wait_for_template,
+    wait_until,
+)
 from tests.vm.test_bridge_network import naming, serving
 
 from atelier import Sandbox, Snapshot
@@ -104,11 +111,11 @@ def lab() -> Iterator[NetworkLab | None]:
 @pytest.fixture(scope="module")
 def manager(lab: NetworkLab | None) -> Iterator[RunningManager]:
     if lab is None:
-        chosen = running_local_manager()
+        chosen = running_local_manager(WITH_TEMPLATES)
     else:
         # Its network's name lies below a /run/netns of the lab's.
         within = ("nsenter", "--target", str(lab.host.pid), "--net", "--mount")
-        chosen = running_local_manager({"ATELIER_NETWORK": "bridge"}, within)
+        chosen = running_local_manager({**WITH_TEMPLATES, "ATELIER_NETWORK": "bridge"}, within)
     with chosen as running:
         yield running
 
@@ -321,23 +328,17 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
 
 
 def test_the_second_create_is_restored_from_a_template(tmp_path: Path) -> None:
-    variables = {"ATELIER_TEMPLATES": "on", "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
-    with running_local_manager(variables) as manager:
-
-        def templates() -> list[tuple[Any, ...]]:
-            made = rows(manager, "SELECT id, sandbox_id FROM snapshots WHERE purpose = 'template' AND state = 'ready'")
-            return made if len(rows(manager, "SELECT id FROM sandboxes")) == 1 else []
-
-        with create(manager, name="first") as first:
-            assert b"atelier: initramfs" in first.read_console()
-            ((template, internal),) = wait_until(templates, WAIT_SECONDS)
-            assert left_of(manager, internal) == []
-            assert [each.name for each in Sandbox.list(api_url=manager.url, api_key=manager.key)] == ["first"]
-            assert Snapshot.list(api_url=manager.url, api_key=manager.key) == []
-            with create(manager, name="second") as second:
-                assert b"atelier: initramfs" not in second.read_console(), "it did not boot"
-                assert any(template in str(path) for path in manager.data_dir.rglob("*"))
-                check_clock(second)
-                mine, others = (run(each, WHO).split() for each in (second, first))
-                assert mine[0] == "second" and others[0] == "first"
-                assert all(one != other for one, other in zip(mine, others, strict=True))
+    variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
+    with running_local_manager(variables) as manager, create(manager, name="first") as first:
+        assert b"atelier: initramfs" in first.read_console()
+        template, internal = wait_for_template(manager)
+        assert left_of(manager, internal) == []
+        assert [each.name for each in Sandbox.list(api_url=manager.url, api_key=manager.key)] == ["first"]
+        assert Snapshot.list(api_url=manager.url, api_key=manager.key) == []
+        with create(manager, name="second") as second:
+            assert b"atelier: initramfs" not in second.read_console(), "it did not boot"
+            assert any(template in str(path) for path in manager.data_dir.rglob("*"))
+            check_clock(second)
+            mine, others = (run(each, WHO).split() for each in (second, first))
+            assert mine[0] == "second" and others[0] == "first"
+            assert all(one != other for one, other in zip(mine, others, strict=True))

@@ -6,13 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.footprint import vmm_pids
+from tests.forked_programs import run_forked
 from tests.leftovers import traces_of
 from tests.running_manager import LocalInstallation, local_installation
 
@@ -26,16 +25,14 @@ def installation() -> Iterator[LocalInstallation]:
 
 
 def atelier(installation: LocalInstallation, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "atelier.cli", *arguments],
-        env=installation.manager.environment,
-        cwd=installation.folder,
-        capture_output=True,
-        text=True,
+    done = run_forked(
+        ["atelier.cli", *arguments],
+        environment=installation.manager.environment,
+        folder=installation.folder,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.decode()
 
 
 def digest(path: Path) -> str:

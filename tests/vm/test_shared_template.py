@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.running_manager import RunningManager, cache_with_own_templates, running_local_manager, wait_until
+from tests.running_manager import (
+    WITH_TEMPLATES,
+    RunningManager,
+    cache_with_own_templates,
+    running_local_manager,
+    wait_until,
+)
 from tests.vm.test_pause_and_fork import WAIT_SECONDS, WHO, check_clock, create, rows, run
 
 from atelier import Sandbox
@@ -33,7 +39,7 @@ def templates(manager: RunningManager) -> list[tuple[Any, ...]]:
 
 def test_a_fresh_installation_restores_what_another_has_made(tmp_path: Path) -> None:
     cache = cache_with_own_templates(tmp_path)
-    variables = {"ATELIER_TEMPLATES": "on", "ATELIER_CACHE_DIR": str(cache)}
+    variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache)}
     with running_local_manager(variables) as maker:
         with timed(lambda: create(maker, name="cold"), "booted") as cold:
             assert booted(cold)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import os
 import select
 import threading
@@ -31,14 +32,18 @@ _LOOK_AGAIN_MS = 100
 class PipedFile:
     """``write_end`` is to be handed to the writer and then closed here with ``handed_over``."""
 
-    def __init__(self, path: Path, file: int, limit_bytes: int) -> None:
+    def __init__(self, path: Path, file: int, limit_bytes: int, *, held: bool) -> None:
         self._path = path
         self._file = file
         self._limit_bytes = limit_bytes
         self._read_end, self.write_end = os.pipe2(os.O_CLOEXEC)
-        self._open = threading.Event()
-        self._open.set()
+        self._allowed_bytes = 0 if held else math.inf
+        """What may still be copied. Read and changed under the lock by both threads."""
+        self._lock = threading.Lock()
+        self._changed = threading.Event()
         self._abandoned = threading.Event()
+        if held:
+            self._set_room(_NARROW_BYTES)
         self._loop = asyncio.get_running_loop()
         self._copied: asyncio.Future[int] = self._loop.create_future()
         # Asked for by ``end`` only; an abandoned copy's failure is nobody's concern.
@@ -52,12 +57,19 @@ class PipedFile:
             os.close(self.write_end)
             self.write_end = -1
 
-    def hold(self) -> None:
-        """Let the writer wait when it has written another 64 KiB."""
-        self._open.clear()
+    def let_through(self, size_bytes: int) -> None:
+        """Copy so much more, and no further until told; a writer that was held before waits when it has written 64 KiB
+        beyond that, one that was not after as much as 1 MiB."""
+        self._allow(size_bytes)
 
     def go_on(self) -> None:
-        self._open.set()
+        """Copy all that comes."""
+        self._allow(math.inf)
+
+    def _allow(self, size_bytes: float) -> None:
+        with self._lock:
+            self._allowed_bytes = size_bytes
+        self._changed.set()
 
     async def end(self) -> int:
         """Wait until the writer has closed its end; how many bytes the file holds.
@@ -80,7 +92,7 @@ class PipedFile:
         """Stop copying; what was not kept goes."""
         self.handed_over()
         self._abandoned.set()
-        self._open.set()
+        self._changed.set()
         await asyncio.wait([self._copied])
         os.close(self._file)
         self._path.unlink(missing_ok=True)
@@ -101,19 +113,25 @@ class PipedFile:
     def _copy(self) -> int:
         poll = select.poll()
         poll.register(self._read_end, select.POLLIN)
-        size_bytes = 0
+        size_bytes, is_wide = 0, False
         try:
-            self._set_room(_WIDE_BYTES)
             while not self._abandoned.is_set():
-                if not self._open.is_set() and self._set_room(_NARROW_BYTES):
-                    while not self._open.wait(_LOOK_AGAIN_MS / 1000) and not self._abandoned.is_set():
-                        pass
+                self._changed.clear()
+                with self._lock:
+                    allowed_bytes = self._allowed_bytes
+                if allowed_bytes == 0:
+                    self._changed.wait(_LOOK_AGAIN_MS / 1000)
+                    continue
+                if allowed_bytes == math.inf and not is_wide:
                     self._set_room(_WIDE_BYTES)
+                    is_wide = True
+                if not poll.poll(_LOOK_AGAIN_MS) or self._changed.is_set():
                     continue
-                if not poll.poll(_LOOK_AGAIN_MS):
-                    continue
+                at_most = int(min(allowed_bytes, _WIDE_BYTES))
                 with refusal_as_error(f"writing {self._path}"):
-                    moved = os.splice(self._read_end, self._file, _WIDE_BYTES)
+                    moved = os.splice(self._read_end, self._file, at_most)
+                with self._lock:
+                    self._allowed_bytes = max(0, self._allowed_bytes - moved)
                 if moved == 0:
                     break
                 size_bytes += moved
@@ -126,18 +144,18 @@ class PipedFile:
             os.close(self._read_end)
         return size_bytes
 
-    def _set_room(self, size_bytes: int) -> bool:
-        """Whether that worked: a pipe cannot have less than it holds, nor a user more than it may."""
-        try:
+    def _set_room(self, size_bytes: int) -> None:
+        # A user may have no more than so much in all pipes together: then it stays as it is.
+        with contextlib.suppress(OSError):
             fcntl.fcntl(self._read_end, fcntl.F_SETPIPE_SZ, size_bytes)
-        except OSError:
-            return False
-        return True
 
 
 @asynccontextmanager
-async def piped_file(path: Path, *, limit_bytes: int, mode: int = 0o600) -> AsyncGenerator[PipedFile]:
-    """A new file at ``path``, for as long as the block runs or until it was kept under another name.
+async def piped_file(
+    path: Path, *, limit_bytes: int, mode: int = 0o600, held: bool = False
+) -> AsyncGenerator[PipedFile]:
+    """A new file at ``path``, for as long as the block runs or until it was kept under another name. ``held``: the writer
+    waits when it has written 64 KiB, until ``let_through`` or ``go_on``.
 
     Raises DiskFullError, HostError (``not_writable``, ``folder_missing``).
     """
@@ -147,7 +165,7 @@ async def piped_file(path: Path, *, limit_bytes: int, mode: int = 0o600) -> Asyn
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     except FileNotFoundError as error:
         raise HostError(f"{path} cannot be made: there is no such folder", code="folder_missing") from error
-    piped = PipedFile(path, file, limit_bytes)
+    piped = PipedFile(path, file, limit_bytes, held=held)
     try:
         yield piped
     finally:

@@ -348,8 +348,9 @@ class SandboxSteps:
         return {}
 
     async def give_new_name(self, context: StepContext) -> dict[str, Any]:
-        """To a guest that runs, and has its network and its host key already."""
-        await self.guests.initialize(context.subject_id, replace(self._own_identity(context.subject_id), host_key=None))
+        """To a guest that runs and is somebody already: all else that it was told is its own, and its clock is kept."""
+        sandbox = self.sandbox(context)
+        await self.guests.rename(sandbox.id, sandbox.name, sandbox.spec.environment)
         return {}
 
     def _own_identity(self, sandbox_id: str) -> GuestIdentity:

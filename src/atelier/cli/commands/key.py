@@ -102,17 +102,21 @@ def create(
 
 @key.command(short_help="Revoke a key.")
 @click.argument("key_id", metavar="ID")
+@json_option("Print {id} as JSON.")
 @pass_invocation
-def revoke(invocation: Invocation, key_id: str) -> None:
+def revoke(invocation: Invocation, key_id: str, as_json: bool) -> None:
     """Revoke a key by its id. Its next request is refused.
 
     \b
     Example:
       atelier key revoke k3fa2bcd4efg
     """
-    from atelier.cli.output import print_line
+    from atelier.cli.output import print_json, print_line
     from atelier.client import account_calls
 
     with invocation.connect() as connection:
         connection.send(account_calls.revoke_api_key(key_id))
+    if as_json:
+        print_json({"id": key_id})
+        return
     print_line(f"revoked {key_id}")

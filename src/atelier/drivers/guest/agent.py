@@ -17,7 +17,15 @@ from typing import Final
 from urllib.parse import urlencode
 
 from atelier.drivers.guest.channel_connection import in_big_pieces
-from atelier.drivers.guest.control_calls import initialize, quiesce, shut_down, synchronize_clock, thaw, wait_ready
+from atelier.drivers.guest.control_calls import (
+    initialize,
+    quiesce,
+    rename,
+    shut_down,
+    synchronize_clock,
+    thaw,
+    wait_ready,
+)
 from atelier.drivers.guest.gateway_control import GatewayControl
 from atelier.drivers.guest.guest_http import STALL_SECONDS, GuestHttp, basic_user, body_of, header
 from atelier.drivers.guest.messages import (
@@ -115,6 +123,9 @@ class AgentGuests:
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
         await initialize(self._guest(sandbox_id), identity)
+
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
+        await rename(self._guest(sandbox_id), hostname, environment)
 
     async def quiesce(self, sandbox_id: str) -> None:
         await quiesce(self._guest(sandbox_id))

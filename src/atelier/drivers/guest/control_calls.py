@@ -107,18 +107,27 @@ async def initialize(guest: GuestHttp, identity: GuestIdentity) -> None:
     with _renamed(
         "restore_hook_failed", "mend the hook in the sandbox that the snapshot was made of, and snapshot it anew"
     ):
-        await guest.ask(
-            "initializing the guest",
-            "POST",
-            "/init",
-            headers={"content-type": connect.CONTENT_TYPE_UNARY},
-            body=connect.encode_json(_identity_fields(identity)),
-            expected=(200, 204),
-        )
+        await _initialize(guest, "initializing the guest", _identity_fields(identity))
     guest.token = identity.token
     if identity.restored and time.monotonic() - begun > _CLOCK_LATE_SECONDS:
         # The time may have been late by as much when the guest read it; nothing of its own has seen that so far.
         await synchronize_clock(guest)
+
+
+async def rename(guest: GuestHttp, hostname: str, environment: dict[str, str]) -> None:
+    """The guest agent leaves alone what it is not told."""
+    await _initialize(guest, "renaming the guest", {"hostname": hostname, "envVars": environment})
+
+
+async def _initialize(guest: GuestHttp, doing: str, fields: Message) -> None:
+    await guest.ask(
+        doing,
+        "POST",
+        "/init",
+        headers={"content-type": connect.CONTENT_TYPE_UNARY},
+        body=connect.encode_json(fields),
+        expected=(200, 204),
+    )
 
 
 async def quiesce(guest: GuestHttp) -> None:

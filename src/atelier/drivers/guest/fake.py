@@ -13,7 +13,7 @@ import json
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from atelier.drivers.faults import Faults
@@ -148,7 +148,7 @@ class FakeGuests:
         return list(self._guests)
 
     def identity(self, sandbox_id: str) -> GuestIdentity | None:
-        """What ``initialize`` was last given, for tests."""
+        """What ``initialize`` and ``rename`` have told it, for tests."""
         return self._guests[sandbox_id].identity
 
     def set_clock_offset(self, sandbox_id: str, seconds: float) -> None:
@@ -231,6 +231,11 @@ class FakeGuests:
 
     async def initialize(self, sandbox_id: str, identity: GuestIdentity) -> None:
         (await self._guest(sandbox_id, "initialize")).identity = identity
+
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
+        guest = await self._guest(sandbox_id, "rename")
+        if guest.identity is not None:
+            guest.identity = replace(guest.identity, hostname=hostname, environment=environment)
 
     async def quiesce(self, sandbox_id: str) -> None:
         (await self._guest(sandbox_id, "quiesce")).movement.stop()

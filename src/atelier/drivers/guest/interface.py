@@ -52,6 +52,11 @@ class GuestDriver(Protocol):
         """
         ...
 
+    async def rename(self, sandbox_id: str, hostname: str, environment: dict[str, str]) -> None:
+        """Give a guest that runs, and was told who it is, another hostname and default environment; nothing else
+        changes, and none of the old environment stays. May be asked again."""
+        ...
+
     async def quiesce(self, sandbox_id: str) -> None:
         """Return when the guest stands still, for a snapshot: all processes but PID 1 and the guest agent, and its root
         file system, with everything on its disk. Idempotent. Until ``thaw`` the guest answers ``wait_ready``,

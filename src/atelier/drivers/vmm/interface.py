@@ -126,11 +126,12 @@ class VmmDriver(Protocol):
         """Write the running machine as a MemoryStream to ``target`` (mode 0600; whole and on the disk, or absent). What
         a manager that died has begun bears that name with ``.new`` behind it, until it is begun again.
 
-        Its memory is sent while it runs, where the VMM does that safely. ``before_stop`` is awaited once, still then, when little is left (it quiesces
-        the guest); ``at_stop`` once, while the machine stands still and its disks are still the old ones (it switches
-        one). Afterwards the machine stays stopped, until ``go_on`` or its end; with ``afterwards`` it runs as soon as the
-        stream has ended, and that is awaited once, before the stream is on the disk (it thaws the guest). A machine
-        that could not be saved runs, and no file is left; what the callbacks did is theirs to take back.
+        With ``before_stop`` its memory is sent while it runs, and that is awaited once, still then, when little is left
+        (it quiesces the guest). ``at_stop`` is awaited once, while the machine stands still and its disks are still the
+        old ones (it switches one). Afterwards the machine stays stopped, until ``go_on`` or its end; with
+        ``afterwards`` it runs as soon as all is sent, and that is awaited once, before the stream is on the disk (it
+        thaws the guest). A machine that could not be saved runs, and no file is left; what the callbacks did is theirs to
+        take back.
 
         Raises VmmError, ConflictError (``saving``) when it is being saved, DiskFullError, HostError.
         """

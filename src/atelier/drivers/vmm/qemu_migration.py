@@ -17,7 +17,7 @@ from typing import cast
 from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
 from atelier.model.errors import VmmError
 
-_POLL_SECONDS = 0.004
+_POLL_SECONDS = 0.001
 _UNDER_WAY = frozenset({"setup", "active", "pre-switchover", "device", "cancelling", "wait-unplug"})
 _ENDED = frozenset({"completed", "failed", "cancelled"})
 # What a machine is in that was stopped by a migration. "paused" are one that was stopped to be saved, and one that was
@@ -28,11 +28,12 @@ _STOPPED_BY_MIGRATION = frozenset({"postmigrate", "finish-migrate"})
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """``remaining_bytes``: memory not sent yet, as far as QEMU knows; None before it has begun."""
+    """``syncs``: how often QEMU has taken over which pages were written to, and begun to note anew; 0 before it has begun.
+    ``remaining_bytes``: memory not sent yet, as far as it knows since then."""
 
     status: str
-    remaining_bytes: int | None
-    stopped_ms: int
+    remaining_bytes: int
+    syncs: int
     error: str
 
     @property
@@ -42,13 +43,12 @@ class Progress:
 
 async def query_progress(control: QmpConnection) -> Progress:
     answer = await control.query("query-migrate")
-    memory = answer.get("ram")
-    remaining = cast("JsonObject", memory).get("remaining") if isinstance(memory, dict) else None
-    stopped_ms = answer.get("downtime")
+    memory = cast("JsonObject", answer.get("ram") or {})
+    remaining, syncs = memory.get("remaining"), memory.get("dirty-sync-count")
     return Progress(
         status=str(answer.get("status", "none")),
-        remaining_bytes=remaining if isinstance(remaining, int) else None,
-        stopped_ms=stopped_ms if isinstance(stopped_ms, int) else 0,
+        remaining_bytes=remaining if isinstance(remaining, int) else 0,
+        syncs=syncs if isinstance(syncs, int) else 0,
         error=str(answer.get("error-desc", "QEMU gives no reason")),
     )
 

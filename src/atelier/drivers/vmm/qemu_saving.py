@@ -1,24 +1,27 @@
 """Saves a running QEMU machine into a stream.
 
-Under KVM memory goes out first, while the guest runs; then the guest is quiesced, the machine stops, its disks are
-switched, and the little that is left follows. In software emulation the guest is quiesced and the machine stopped before
-anything is sent: QEMU 7.2 loses a store now and then that an emulated processor makes while its memory is read (measured:
-one restored guest of 65 found its memory changed).
+All of its memory is sent once while it runs; then the guest is quiesced, the machine stops, its disks are switched, and
+what the guest has written to meanwhile follows. QEMU loses stores when it takes note of them (``syncs``) while emulated
+processors run, so it does that while the machine stands still, and never else: the machine is stopped for a moment in
+which the sending begins, and at the end (docs/adr/0014).
 
 Called by the QEMU driver. Quiescing takes a guest's answer, so QEMU must not come to the end of the memory before: the
-pipe is held for that long while enough of it is left. A machine that could not be saved runs as before.
+pipe is held for that long while enough of it is left. If it did all the same, the quiet guest's machine is stopped and
+then all is sent; likewise where there is nothing to quiesce. A machine that could not be saved runs as before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from atelier.drivers.vmm.qemu_migration import (
+    Progress,
     query_progress,
     query_status,
     query_version,
@@ -35,14 +38,18 @@ from atelier.model.machine import SavedMachine
 Callback = Callable[[], Awaitable[None]]
 
 _MIB = 1024 * 1024
-_POLL_SECONDS = 0.003
+_POLL_SECONDS = 0.002
 _LITTLE_LEFT_BYTES = (64 * _MIB, 128 * _MIB)
 """A quarter of the memory, within these. A held pipe (64 KiB) and QEMU's buffer still take 45 MiB of pages of zeros,
 9 bytes each."""
-_FIRST_STOP_MS, _LONGEST_STOP_MS = 50, 2_000_000
-"""How long the last part may take to send: at first; and, doubled again and again, at last whatever it takes."""
-_PATIENCE_SECONDS = 0.25
+_LEAST_LEFT_BYTES = 8 * _MIB
+_PAGE_BYTES, _ZERO_PAGE_BYTES = 4096, 9
+"""The latter: of a page of zeros in the stream."""
+_CAUTION = 16
+_STEP_SECONDS = 0.002
 _ABANDON_SECONDS = 30.0
+
+_log = logging.getLogger(__name__)
 
 
 async def save_machine(
@@ -60,31 +67,31 @@ async def save_machine(
     if status != "running":
         raise VmmError(f"the machine cannot be saved: it does not run ({status})", hint="free some space on the host")
     memory_bytes = await _memory_bytes(control)
-    if not await may_send_while_it_runs(control):
-        async with _stream(control, target, memory_bytes) as stream:
-            if before_stop is not None:
-                await before_stop()
-            stopped_at = asyncio.get_running_loop().time()
-            await stop_to_save(control)
-            await _begin(control, stream)
-            return await _finish(control, stream, target, at_stop, afterwards, stopped_at)
+    loop = asyncio.get_running_loop()
+    if before_stop is not None:
+        async with _stream(control, target, memory_bytes, held=True) as stream:
+            if await _send_while_it_runs(control, stream, memory_bytes, before_stop):
+                stopped_at = loop.time()
+                await control.execute("stop")
+                progress = await query_progress(control)
+                if progress.syncs == 1:
+                    return await _finish(control, stream, target, at_stop, afterwards, stopped_at)
+        _log.warning("a machine's memory was sent before its guest stood still: it is stopped and sent once more")
+        await run_on(control)
     async with _stream(control, target, memory_bytes) as stream:
-        await _begin(control, stream)
-        in_time = before_stop is None or await _quiesce(control, stream, memory_bytes, before_stop)
-        if in_time:
-            return await _finish(control, stream, target, at_stop, afterwards)
-    # The guest had little to send and stopped before it could be quiesced; it ran on and is quiet now.
-    async with _stream(control, target, memory_bytes) as stream:
-        await _begin(control, stream)
-        return await _finish(control, stream, target, at_stop, afterwards)
+        stopped_at = loop.time()
+        await _stop_and_begin(control, stream)
+        return await _finish(control, stream, target, at_stop, afterwards, stopped_at)
 
 
 @asynccontextmanager
-async def _stream(control: QmpConnection, target: Path, memory_bytes: int) -> AsyncGenerator[PipedFile]:
+async def _stream(
+    control: QmpConnection, target: Path, memory_bytes: int, *, held: bool = False
+) -> AsyncGenerator[PipedFile]:
     """A file for the stream. Unless the block ends well the machine runs on, and no file stays."""
-    # A busy guest's pages are sent again and again; a VMM gone wild must not fill the disk.
+    # At most each page twice, and a VMM gone wild must not fill the disk.
     limit_bytes = 4 * memory_bytes + 1024 * _MIB
-    async with piped_file(target.with_name(target.name + ".new"), limit_bytes=limit_bytes) as stream:
+    async with piped_file(target.with_name(target.name + ".new"), limit_bytes=limit_bytes, held=held) as stream:
         try:
             yield stream
         except BaseException:
@@ -102,41 +109,59 @@ async def _abandon(control: QmpConnection, stream: PipedFile) -> None:
         await run_on(control)
 
 
-async def _begin(control: QmpConnection, stream: PipedFile) -> None:
-    await control.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 1})
+async def _stop_and_begin(control: QmpConnection, stream: PipedFile) -> None:
+    """Have the machine stand still, and begin to send it. QEMU comes to the end by itself when all memory is sent, and
+    not before: with any other limit it would take note of what was written to when little is left."""
+    await control.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 0})
+    await stop_to_save(control)
     await send_state(control, stream.write_end, with_memory=True, pause_before_switchover=True)
     stream.handed_over()
 
 
-async def _quiesce(control: QmpConnection, stream: PipedFile, memory_bytes: int, before_stop: Callback) -> bool:
-    """Await ``before_stop`` when little is left to send; False if the machine stopped before, and runs again."""
+async def _send_while_it_runs(
+    control: QmpConnection, stream: PipedFile, memory_bytes: int, before_stop: Callback
+) -> bool:
+    """Until little is left to send, and ``before_stop`` has come to its end: the machine runs, and the stream is held.
+    False if all was sent before; the machine runs again then, and ``before_stop`` was awaited too."""
     lowest, highest = _LITTLE_LEFT_BYTES
     little_bytes = min(max(memory_bytes // 4, lowest), highest)
-    while True:
-        progress = await query_progress(control)
-        if progress.status == "pre-switchover":
-            await run_on(control)
-            await before_stop()
-            return False
-        if not progress.under_way:
-            await _raise_failure(stream, progress.error)
-        if progress.remaining_bytes is not None and progress.remaining_bytes <= little_bytes:
-            break
-        await asyncio.sleep(_POLL_SECONDS)
-    stream.hold()
+    await _stop_and_begin(control, stream)
+    await _wait(control, stream, lambda progress: progress.syncs > 0)
+    await control.execute("cont")
+    # All of it, but never so wide that it cannot be held.
+    stream.let_through(2 * memory_bytes)
+    await _wait(control, stream, lambda progress: progress.remaining_bytes <= little_bytes)
+    stream.let_through(0)
     quiescing = asyncio.ensure_future(before_stop())
     try:
-        in_time = True
-        while not (await asyncio.wait([quiescing], timeout=_PATIENCE_SECONDS))[0]:
-            if in_time and (await query_progress(control)).status == "pre-switchover":
-                await run_on(control)
-                in_time = False
+        in_time = await _send_more_until(quiescing, control, stream)
         await quiescing
     finally:
         quiescing.cancel()
         await asyncio.wait([quiescing])
-        stream.go_on()
     return in_time
+
+
+async def _send_more_until(quiescing: asyncio.Future[None], control: QmpConnection, stream: PipedFile) -> bool:
+    """Send of what is left as much as is safe meanwhile. False, and the machine runs, if that was too much."""
+    page_bytes, let_through, before = _ZERO_PAGE_BYTES, 0, 0
+    while not quiescing.done():
+        progress = await _progress(control, stream)
+        if progress.status == "pre-switchover":
+            # A machine that stands still would never answer.
+            stream.go_on()
+            await run_on(control)
+            return False
+        left = progress.remaining_bytes
+        if let_through and left < before:
+            # What such a page took of late, and by far not so much: there may be more zeros.
+            page_bytes = let_through * _PAGE_BYTES // (before - left) // _CAUTION
+        page_bytes = max(page_bytes, _ZERO_PAGE_BYTES)
+        let_through, before = max(left - _LEAST_LEFT_BYTES, 0) // _PAGE_BYTES * page_bytes, left
+        if let_through:
+            stream.let_through(let_through)
+        await asyncio.wait([quiescing], timeout=_STEP_SECONDS)
+    return True
 
 
 async def _finish(
@@ -145,53 +170,49 @@ async def _finish(
     target: Path,
     at_stop: Callback | None,
     afterwards: Callback | None,
-    stopped_at: float | None = None,
+    stopped_at: float,
 ) -> SavedMachine:
-    """``stopped_at``: when it was stopped before, on the event loop's clock."""
-    await _switch_over(control, stream)
+    """The machine stands still, since ``stopped_at`` on the event loop's clock."""
+    stream.go_on()
+    # QEMU goes on to send meanwhile, and lets the disks go only after it was told to continue.
     if at_stop is not None:
         await at_stop()
+    await _wait(control, stream, lambda progress: progress.status == "pre-switchover")
     await control.execute("migrate-continue", {"state": "pre-switchover"})
     try:
-        progress = await wait_until(control, "completed")
+        await wait_until(control, "completed")
     except VmmError as error:
         await _raise_failure(stream, error.message)
-    stopped_ms = float(progress.stopped_ms)
-    if stopped_at is not None:
-        stopped_ms = (asyncio.get_running_loop().time() - stopped_at) * 1000
-    size_bytes = await stream.end()
     if afterwards is not None:
-        await run_on(control)
+        await control.execute("cont")
+    stopped_ms = (asyncio.get_running_loop().time() - stopped_at) * 1000
+    if afterwards is not None:
         await afterwards()
+    size_bytes = await stream.end()
     await stream.keep(target)
     return SavedMachine(stopped_ms, size_bytes, await query_version(control))
 
 
-async def _switch_over(control: QmpConnection, stream: PipedFile) -> None:
-    """Until the machine stands still with its disks still open."""
-    longest_ms = _FIRST_STOP_MS
-    loop = asyncio.get_running_loop()
+async def _wait(control: QmpConnection, stream: PipedFile, reached: Callable[[Progress], bool]) -> None:
     while True:
-        await control.execute("migrate-set-parameters", {"downtime-limit": longest_ms})
-        deadline = loop.time() + _PATIENCE_SECONDS
-        while loop.time() < deadline:
-            progress = await query_progress(control)
-            if progress.status == "pre-switchover":
-                return
-            if not progress.under_way:
-                await _raise_failure(stream, progress.error)
-            await asyncio.sleep(_POLL_SECONDS)
-        longest_ms = min(2 * longest_ms, _LONGEST_STOP_MS)
+        if reached(await _progress(control, stream)):
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _progress(control: QmpConnection, stream: PipedFile) -> Progress:
+    """Raises VmmError if the machine is being sent no more."""
+    progress = await query_progress(control)
+    if not progress.under_way:
+        await _raise_failure(stream, progress.error)
+    return progress
 
 
 async def _raise_failure(stream: PipedFile, reason: str) -> NoReturn:
     """A full disk is told as such, not as the broken pipe that QEMU saw."""
+    stream.go_on()
     await stream.end()
     raise VmmError(f"the machine could not be saved: {reason}")
-
-
-async def may_send_while_it_runs(control: QmpConnection) -> bool:
-    return (await control.query("query-kvm")).get("enabled") is True
 
 
 async def _memory_bytes(control: QmpConnection) -> int:
