@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import cast
 
 import pytest
 from tests.contract.crashing_managers import SETTING_POLICY, MachineRoom, run_managers
@@ -145,7 +146,8 @@ class Theatre:
 
 @contextmanager
 def running_managers(folder: Path) -> Iterator[Connection]:
-    ours, theirs = Pipe()
+    # The checker takes them for those of another system.
+    ours, theirs = cast(tuple[Connection, Connection], Pipe())
     managers = PROCESSES.Process(target=run_managers, args=(folder, folder / LOG, theirs), daemon=True)
     managers.start()
     theirs.close()

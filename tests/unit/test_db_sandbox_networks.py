@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
 from atelier.db.engine import Connection, Database
 from atelier.db.examination import examine
 from atelier.db.sandbox_networks import SandboxNetwork, SandboxNetworkRepository
 from atelier.db.sandboxes import GuestSecrets, SandboxRepository
+from atelier.db.schema import migrate
 from atelier.db.tables import SCHEMA_REVISION
 from atelier.model.errors import NotFoundError
 from atelier.model.ids import new_sandbox_id
@@ -87,20 +90,17 @@ async def test_what_is_pending_is_listed_but_not_what_is_being_destroyed(databas
         assert networks.list_pending(connection) == [made[0]]
 
 
-async def test_rows_of_an_older_database_read_as_the_open_policy(database: Database) -> None:
-    """The newest form without the newer columns and tables is what an earlier version wrote."""
+async def test_rows_of_an_older_database_read_as_the_open_policy(database: Database, tmp_path: Path) -> None:
     one = await add(database, "one")
-    database.close()
-    with sqlite3.connect(database.path) as connection:
-        policies = ("network_address", "network_gateway", "network_pending", "network_policy")
-        for column in (*policies, "machine", "snapshot_id", "disk_only", "purpose", "saved_memory"):
-            connection.execute(f"ALTER TABLE sandboxes DROP COLUMN {column}")
-        for table in ("snapshots", "warm_pools"):
-            connection.execute(f"DROP TABLE {table}")
-        connection.execute("UPDATE alembic_version SET version_num = '0002'")
-    connection.close()
-    assert examine(database.path, thorough=True).revision == "0002"
-    again = Database(database.path)
+    older = tmp_path / "older.db"
+    with closing(create_engine(f"sqlite:///{older}").connect()) as connection, connection.begin():
+        migrate(connection, "0002")
+    with closing(sqlite3.connect(older)) as connection, connection:
+        columns = ",".join(name for _, name, *_ in connection.execute("PRAGMA table_info(sandboxes)"))
+        connection.execute("ATTACH ? AS newest", (str(database.path),))
+        connection.execute(f"INSERT INTO sandboxes ({columns}) SELECT {columns} FROM newest.sandboxes")
+    assert examine(older, thorough=True).revision == "0002"
+    again = Database(older)
     again.open()
     try:
         assert read(again, one) == SandboxNetwork(OPEN_POLICY, False, None, "", "")
@@ -108,4 +108,4 @@ async def test_rows_of_an_older_database_read_as_the_open_policy(database: Datab
         assert read(again, one).policy == POLICY
     finally:
         again.close()
-    assert examine(database.path, thorough=True).revision == SCHEMA_REVISION
+    assert examine(older, thorough=True).revision == SCHEMA_REVISION

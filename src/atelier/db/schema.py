@@ -19,8 +19,8 @@ def create(connection: Connection) -> None:
     connection.exec_driver_sql("INSERT INTO alembic_version VALUES (?)", (SCHEMA_REVISION,))
 
 
-def migrate(connection: Connection) -> None:
-    """Run all missing migrations inside the caller's transaction."""
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Run the missing migrations up to ``revision`` inside the caller's transaction."""
     from pathlib import Path
 
     from alembic import command
@@ -29,4 +29,4 @@ def migrate(connection: Connection) -> None:
     configuration = Config()
     configuration.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     configuration.attributes["connection"] = connection
-    command.upgrade(configuration, "head")
+    command.upgrade(configuration, revision)

@@ -67,11 +67,11 @@ class AccessDeniedError(AtelierError):
 
 
 class RateLimitedError(AtelierError):
-    """``retry_after_seconds``: when it is worth trying again."""
+    """``retry_after_seconds``: when it is worth trying again; on a client's side the message tells."""
 
     default_code = "rate_limited"
 
-    def __init__(self, message: str, *, retry_after_seconds: float, hint: str = "", code: str = "") -> None:
+    def __init__(self, message: str, *, hint: str = "", code: str = "", retry_after_seconds: float = 1.0) -> None:
         super().__init__(message, hint=hint, code=code)
         self.retry_after_seconds = retry_after_seconds
 
