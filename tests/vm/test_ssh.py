@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.running_manager import LocalInstallation, local_installation, wait_until
+from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
 
 SECONDS = 240
 
@@ -79,7 +79,7 @@ def register(visitor: Visitor) -> str:
 
 @pytest.fixture(scope="module")
 def installation() -> Iterator[LocalInstallation]:
-    with local_installation() as made:
+    with local_installation(WITH_TEMPLATES) as made:
         made.create("box", environment={"GREETING": 'with "quotes" \\ and $'})
         yield made
 
