@@ -10,6 +10,7 @@ namespace has, an ordinary user's is held by a keeper. All of it vanishes with t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -274,6 +275,9 @@ class NetworkLab:
             self.holder.send_signal(signal.SIGTERM)
             self.holder.wait(60)
             self.holder = None
+            # A child of its own that was just being executed still has the lock for a moment.
+            with suppress(FileNotFoundError), self.run.network_lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
 
     def state(self) -> dict[str, str]:
         """Everything in host and home that a slot could leave behind."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -110,14 +110,15 @@ def lab() -> Iterator[NetworkLab | None]:
 
 @pytest.fixture(scope="module")
 def manager(lab: NetworkLab | None) -> Iterator[RunningManager]:
-    if lab is None:
-        chosen = running_local_manager(WITH_TEMPLATES)
-    else:
-        # Its network's name lies below a /run/netns of the lab's.
-        within = ("nsenter", "--target", str(lab.host.pid), "--net", "--mount")
-        chosen = running_local_manager({**WITH_TEMPLATES, "ATELIER_NETWORK": "bridge"}, within)
-    with chosen as running:
+    network = "closed" if lab is None else "bridge"
+    with running_local_manager({**WITH_TEMPLATES, "ATELIER_NETWORK": network}, inside(lab)) as running:
         yield running
+
+
+def inside(lab: NetworkLab | None) -> Sequence[str]:
+    """The words before a command by which it runs in the lab's host: where this thread is, and with the names below
+    /run/netns that networks there have."""
+    return () if lab is None else ("nsenter", "--target", str(lab.host.pid), "--net", "--mount")
 
 
 @pytest.fixture(scope="module")
@@ -327,9 +328,9 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     ready.close()
 
 
-def test_the_second_create_is_restored_from_a_template(tmp_path: Path) -> None:
+def test_the_second_create_is_restored_from_a_template(lab: NetworkLab | None, tmp_path: Path) -> None:
     variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
-    with running_local_manager(variables) as manager, create(manager, name="first") as first:
+    with running_local_manager(variables, inside(lab)) as manager, create(manager, name="first") as first:
         assert b"atelier: initramfs" in first.read_console()
         template, internal = wait_for_template(manager)
         assert left_of(manager, internal) == []

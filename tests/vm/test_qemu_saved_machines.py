@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -107,11 +108,16 @@ def _what_it_can_write(pid: int) -> set[str]:
     taken: dict[int, str] = {}
     try:
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            name = os.readlink(entry)
+            try:
+                name = os.readlink(entry)
+            except FileNotFoundError:
+                continue  # it was closed meanwhile
             if not name.startswith("/") or name.startswith("/dev/"):
                 continue
             # The very same open file, with the rights that it was opened with.
             descriptor = _libc.syscall(_PIDFD_GETFD, process, int(entry.name), 0)
+            if descriptor < 0 and ctypes.get_errno() == errno.EBADF:
+                continue
             assert descriptor >= 0, os.strerror(ctypes.get_errno())
             taken[descriptor] = name
     finally:
