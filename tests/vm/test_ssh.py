@@ -106,8 +106,8 @@ def test_a_program_with_its_outputs_and_its_end(visitor: Visitor) -> None:
     assert visitor.ssh("box", "kill -TERM $$").returncode == 255, "as ssh does when a signal ended the program"
 
 
-def test_50_mb_there_and_back(visitor: Visitor) -> None:
-    content = os.urandom(50_000_000)
+def test_16_mb_there_and_back(visitor: Visitor) -> None:
+    content = os.urandom(16_000_000)
     told = visitor.run("box", "tee big | sha256sum", stdin=content)
     assert told.split()[0].decode() == hashlib.sha256(content).hexdigest()
     assert visitor.run("box", "cat big") == content

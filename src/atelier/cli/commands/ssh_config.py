@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from atelier.cli.invocation import Invocation, pass_invocation
+from atelier.cli.invocation import Invocation, json_option, pass_invocation
 
 
 @click.command("ssh-config", short_help="Print what ~/.ssh/config needs.")
@@ -12,8 +12,9 @@ from atelier.cli.invocation import Invocation, pass_invocation
     "--host", metavar="HOST", help="The manager's machine as seen from here.  [default: that of the API's URL]"
 )
 @click.option("--identity", metavar="FILE", help="The private key to use.  [default: ssh's own choice]")
+@json_option("Print where SSH is answered, and the key that it is known by, as JSON.")
 @pass_invocation
-def ssh_config(invocation: Invocation, host: str | None, identity: str | None) -> None:
+def ssh_config(invocation: Invocation, host: str | None, identity: str | None, as_json: bool) -> None:
     """Print a part of an SSH client's configuration. With it `ssh NAME.atelier` leads to the sandbox NAME, end to end: the
     gateway only carries the bytes.
 
@@ -25,14 +26,17 @@ def ssh_config(invocation: Invocation, host: str | None, identity: str | None) -
     """
     from urllib.parse import urlsplit
 
-    from atelier.cli.output import print_line
+    from atelier.cli.output import print_line, print_model
     from atelier.client import ssh_calls
     from atelier.model.errors import PreconditionError
 
     with invocation.connect() as connection:
         address = connection.send(ssh_calls.get_ssh())
     if not address.port:
-        raise PreconditionError(address.problem, code="no_ssh", hint="atelier doctor says more")
+        raise PreconditionError(address.problem, code="no_ssh", hint="set ATELIER_SSH_LISTEN and restart Atelier")
+    if as_json:
+        print_model(address)
+        return
     key = " ".join(address.host_key.split()[:2])
     machine = host or urlsplit(invocation.endpoint().api_url).hostname or address.host
     identities = [f'    IdentityFile "{identity}"', "    IdentitiesOnly yes"] if identity else []

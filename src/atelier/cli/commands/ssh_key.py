@@ -77,19 +77,23 @@ def add(invocation: Invocation, file: Path, name: str | None, user: str | None, 
 
 @ssh_key.command(short_help="Forget a key.")
 @click.argument("key_id", metavar="ID")
+@json_option("Print {id} as JSON.")
 @pass_invocation
-def rm(invocation: Invocation, key_id: str) -> None:
+def rm(invocation: Invocation, key_id: str, as_json: bool) -> None:
     """Forget a key by its id. It opens nothing more; what it has opened stays open.
 
     \b
     Example:
       atelier ssh-key rm k3fa2bcd4efg
     """
-    from atelier.cli.output import print_line
+    from atelier.cli.output import print_json, print_line
     from atelier.client import ssh_calls
 
     with invocation.connect() as connection:
         connection.send(ssh_calls.delete_ssh_key(key_id))
+    if as_json:
+        print_json({"id": key_id})
+        return
     print_line(f"forgot {key_id}")
 
 
