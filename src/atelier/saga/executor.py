@@ -225,6 +225,8 @@ class Executor(Generic[TransactionT]):
                     record = await self._forward(run, definition, record, position)
         run.recovering = False
         if record.status in (SagaStatus.UNWINDING, SagaStatus.STUCK_UNWINDING):
+            # Who asked for it until now is served by this: only who asks from now on is owed another attempt.
+            run.woken = False
             await self._unwind(run, definition, record)
 
     async def _forward(
