@@ -227,6 +227,20 @@ async def test_undo_errors_are_tried_again(world: World, bench: Bench) -> None:
     assert world.calls[3:] == ["undo c", "undo b", "undo b", "undo b", "undo a"]
 
 
+async def test_a_request_is_worth_one_series_of_attempts(world: World, bench: Bench) -> None:
+    world.hang_in = {"c"}
+    world.undo_errors["c"] = [RuntimeError("held")] * 3
+    executor = bench.executor(world.definition())
+    executor.insert(bench.log, "test", "s1", "subject", None)
+    executor.start("s1")
+    await world.hanging.wait()
+    await executor.request_unwind("s1")
+    record = await executor.wait("s1")
+    assert record is not None
+    assert record.is_stuck
+    assert world.held == {"a", "b", "c"}
+
+
 async def test_an_undo_that_keeps_failing_is_stuck_and_a_request_tries_again(
     world: World, bench: Bench, log: MemorySagaLog
 ) -> None:
