@@ -23,7 +23,7 @@ from benchmarks.manager_process import running_manager
 from benchmarks.progress import say
 
 COUNT = 20
-ROUNDS = 3
+ROUNDS = 5
 MEMORY_MIB = 256
 AT_A_TIME = max(2, os.cpu_count() or 1)
 """As the manager's boots."""
