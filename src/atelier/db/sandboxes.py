@@ -241,9 +241,6 @@ class SandboxRepository:
     def set_image_id(self, connection: Connection, sandbox_id: str, image_id: str) -> None:
         connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "image_id": image_id})
 
-    def set_snapshot_id(self, connection: Connection, sandbox_id: str, snapshot_id: str) -> None:
-        connection.execute(_UPDATE, {"sandbox_id": sandbox_id, "snapshot_id": snapshot_id})
-
     def find_origin(self, connection: Connection, sandbox_id: str) -> str | None:
         """Id of the snapshot that it was created from."""
         query = select(sandboxes.c.snapshot_id).where(sandboxes.c.id == sandbox_id)

@@ -118,7 +118,9 @@ class Installation:
                 await ssh.open()
                 stack.push_async_callback(ssh.close)
                 await ssh.keep()
-                stack.push_async_callback(_cancel, asyncio.create_task(_every(_SSH_SECONDS, ssh.keep)))
+                stack.push_async_callback(
+                    _cancel, asyncio.create_task(_every(_SSH_SECONDS, ssh.keep, after=_SSH_SECONDS))
+                )
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
