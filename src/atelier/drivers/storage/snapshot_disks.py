@@ -129,7 +129,7 @@ class SnapshotDisks:
 
     def _pin_of(self, file: DiskFile) -> Path:
         if self._layout.is_origin(file.path):
-            return self._layout.origins / file.path.name.partition("-from-")[2]
+            return self._layout.snapshot_origin(file.path.stem.partition("-from-")[2])
         return self._layout.bases / file.path.name
 
     def find(self, snapshot_id: str) -> Disk | None:
