@@ -185,6 +185,11 @@ class NetworkLab:
         """The words before a command by which it runs as whoever holds the network."""
         return _AS_ORDINARY_USER if self.home is Home.USER else ()
 
+    def forked_words(self, *words: str) -> list[str]:
+        """As which a forked program is ``python -m WORDS`` in the host, run by whoever holds the network."""
+        user = ORDINARY_USER if self.home is Home.USER else 0
+        return ["tests.program_in_lab", str(self.host.pid), str(user), *words]
+
     def in_home(self, *command: str, check: bool = True) -> str:
         return _run(
             ["nsenter", "--target", str(self.host.pid), "--mount", f"--net={self.home_namespace}", *command], check
@@ -234,20 +239,19 @@ class NetworkLab:
     def start_holder(
         self,
         *options: str,
-        program: Sequence[str] = ("atelier.network_holder.__main__",),
+        program: Sequence[str] = ("atelier.network_holder",),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """``program``: a module's name, whose ``main`` gets the words after it and the holder's. Raises RuntimeError with the
-        holder's last words when it ends instead of answering."""
+        """``program``: a module's name, and the arguments that stand before the holder's. Raises RuntimeError with the holder's
+        last words when it ends instead of answering."""
         self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
-        user = ORDINARY_USER if self.home is Home.USER else 0
         with self.log.open("ab") as output:
             self.holder = ForkedProgram(
                 [
-                    *("tests.program_in_lab", str(self.host.pid), str(user), *program, *map(str, arguments)),
+                    *self.forked_words(*program, *map(str, arguments)),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
