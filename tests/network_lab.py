@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from ipaddress import IPv4Network
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class NetworkLab:
         """The words before a command by which it runs as whoever holds the network."""
         return _AS_ORDINARY_USER if self.home is Home.USER else ()
 
-    def forked_words(self, *words: str) -> list[str]:
+    def forked_words(self, words: Sequence[str]) -> list[str]:
         """As which a forked program is ``python -m WORDS`` in the host, run by whoever holds the network."""
         user = ORDINARY_USER if self.home is Home.USER else 0
         return ["tests.program_in_lab", str(self.host.pid), str(user), *words]
@@ -211,6 +212,8 @@ class NetworkLab:
     def inside(self, place: str) -> Iterator[None]:
         """This thread in the namespace ``host``, ``home`` or ``internet``."""
         processes = {"host": self.host, "internet": self.internet}
+        # What is forked later, for others too, must not begin there.
+        ensure_running()
         path = self.home_namespace if place == "home" else f"/proc/{processes[place].pid}/ns/net"
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -251,7 +254,7 @@ class NetworkLab:
         with self.log.open("ab") as output:
             self.holder = ForkedProgram(
                 [
-                    *self.forked_words(*program, *map(str, arguments)),
+                    *self.forked_words([*program, *map(str, arguments)]),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
@@ -282,6 +285,13 @@ class NetworkLab:
             # A child of its own that was just being executed still has the lock for a moment.
             with suppress(FileNotFoundError), self.run.network_lock.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def close_home(self) -> None:
+        """With all that is in it. The holder says so, and ends after that."""
+        assert self.ask("close")["ok"]
+        assert self.holder is not None
+        assert self.holder.wait(60) == 0
+        self.stop_holder()
 
     def state(self) -> dict[str, str]:
         """Everything in host and home that a slot could leave behind."""

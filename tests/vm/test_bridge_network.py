@@ -85,7 +85,7 @@ class BridgedManager:
     def start(self) -> ForkedProgram:
         with self.log.open("ab") as log:
             self.process = ForkedProgram(
-                self.lab.forked_words("atelier.manager"),
+                self.lab.forked_words(["atelier.manager"]),
                 environment={**os.environ, **self.variables},
                 folder=REPOSITORY,
                 output=log,
@@ -136,7 +136,7 @@ class BridgedManager:
     def run(self, *words: str) -> subprocess.CompletedProcess[bytes]:
         """``python -m WORDS`` in the lab's host."""
         environment = {**os.environ, **self.variables}
-        return run_forked(self.lab.forked_words(*words), environment=environment, folder=REPOSITORY, timeout=300)
+        return run_forked(self.lab.forked_words(words), environment=environment, folder=REPOSITORY, timeout=300)
 
     def cli(self, *arguments: str) -> None:
         done = self.run("atelier.cli", *arguments)
