@@ -18,8 +18,6 @@ from atelier.saga.log import SagaRecord, SagaStatus
 
 KIND = "sandbox_create"
 
-_PASSING_NAME = "pooled"
-
 
 def create_saga_id(sandbox_id: str) -> str:
     """A sandbox is created once, so its saga's id needs no place of its own."""
@@ -38,8 +36,6 @@ def define_create(steps: SandboxSteps) -> SagaDefinition[Connection]:
     async def warm_pooled(context: StepContext) -> dict[str, Any]:
         """By all that giving it away and its first use will take, so that neither is the first of its kind."""
         if steps.sandbox(context).purpose is SandboxPurpose.POOL:
-            # Each name differs from the one before, so all that taking a name does is done, and by then twice.
-            await steps.guests.rename(context.subject_id, _PASSING_NAME, {})
             await steps.while_machine_runs(context, warm_up(steps.guests, context.subject_id))
             await steps.give_new_name(context)
         return {}
