@@ -26,7 +26,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out"})
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out", "/previews/enter"})
 OPEN_PREFIXES = ("/docs/", "/sign-in/")
 """Health and the description of the API, the same for everybody who has the software; and the way in."""
 

@@ -60,6 +60,7 @@ RULES: dict[str, Rule] = {
     "show_first_run": Rule(Right.OPEN),
     "use_first_run": Rule(Right.OPEN),
     "sign_out": Rule(Right.OPEN),
+    "enter_preview": Rule(Right.OPEN),
     # sandboxes
     "create_sandbox": _WRITE,
     "list_sandboxes": _READ,
@@ -78,6 +79,10 @@ RULES: dict[str, Rule] = {
     "list_shares": _READ,
     "share_sandbox": _OWNER,
     "unshare_sandbox": _OWNER,
+    "list_ports": _READ,
+    "set_port_visibility": _OWNER,
+    "make_preview_link": _OWNER,
+    "make_preview_visit": _WRITE,
     "get_network": _READ,
     "set_network": _WRITE,
     "change_network": _WRITE,
