@@ -158,7 +158,19 @@ def test_every_route_for_everybody(stage: Stage) -> None:
                 sandbox, snapshot = stage.make()
             names = {"sandbox": sandbox, "snapshot": snapshot, "pid": "1", "name": "base", "image": "base"}
             filled = path
-            for part in ("sandbox", "snapshot", "pid", "name", "image", "port", "orphan", "kind", "user", "key", "session"):
+            for part in (
+                "sandbox",
+                "snapshot",
+                "pid",
+                "name",
+                "image",
+                "port",
+                "orphan",
+                "kind",
+                "user",
+                "key",
+                "session",
+            ):
                 filled = filled.replace(f"{{{part}}}", names.get(part, "none"))
             assert "{" not in filled, path
             body = BODIES.get(operation, {}) if method in ("post", "put", "patch") else None
