@@ -106,7 +106,7 @@ class PreviewConnection:
                     return
                 head = http_head.parse_request(content)
             except BadHead as bad:
-                page = PreviewPage(bad.status, "bad_request", "This request is not understood", f"{bad}.".capitalize())
+                page = PreviewPage(bad.status, "bad_request", "This request is not understood", f"{bad}.")
                 log.info("a request of %s is refused: %s", self._address or "the proxy's", bad)
                 await self._answer(answer_page(page, ""), keeps_alive=False)
                 return
@@ -326,5 +326,5 @@ def _not_reached(port: int, reason: str) -> PreviewPage:
 
 def _broken(port: int, reason: str) -> PreviewPage:
     return PreviewPage(
-        502, "bad_answer", f"What serves port {port} gave no good answer", f"{reason}.".capitalize(), "Look at its log."
+        502, "bad_answer", f"What serves port {port} gave no good answer", f"{reason}.", "Look at its log."
     )

@@ -27,6 +27,11 @@ _TEXTS = ("host", "method", "target", "cookies", "origin", "key", "accept", "add
 _TEXT_MAX_LENGTH = 33_000
 
 
+def preview_socket(settings: PreviewSettings, run: RunLayout) -> str:
+    """Where a front proxy finds the gateway; empty: nowhere."""
+    return "" if settings.listen is not None or settings.is_off else str(settings.socket or run.previews_socket)
+
+
 class PreviewServing:
     def __init__(
         self, previews: PreviewService, entry: PreviewEntry, run: RunLayout, settings: PreviewSettings
@@ -35,14 +40,7 @@ class PreviewServing:
         self._entry = entry
         self._run = run
         self._settings = settings
-        self._socket = (
-            "" if settings.listen is not None or settings.is_off else str(settings.socket or run.previews_socket)
-        )
-
-    @property
-    def socket(self) -> str:
-        """Where a front proxy finds the gateway; empty: nowhere."""
-        return self._socket
+        self._socket = preview_socket(settings, run)
 
     async def keep(self) -> None:
         """Have the gateway serve, a new one too. The body of a background loop."""
