@@ -119,7 +119,7 @@ def test_nonsense_from_a_sandbox_is_a_page(stage: PreviewStage, box: str, answer
         told = told.partition(b"\r\n\r\n")[2]
     assert told.startswith(b"HTTP/1.1 502 "), told[:100]
     assert b"gave no good answer" in told
-    assert told.count(b"HTTP/1.1") == 1
+    assert told.count(b"HTTP/1.1 5") == 1
 
 
 @pytest.mark.parametrize(

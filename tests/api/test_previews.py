@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +21,8 @@ from tests.preview_stage import Browser, PreviewStage, echo_request, preview_sta
 from tests.running_manager import wait_until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+
+from atelier import AsyncSandbox, Sandbox
 
 
 @pytest.fixture(scope="module")
@@ -370,3 +377,41 @@ def test_what_everybody_may_ask_the_page_of_hand_over(stage: PreviewStage, box: 
         assert answer.status_code == 403, host
     with httpx.Client(base_url=stage.manager.url) as nobody:
         assert nobody.get("/previews/enter", params={"host": "x" * 1000}).status_code == 422
+
+
+def test_the_command_line_and_the_sdk(stage: PreviewStage, owner: Person, box: str) -> None:
+    preview(stage, box)
+    key = {"ATELIER_API_URL": stage.manager.url, "ATELIER_API_KEY": owner.key}
+
+    def atelier(*words: str, status: int = 0) -> str:
+        command = [sys.executable, "-m", "atelier.cli", *words]
+        done = subprocess.run(command, env={**os.environ, **key}, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stderr
+        return done.stdout
+
+    url = atelier("open", box, "8000").strip()
+    assert url == f"http://8000-{box}.atelier.localhost:{urlsplit(url).port}/"
+    link = atelier("port-share", box, "8000", "--link", "--days", "1").strip()
+    assert Browser().follow(link).status_code == 200
+    assert "link" in atelier("ports", box)
+    assert atelier("port-share", box, "8000", "--public").strip() == url.rstrip("/")
+    assert Browser().ask("GET", url).status_code == 200
+    assert json.loads(atelier("port-share", box, "8000", "--private", "--json"))["visibility"] == "private"
+    assert json.loads(atelier("ports", box, "--json")) == []
+    atelier("port-share", box, "8000", status=2)
+    atelier("open", box, "70000", status=1)
+    handle = Sandbox.connect(box, api_url=stage.manager.url, api_key=owner.key)
+    with handle.preview_client(8000) as client:
+        assert client.post("/from/sdk", content=b"x").json()["line"] == "POST /from/sdk HTTP/1.1"
+    assert handle.preview_url("vscode").startswith(f"http://vscode-{box}.")
+    assert handle.ports() == []
+    handle.close()
+
+    async def asynchronously() -> int:
+        other = await AsyncSandbox.connect(box, api_url=stage.manager.url, api_key=owner.key)
+        async with await other.preview_client(8000) as client:
+            status = (await client.get("/")).status_code
+        await other.close()
+        return status
+
+    assert asyncio.run(asynchronously()) == 200

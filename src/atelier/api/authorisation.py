@@ -80,6 +80,7 @@ RULES: dict[str, Rule] = {
     "share_sandbox": _OWNER,
     "unshare_sandbox": _OWNER,
     "list_ports": _READ,
+    "get_port": _READ,
     "set_port_visibility": _OWNER,
     "make_preview_link": _OWNER,
     "make_preview_visit": _WRITE,

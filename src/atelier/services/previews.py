@@ -69,6 +69,12 @@ class PreviewService:
             for port in sorted({*listening, *shared})
         ]
 
+    def get_port(self, sandbox_id: str, port: int) -> PreviewPort:
+        """Raises NotFoundError."""
+        with self._database.read() as connection:
+            sharing = self._get(connection, sandbox_id, port)
+        return PreviewPort(sharing, None, self.site.url(sandbox_id, port))
+
     async def set_visibility(self, sandbox_id: str, port: int, visibility: Visibility) -> PreviewPort:
         """What was made private has no links any more, and gets none of them back. Raises NotFoundError."""
 

@@ -32,6 +32,12 @@ async def list_ports(request: Request, sandbox: SandboxReference) -> PortList:
     return PortList(items=[_port(each) for each in found])
 
 
+@router.get("/{port}", operation_id="get_port")
+async def get_port(request: Request, sandbox: SandboxReference, port: PortReference) -> Port:
+    """Where one port is visited and by whom; whether anything listens there is not looked at."""
+    return _port(services_of(request).previews.get_port(sandbox, parse_port(port)))
+
+
 @router.put("/{port}", operation_id="set_port_visibility")
 async def set_port_visibility(
     request: Request, sandbox: SandboxReference, port: PortReference, body: SetVisibilityRequest
