@@ -63,10 +63,23 @@ class Channels:
 
 
 class PreviewStage:
-    def __init__(self, manager: RunningManager, channels: Channels) -> None:
+    """``start``: starts the manager, with options added to its own."""
+
+    def __init__(self, start: Callable[..., RunningManager], channels: Channels) -> None:
+        self._start = start
+        manager = start()
         self.manager = manager
         self.channels = channels
         self.run = RunLayout(wait_until(lambda: next(manager.run_dir.glob("*/gateway.sock"), None), 20).parent)
+
+    def kill(self) -> None:
+        """The manager, as it stands."""
+        self.manager.process.kill()
+        self.manager.process.wait()
+
+    def start_again(self) -> None:
+        """Where it was."""
+        self.manager = self._start("--listen", self.manager.url.removeprefix("http://"))
 
     def create(self, client: httpx.Client | None = None, **wishes: object) -> str:
         """Id of a running sandbox, whose channel is the test's."""
@@ -161,9 +174,13 @@ async def echo_request(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 @contextlib.contextmanager
 def preview_stage(folder: Path, **variables: str) -> Iterator[PreviewStage]:
     channels = Channels()
-    manager = start_manager(folder, program=WITH_GATEWAY, variables=variables)
+
+    def start(*options: str) -> RunningManager:
+        return start_manager(folder, *options, program=WITH_GATEWAY, variables=variables)
+
+    stage = PreviewStage(start, channels)
     try:
-        yield PreviewStage(manager, channels)
+        yield stage
     finally:
-        stop_manager(manager)
+        stop_manager(stage.manager)
         channels.close()

@@ -17,6 +17,7 @@ from tests import caddy as front
 from tests.api.test_preview_carrying import gateway_peak_mib, web_socket_echo
 from tests.caddy import Caddy
 from tests.preview_stage import PreviewStage, echo_request, preview_stage
+from tests.running_manager import wait_until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
@@ -132,6 +133,25 @@ def test_a_web_socket_lives_on_while_sandboxes_come_and_go(edge: Edge, box: str)
                 assert client.delete(f"/api/v1/sandboxes/{made}?wait=true").status_code == 204
             opened.send(f"round {round}")
             assert opened.recv(timeout=30) == f"round {round}"
+
+
+def test_a_manager_that_dies_and_comes_back_drops_nothing(edge: Edge, box: str) -> None:
+    """Last of what asks the manager for much: its sandboxes are fakes, and are started anew with it."""
+    url = edge.stage.share(box, 8000)
+    socket_url = edge.stage.share(box, 8008)
+    got: list[int] = []
+    with open_web_socket(edge, socket_url) as opened:
+        edge.stage.kill()
+        opened.send("meanwhile")
+        assert opened.recv(timeout=30) == "meanwhile"
+        waiting = threading.Thread(target=lambda: got.append(edge.ask("GET", url)[0].status))
+        waiting.start()
+        edge.stage.start_again()
+        waiting.join(60)
+        opened.send("after")
+        assert opened.recv(timeout=30) == "after"
+    assert got in ([200], [503]), "it has waited, and been answered by the new one"
+    wait_until(lambda: edge.ask("GET", url)[0].status == 200, 30)
 
 
 def test_two_gigabytes(edge: Edge, box: str) -> None:
