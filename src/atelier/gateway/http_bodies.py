@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from atelier.gateway.http_head import Body
 
@@ -38,7 +38,14 @@ class _Carrier:
         self._read_seconds = read_seconds
         self._write_seconds = write_seconds
 
-    async def copy(self, body: Body) -> None:
+    async def copy(self, body: Body, head: bytes) -> None:
+        if body.framing == "length" and 0 < body.length <= PIECE_BYTES:
+            # One piece with its head, as most answers are: each write is a call of the kernel's.
+            piece = await self._read(body.length)
+            await self._write(head + piece)
+            await self._copy_exactly(body.length - len(piece))
+            return
+        await self._write(head)
         if body.framing == "length":
             await self._copy_exactly(body.length)
         elif body.framing == "chunked":
@@ -77,8 +84,7 @@ class _Carrier:
 
     async def _read_line(self) -> bytes:
         try:
-            async with asyncio.timeout(self._read_seconds):
-                line = await self._source.readuntil(b"\r\n")
+            line = await self._in_time(self._source.readuntil(b"\r\n"))
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
             raise BodyBroken("the body ended too early, or a chunk is malformed") from error
         if len(line) > _LINE_MAX_BYTES:
@@ -86,13 +92,19 @@ class _Carrier:
         return line
 
     async def _read(self, at_most: int) -> bytes:
+        return await self._in_time(self._source.read(at_most))
+
+    async def _in_time(self, reading: Coroutine[Any, Any, bytes]) -> bytes:
+        if self._read_seconds is None:
+            return await reading
         async with asyncio.timeout(self._read_seconds):
-            return await self._source.read(at_most)
+            return await reading
 
     async def _write(self, piece: bytes) -> None:
         self._sink.write(piece)
-        async with asyncio.timeout(self._write_seconds):
-            await self._sink.drain()
+        if self._sink.transport.get_write_buffer_size() or self._sink.transport.is_closing():
+            async with asyncio.timeout(self._write_seconds):
+                await self._sink.drain()
 
 
 async def copy_body(
@@ -102,10 +114,11 @@ async def copy_body(
     *,
     read_seconds: float | None,
     write_seconds: float,
+    head: bytes = b"",
 ) -> None:
-    """Until its end; ``sink`` gets it in the same framing. Raises BodyBroken, ConnectionError, TimeoutError when a piece
+    """``head`` and the body behind it, until its end; ``sink`` gets it in the same framing. Raises BodyBroken, ConnectionError, TimeoutError when a piece
     takes longer than that to come (None: as long as it likes) or to go."""
-    await _Carrier(source, sink, read_seconds, write_seconds).copy(body)
+    await _Carrier(source, sink, read_seconds, write_seconds).copy(body, head)
 
 
 async def splice(source: asyncio.StreamReader, sink: asyncio.StreamWriter, on_piece: Callable[[], None]) -> None:

@@ -129,7 +129,7 @@ class PreviewConnection:
 
     async def _serve_request(self, head: RequestHead) -> bool:
         """Whether the connection is good for another request."""
-        visit = describe_visit(head, self._address)
+        visit = describe_visit(head, self._address, is_asked_about=not self._behind_proxy)
         keeps_alive = head.keeps_alive and head.body.is_empty
         try:
             found = self._trust(head) if self._behind_proxy else await self._room.door.find(visit)
@@ -206,9 +206,10 @@ class PreviewConnection:
             body = Body("none") if head.method == b"HEAD" else response.body
             is_sent = sending is None or sending.done()
             keeps_alive = head.keeps_alive and is_sent and body.framing != "close" and not head.is_http_1_0
-            self._writer.write(http_head.write_response(response, body, keeps_alive=keeps_alive))
-            await copy_body(body, upstream.reader, self._writer, read_seconds=None, write_seconds=_STALL_SECONDS)
-            await self._drain()
+            written = http_head.write_response(response, body, keeps_alive=keeps_alive)
+            await copy_body(
+                body, upstream.reader, self._writer, read_seconds=None, write_seconds=_STALL_SECONDS, head=written
+            )
             if response.keeps_alive and is_sent and not head.is_http_1_0:
                 self._room.upstreams.keep(upstream)
                 upstream = None  # pyright: ignore

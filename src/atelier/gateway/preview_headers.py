@@ -18,8 +18,12 @@ _NOT_A_SANDBOXS: Final = frozenset({b"clear-site-data"})
 """It would sign people out of the manager, which is of the same site."""
 
 
-def describe_visit(head: RequestHead, address: str) -> Visit:
-    """What the manager is told of a request. Of the cookies only our own: the others are no business of its."""
+def describe_visit(head: RequestHead, address: str, *, is_asked_about: bool) -> Visit:
+    """What the manager is told of a request. Of the cookies only our own: the others are no business of its. Where it is
+    not asked, what a page needs is enough."""
+    if not is_asked_about:
+        accept = _text(b",".join(head.values(b"accept")))
+        return Visit(_text(head.host), _text(head.method), _text(head.target), accept=accept)
     pairs = (pair.strip() for value in head.values(b"cookie") for pair in _text(value).split(";"))
     return Visit(
         host=_text(head.host),

@@ -32,6 +32,7 @@ _PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,2000}|/")
 _STARTABLE = frozenset({SandboxState.STOPPED, SandboxState.FAILED})
 _WOKEN = frozenset({SandboxState.PAUSED, SandboxState.RESUMING})
 _AGAIN_SECONDS = 3
+_FOUND_AT_MOST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,9 @@ class PreviewEntry:
         self._activity = activity
         self._audit = audit
         self._ports = PreviewRepository()
+        self._found: dict[PreviewHost, VisitedPort | None] = {}
+        self._found_at = -1
+        """The database's version that they are of: each request asks, and little changes between two."""
         self.manager_url = ""
 
     async def decide(self, visit: Visit) -> Admitted | Answered:
@@ -87,8 +91,13 @@ class PreviewEntry:
         named = self._previews.site.parse_host(host)
         if named is None:
             return None
-        with self._database.read() as connection:
-            port = self._ports.find(connection, named.sandbox, named.port)
+        version = self._database.version
+        if version != self._found_at or len(self._found) > _FOUND_AT_MOST:
+            self._found, self._found_at = {}, version
+        if named not in self._found:
+            with self._database.read() as connection:
+                self._found[named] = self._ports.find(connection, named.sandbox, named.port)
+        port = self._found[named]
         return None if port is None or port.state is SandboxState.DESTROYING else (named, port)
 
     async def _decide(self, visit: Visit) -> Admitted | Answered:
