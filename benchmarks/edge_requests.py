@@ -24,7 +24,7 @@ def measure(stage: Stage) -> list[Figure]:
         few = _compare("edge_requests", edge)
         with edge.stage.manager.client() as client:
             for number in range(_MANY):
-                made = client.post("/api/v1/sandboxes", json={"name": f"many-{number}", "memory_mib": 128})
+                made = client.post("/api/v1/sandboxes?wait=true", json={"name": f"many-{number}", "memory_mib": 128})
                 made.raise_for_status()
         return [few, _compare("edge_requests_1000", edge)]
 
