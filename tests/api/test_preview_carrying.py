@@ -16,6 +16,9 @@ import httpx
 import pytest
 from tests.preview_stage import Browser, PreviewStage, Serving, echo_request, preview_stage
 from tests.running_manager import wait_until
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 
 from atelier.gateway.preview_exchange import WEB_SOCKETS_PER_SANDBOX
@@ -290,15 +293,13 @@ def test_an_answer_before_the_body_and_one_to_wait_for(stage: PreviewStage, box:
 
 async def web_socket_echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """A WebSocket server by the library that is also the client's; its connection is the channel's."""
-    from websockets.server import ServerProtocol
-
     protocol = ServerProtocol()
     while piece := await reader.read(65536):
         protocol.receive_data(piece)
         for event in protocol.events_received():
-            if hasattr(event, "path"):
+            if isinstance(event, Request):
                 protocol.send_response(protocol.accept(event))
-            elif event.opcode.name == "TEXT":
+            elif isinstance(event, Frame) and event.opcode is Opcode.TEXT:
                 protocol.send_text(event.data)
         for out in protocol.data_to_send():
             writer.write(out)
