@@ -379,7 +379,8 @@ def test_what_everybody_may_ask_the_page_of_hand_over(stage: PreviewStage, box: 
         assert nobody.get("/previews/enter", params={"host": "x" * 1000}).status_code == 422
 
 
-def test_the_command_line_and_the_sdk(stage: PreviewStage, owner: Person, box: str) -> None:
+def test_the_command_line_and_the_sdk(stage: PreviewStage, owner: Person) -> None:
+    box = stage.create(owner.client())
     preview(stage, box)
     key = {"ATELIER_API_URL": stage.manager.url, "ATELIER_API_KEY": owner.key}
 
