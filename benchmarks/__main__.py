@@ -26,6 +26,8 @@ FIGURES = (
     "list_p99_1000_mock",
     "recovery_100",
     "leaks_after_kill",
+    "edge_requests",
+    "edge_websocket_drops",
     "slot_setup",
     "slot_delete_50",
     "network_throughput",

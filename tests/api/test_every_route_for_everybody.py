@@ -15,7 +15,7 @@ from tests.running_manager import RunningManager
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from atelier.api import sign_in_pages
+from atelier.api import preview_pages, sign_in_pages
 from atelier.api.application import describe_api
 from atelier.api.authorisation import RULES, Right, authorise
 
@@ -24,7 +24,10 @@ ADMINS_ONLY = {
     "list_orphans", "list_users", "list_warm_pools", "remove_orphan", "scrape_metrics", "set_warm_pool",
     "shut_down",
 }  # fmt: skip
-OWNERS_ONLY = {"delete_snapshot", "destroy_sandbox", "share_sandbox", "unshare_sandbox"}
+OWNERS_ONLY = {
+    "delete_snapshot", "destroy_sandbox", "make_preview_link", "set_port_visibility", "share_sandbox",
+    "unshare_sandbox",
+}  # fmt: skip
 BODIES = {"shut_down": {"sandboxes": "nonsense"}}
 """Where an empty body would end the test."""
 NAMES = ("nobody", "stranger", "shared", "owner", "admin")
@@ -35,6 +38,7 @@ def routes() -> dict[str, list[Any]]:
     """What is called before each route, by its operation."""
     app = describe_api()
     app.include_router(sign_in_pages.router)
+    app.include_router(preview_pages.router)
     found: dict[str, list[Any]] = {}
     for context in iter_route_contexts(app.routes):
         route = context.original_route
@@ -61,7 +65,8 @@ def test_what_is_for_admins_and_owners() -> None:
         for operations in describe_api().openapi()["paths"].values()
         for operation in operations.values()
     }
-    pages = {operation_of(route) for route in sign_in_pages.router.routes if isinstance(route, APIRoute)}
+    routers = (sign_in_pages.router, preview_pages.router)
+    pages = {operation_of(route) for each in routers for route in each.routes if isinstance(route, APIRoute)}
     assert set(RULES) == documented | pages | {"open_terminal"}
 
 
@@ -153,7 +158,19 @@ def test_every_route_for_everybody(stage: Stage) -> None:
                 sandbox, snapshot = stage.make()
             names = {"sandbox": sandbox, "snapshot": snapshot, "pid": "1", "name": "base", "image": "base"}
             filled = path
-            for part in ("sandbox", "snapshot", "pid", "name", "image", "orphan", "kind", "user", "key", "session"):
+            for part in (
+                "sandbox",
+                "snapshot",
+                "pid",
+                "name",
+                "image",
+                "port",
+                "orphan",
+                "kind",
+                "user",
+                "key",
+                "session",
+            ):
                 filled = filled.replace(f"{{{part}}}", names.get(part, "none"))
             assert "{" not in filled, path
             body = BODIES.get(operation, {}) if method in ("post", "put", "patch") else None

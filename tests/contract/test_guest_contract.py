@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import tarfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -143,6 +144,25 @@ async def test_initialize_and_metrics(ground: Ground) -> None:
     assert 0 < metrics.memory_used_bytes < metrics.memory_total_bytes
     assert 0 <= metrics.disk_used_bytes < metrics.disk_total_bytes
     assert metrics.uptime_seconds >= 0
+
+
+async def test_ports_on_which_programs_listen(ground: Ground) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    spec = ProcessSpec(("python3", "-m", "http.server", str(port), "--bind", "127.0.0.1"))
+    assert port not in await ground.driver.list_ports(BOX)
+    async with asyncio.timeout(60), ground.driver.start_process(BOX, spec) as events:
+        started = await anext(events)
+        assert isinstance(started, ProcessStarted)
+        while port not in (ports := await ground.driver.list_ports(BOX)):
+            await asyncio.sleep(0.05)
+        assert ports == sorted(set(ports))
+        await ground.driver.send_signal(BOX, started.pid, signal.SIGKILL)
+        async for _ in events:
+            pass
+    assert port not in await ground.driver.list_ports(BOX)
+    with pytest.raises(GuestUnreachableError):
+        await ground.driver.list_ports("mmmmmmmmmmmm")
 
 
 async def test_a_new_name_leaves_the_token(ground: Ground) -> None:

@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 import atelier
-from atelier.api import errors, sign_in_pages
+from atelier.api import errors, preview_pages, sign_in_pages
 from atelier.api.authentication import Application, Gate
 from atelier.api.authorisation import authorise
 from atelier.api.routes import (
@@ -21,6 +21,7 @@ from atelier.api.routes import (
     images,
     metrics,
     networks,
+    previews,
     processes,
     sandboxes,
     shares,
@@ -58,6 +59,7 @@ def describe_api(health: Health | None = None) -> FastAPI:
         snapshots,
         warm_pools,
         networks,
+        previews,
         processes,
         terminals,
         file_routes,
@@ -88,6 +90,7 @@ def create_application(services: Services, public_url: str, host_names: frozense
     app.state.services = services
     app.state.public_url = public_url
     app.include_router(sign_in_pages.router)
+    app.include_router(preview_pages.router)
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
     # nobody else learns who reads it.

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocket
 
 from atelier.api import errors
+from atelier.api.edge import EDGE_PATH, answer_edge
 from atelier.api.services import Services
 from atelier.model.errors import AccessDeniedError, AtelierError, AuthenticationError, InvalidRequestError
 from atelier.model.principal import Principal
@@ -26,7 +27,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out"})
+OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out", "/previews/enter"})
 OPEN_PREFIXES = ("/docs/", "/sign-in/")
 """Health and the description of the API, the same for everybody who has the software; and the way in."""
 
@@ -57,6 +58,9 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
+            return
+        if scope["path"] == EDGE_PATH and scope["type"] == "http":
+            await answer_edge(self._services.preview_entry, self._services.edge_socket, scope, send)
             return
         state = scope.setdefault("state", {})
         with contextlib.ExitStack() as stack:

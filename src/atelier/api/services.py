@@ -15,6 +15,8 @@ from atelier.services.host import HostService
 from atelier.services.idempotency import IdempotencyService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
+from atelier.services.preview_entry import PreviewEntry
+from atelier.services.previews import PreviewService
 from atelier.services.rate_limits import RateLimits
 from atelier.services.sandboxes import SandboxService
 from atelier.services.sign_in import SignInService
@@ -39,6 +41,10 @@ class Services:
     sign_in: SignInService
     ssh_keys: SshKeyService
     ssh_entry: SshEntry
+    previews: PreviewService
+    preview_entry: PreviewEntry
+    edge_socket: str
+    """Where a front proxy finds the gateway; empty: nowhere."""
     audit: AuditLog
     idempotency: IdempotencyService
     rate_limits: RateLimits

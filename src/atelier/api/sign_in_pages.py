@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPT_SECONDS = 600
 _SESSION_SECONDS = 14 * 86400
-_HEADERS = {
+_RETURNS = "/previews/enter?host="
+PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
     # Not "no-referrer": browsers would then send "Origin: null" with our own forms.
     "Referrer-Policy": "same-origin",
@@ -53,7 +54,9 @@ code {{ color: #666; }}
 
 def _page(title: str, content: str, status: int = 200) -> HTMLResponse:
     """``content`` is HTML; ``title`` is text."""
-    return HTMLResponse(_PAGE.format(title=html.escape(title), content=content), status_code=status, headers=_HEADERS)
+    return HTMLResponse(
+        _PAGE.format(title=html.escape(title), content=content), status_code=status, headers=PAGE_HEADERS
+    )
 
 
 class _PageRoute(APIRoute):
@@ -127,7 +130,7 @@ async def use_first_run(request: Request, secret: Annotated[str, Form(max_length
 async def begin_sign_in(request: Request, provider: str) -> Response:
     _check_form(request)
     url, browser = await services_of(request).sign_in.begin(provider, _public_url(request))
-    response = RedirectResponse(url, status_code=303, headers=_HEADERS)
+    response = RedirectResponse(url, status_code=303, headers=PAGE_HEADERS)
     _set_cookie(request, response, _attempt_cookie(request), browser, _ATTEMPT_SECONDS)
     return response
 
@@ -154,7 +157,7 @@ async def sign_out(request: Request) -> Response:
     if principal is not None and principal.session_id:
         await services_of(request).accounts.revoke_session(principal, principal.session_id)
         services_of(request).audit.note(principal, "sign_out", "", 303, address_of(request.scope))
-    response = RedirectResponse("/sign-in", status_code=303, headers=_HEADERS)
+    response = RedirectResponse("/sign-in", status_code=303, headers=PAGE_HEADERS)
     response.delete_cookie(session_cookie(_public_url(request)), secure=_is_secure(request), httponly=True)
     return response
 
@@ -162,9 +165,18 @@ async def sign_out(request: Request) -> Response:
 def _welcome(request: Request, user: User, token: str, through: str) -> Response:
     who = Principal(user.id, user.name, user.role, frozenset())
     services_of(request).audit.note(who, "sign_in", "", 303, address_of(request.scope), through=through)
-    response = RedirectResponse("/sign-in", status_code=303, headers=_HEADERS)
+    # Where they came from, if that was a preview.
+    onward = request.cookies.get(_return_cookie(request), "").strip('"')
+    to = onward if onward.startswith(_RETURNS) else "/sign-in"
+    response = RedirectResponse(to, status_code=303, headers=PAGE_HEADERS)
     _set_cookie(request, response, session_cookie(_public_url(request)), token, _SESSION_SECONDS)
+    response.delete_cookie(_return_cookie(request), secure=_is_secure(request), httponly=True, samesite="lax")
     return response
+
+
+def remember_return(request: Request, response: Response, path: str) -> None:
+    """Where somebody is to go once they are signed in; only addresses of previews are gone to."""
+    _set_cookie(request, response, _return_cookie(request), path, _ATTEMPT_SECONDS)
 
 
 def _check_form(request: Request) -> None:
@@ -188,6 +200,10 @@ def _is_secure(request: Request) -> bool:
 
 def _attempt_cookie(request: Request) -> str:
     return session_cookie(_public_url(request)) + "_attempt"
+
+
+def _return_cookie(request: Request) -> str:
+    return session_cookie(_public_url(request)) + "_return"
 
 
 def _set_cookie(request: Request, response: Response, name: str, value: str, seconds: int) -> None:

@@ -17,6 +17,7 @@ from atelier.client import calls, lifecycle_calls, network_calls, snapshot_calls
 from atelier.client.call import KEEP, Call, Keep
 from atelier.client.connection import AsyncConnectionLease, ConnectionLease
 from atelier.client.network_calls import PolicyWish
+from atelier.client.previews import AsyncSandboxPorts, SandboxPorts
 from atelier.client.sandbox_failures import SandboxFailedError, is_stuck, not_gone_in_time, not_in_time
 from atelier.client.snapshots import AsyncSnapshot, Snapshot, until_ready
 from atelier.client.steps import POLL_SECONDS, Steps, carry_out, carry_out_async
@@ -152,7 +153,7 @@ class Orders:
         )
 
 
-class SandboxLife(Orders):
+class SandboxLife(Orders, SandboxPorts):
     _lease: ConnectionLease
 
     def refresh(self) -> SandboxDetails:
@@ -300,7 +301,7 @@ class SandboxLife(Orders):
         return self.details
 
 
-class AsyncSandboxLife(Orders):
+class AsyncSandboxLife(Orders, AsyncSandboxPorts):
     """The same on asyncio."""
 
     _lease: AsyncConnectionLease

@@ -4,13 +4,12 @@
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
 ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
 ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
-Those of signing in stand in ``sign_in``. Nothing defaults into a source checkout.
+Those of signing in stand in ``sign_in``, those of previews in ``previews``. Nothing defaults into a source checkout.
 """
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+from atelier.config.addresses import ListenAddress, parse_listen
+from atelier.config.previews import DEFAULT_PREVIEWS_LISTEN, PreviewSettings, load_previews
 from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
 from atelier.model.errors import InvalidRequestError
@@ -70,22 +71,6 @@ class TemplateChoice(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ListenAddress:
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        """Where a client on this machine reaches the manager."""
-        unspecified = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
-        host = unspecified.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
-        return f"http://{host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     mode: ServerMode
     data_dir: Path
@@ -94,6 +79,7 @@ class Settings:
     listen: ListenAddress
     ssh_listen: ListenAddress | None
     """Where SSH is served; None: nowhere."""
+    previews: PreviewSettings
     accelerator: Accelerator
     network: NetworkChoice
     network_home: NetworkHome
@@ -121,13 +107,22 @@ def load_settings(
     home = Path(variables.get("HOME") or Path.home())
     data = _folder(data_dir or variables.get("ATELIER_DATA_DIR", ""), variables, "XDG_DATA_HOME", home / ".local/share")
     cache = _folder(variables.get("ATELIER_CACHE_DIR", ""), variables, "XDG_CACHE_HOME", home / ".cache")
+    listens_at = parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN))
+    public_url = _public_url(variables.get("ATELIER_PUBLIC_URL", ""))
     return Settings(
         mode=_choice(ServerMode, mode or variables.get("ATELIER_SERVER_MODE", ServerMode.LOCAL), "ATELIER_SERVER_MODE"),
         data_dir=data,
         cache_dir=cache,
         run_dir=run_directory(data, variables),
-        listen=parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN)),
+        listen=listens_at,
         ssh_listen=_ssh_listen(variables.get("ATELIER_SSH_LISTEN") or DEFAULT_SSH_LISTEN),
+        previews=load_previews(
+            variables.get("ATELIER_SANDBOX_DOMAIN", ""),
+            variables.get("ATELIER_PREVIEWS_LISTEN", ""),
+            public_url,
+            # Beside a manager that is not at the usual place, as a second one, they are not either.
+            DEFAULT_PREVIEWS_LISTEN if str(listens_at) == DEFAULT_LISTEN else "127.0.0.1:0",
+        ),
         accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
         network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.AUTO), "ATELIER_NETWORK"),
         network_home=_choice(
@@ -138,7 +133,7 @@ def load_settings(
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
-        public_url=_public_url(variables.get("ATELIER_PUBLIC_URL", "")),
+        public_url=public_url,
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
         sign_ins_per_minute=_limit(variables, "ATELIER_SIGN_INS_PER_MINUTE", "30"),
         web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
@@ -159,26 +154,6 @@ def run_directory(data_dir: Path, variables: Mapping[str, str]) -> Path:
         parent = Path(f"/tmp/atelier-{os.geteuid()}")  # noqa: S108  made with mode 0700 and its owner checked
     digest = hashlib.sha256(bytes(data_dir.resolve())).hexdigest()
     return parent.absolute() / digest[:_RUN_HASH_DIGITS]
-
-
-def parse_listen(text: str, setting: str = "ATELIER_LISTEN (or --listen)") -> ListenAddress:
-    """``HOST:PORT`` with an address, ``localhost`` or ``[v6]``; port 0 lets the kernel choose."""
-    host, separator, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if host == "localhost":
-        host = "127.0.0.1"
-    try:
-        ipaddress.ip_address(host)
-        number = int(port)
-    except ValueError:
-        number = -1
-    if not separator or not 0 <= number <= 65535:
-        raise InvalidRequestError(
-            f"{setting} is {text!r}",
-            code="invalid_setting",
-            hint="write ADDRESS:PORT, as 127.0.0.1:7420 or [::1]:7420",
-        )
-    return ListenAddress(host, number)
 
 
 def _ssh_listen(text: str) -> ListenAddress | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, insert, select, update
 
 from atelier.db.tables import api_keys, browser_sessions, users
 from atelier.model.principal import ALL_SCOPES, ApiKey, BrowserSession, Principal, Role, Scope
@@ -20,8 +20,17 @@ class CredentialRepository:
 
     def find_by_key(self, connection: Connection, key_hash: str) -> tuple[Principal, datetime | None, bool] | None:
         """(who, when the key expires, whether the user is disabled)."""
+        return self._holder_of_key(connection, api_keys.c.hash == key_hash)
+
+    def find_by_key_id(self, connection: Connection, key_id: str) -> tuple[Principal, datetime | None, bool] | None:
+        """The same."""
+        return self._holder_of_key(connection, api_keys.c.id == key_id)
+
+    def _holder_of_key(
+        self, connection: Connection, condition: ColumnElement[bool]
+    ) -> tuple[Principal, datetime | None, bool] | None:
         query = select(api_keys, *_HOLDER).join(users, users.c.id == api_keys.c.user_id)
-        row = connection.execute(query.where(api_keys.c.hash == key_hash)).one_or_none()
+        row = connection.execute(query.where(condition)).one_or_none()
         if row is None:
             return None
         scopes = frozenset(Scope(each) for each in row.scopes)
@@ -32,8 +41,19 @@ class CredentialRepository:
         self, connection: Connection, token_hash: str
     ) -> tuple[Principal, datetime | None, bool] | None:
         """(who, when the session expires, whether the user is disabled)."""
+        return self._holder_of_session(connection, browser_sessions.c.hash == token_hash)
+
+    def find_by_session_id(
+        self, connection: Connection, session_id: str
+    ) -> tuple[Principal, datetime | None, bool] | None:
+        """The same."""
+        return self._holder_of_session(connection, browser_sessions.c.id == session_id)
+
+    def _holder_of_session(
+        self, connection: Connection, condition: ColumnElement[bool]
+    ) -> tuple[Principal, datetime | None, bool] | None:
         query = select(browser_sessions, *_HOLDER).join(users, users.c.id == browser_sessions.c.user_id)
-        row = connection.execute(query.where(browser_sessions.c.hash == token_hash)).one_or_none()
+        row = connection.execute(query.where(condition)).one_or_none()
         if row is None:
             return None
         who = Principal(row.user_id, row.user_name, Role(row.role), ALL_SCOPES, session_id=row.id)

@@ -5,6 +5,7 @@ Settings that people choose are ``config``'s, not these.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
@@ -16,6 +17,7 @@ from atelier.model.ids import new_installation_id, new_sandbox_id
 
 _INSTALLATION_ID = "installation_id"
 _HOST_ID = "host_id"
+_PREVIEW_KEY = "preview_key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,13 @@ async def load_installation(database: Database) -> Installation:
         return Installation(installation_id, _ensure(connection, _HOST_ID, new_sandbox_id()))
 
     return await database.write(load)
+
+
+async def load_preview_key(database: Database) -> bytes:
+    """By which links to previews, and their cookies, are signed; made at the first start."""
+    return bytes.fromhex(
+        await database.write(lambda connection: _ensure(connection, _PREVIEW_KEY, secrets.token_hex(32)))
+    )
 
 
 def _find(connection: Connection, name: str) -> str | None:

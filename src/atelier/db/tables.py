@@ -12,7 +12,7 @@ from sqlalchemy import JSON, Boolean, Column, Float, Index, Integer, MetaData, T
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0006"
+SCHEMA_REVISION = "0007"
 """The newest file in ``migrations/versions``. Revisions are numbers of four digits, so they can be compared."""
 
 
@@ -260,6 +260,17 @@ sandbox_shares = Table(
     Column("sandbox_id", Text, primary_key=True),
     Column("user_id", Text, primary_key=True),
     Index("sandbox_shares_by_user", "user_id"),
+)
+
+# Who may visit ports of sandboxes; those without a row are private. Rows of sandboxes that are gone are trimmed.
+preview_ports = Table(
+    "preview_ports",
+    metadata,
+    Column("sandbox_id", Text, primary_key=True),
+    Column("port", Integer, primary_key=True),
+    Column("visibility", Text, nullable=False),
+    # Of the links that are good.
+    Column("generation", Integer, nullable=False),
 )
 
 audit_entries = Table(

@@ -19,6 +19,7 @@ from typing import Literal
 
 from atelier.gateway.attachments import LOCK_NAME
 from atelier.gateway.control import ChannelSet
+from atelier.gateway.preview_server import PreviewServer
 from atelier.gateway.ssh_server import SshServer
 from atelier.host.files import ensure_private_folder, lock_folder
 from atelier.host.line_server import LineServer
@@ -86,7 +87,8 @@ async def _serve(layout: RunLayout, epoch_wait_seconds: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     ssh = SshServer(layout)
-    channels = ChannelSet(layout, ssh, epoch_wait_seconds=epoch_wait_seconds)
+    previews = PreviewServer(layout)
+    channels = ChannelSet(layout, ssh, previews, epoch_wait_seconds=epoch_wait_seconds)
     control = LineServer(layout.gateway_socket, channels.answer)
     try:
         await channels.open()
@@ -96,6 +98,7 @@ async def _serve(layout: RunLayout, epoch_wait_seconds: float) -> None:
     finally:
         await control.close()
         await ssh.close()
+        await previews.close()
         await channels.close()
     log.info("the gateway has stopped")
 

@@ -2,7 +2,7 @@
 
 Served by ``__main__``; owns all attached channels. Requests ``{"operation": "attach", "sandbox_id", "socket_path",
 "token"}``, ``{"operation": "detach", "sandbox_id"}``, ``{"operation": "list"}``, ``{"operation": "ping"}``, and
-``{"operation": "serve_ssh", ...}`` (``ssh_server``); answers
+``{"operation": "serve_ssh", ...}`` (``ssh_server``), ``{"operation": "serve_previews", ...}`` (``preview_server``); answers
 ``{"ok": true, ...}`` or ``{"ok": false, "code", "message"}``, in order. attach and detach are idempotent; an attach
 with another socket or token replaces the channel. Neither is done for a client that has gone meanwhile: it may be a dead
 manager, and the next one have asked for the opposite. It must never wait for a guest.
@@ -20,6 +20,7 @@ import atelier
 from atelier.gateway.attachments import Attachment, AttachmentFiles, parse_attachment
 from atelier.gateway.channel import GuestChannel
 from atelier.gateway.clients import ClientDoor
+from atelier.gateway.preview_server import PreviewServer
 from atelier.gateway.ssh_server import SshServer
 from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.host.files import disk_full_as_error
@@ -43,9 +44,12 @@ class _Attached:
 class ChannelSet:
     """All attached channels of this gateway, and the operations on them."""
 
-    def __init__(self, layout: RunLayout, ssh: SshServer, *, epoch_wait_seconds: float) -> None:
+    def __init__(
+        self, layout: RunLayout, ssh: SshServer, previews: PreviewServer, *, epoch_wait_seconds: float
+    ) -> None:
         self._layout = layout
         self._ssh = ssh
+        self._previews = previews
         self._files = AttachmentFiles(layout.channels)
         self._epoch_wait_seconds = epoch_wait_seconds
         self._attached: dict[str, _Attached] = {}
@@ -77,6 +81,9 @@ class ChannelSet:
             case "serve_ssh":
                 async with self._lock:
                     return await self._ssh.answer(request)
+            case "serve_previews":
+                async with self._lock:
+                    return await self._previews.answer(request)
             case "attach" | "detach":
                 # One after the other: whoever is found here has all that it asked for before its successor has anything.
                 async with self._lock:
@@ -85,7 +92,7 @@ class ChannelSet:
                     return await (self._on_attach if name == "attach" else self._on_detach)(request)
             case _:
                 raise InvalidRequestError(
-                    "unknown operation: the gateway knows attach, detach, list, ping and serve_ssh"
+                    "unknown operation: the gateway knows attach, detach, list, ping, serve_ssh and serve_previews"
                 )
 
     async def _on_attach(self, request: Request) -> Answer:

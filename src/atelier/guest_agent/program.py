@@ -69,7 +69,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def build_router(state: AgentState, *, with_control: bool) -> Router:
-    """All services; those for files are added on demand."""
+    """All services; those for files and ports are added on demand."""
     from atelier.guest_agent import process, status
 
     router = Router()
@@ -84,12 +84,13 @@ def build_router(state: AgentState, *, with_control: bool) -> Router:
 
 
 def _register_file_services(router: Router, state: AgentState) -> None:
-    from atelier.guest_agent import archive, files, filesystem, watch
+    from atelier.guest_agent import archive, files, filesystem, ports, watch
 
     filesystem.register(router, state)
     watch.register(router, state)
     files.register(router, state)
     archive.register(router, state)
+    ports.register(router)
 
 
 async def serve(options: Options) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from atelier.config.settings import ServerMode, Settings
 from atelier.db.closed_files import read_stuck_sandboxes
+from atelier.host.checks.edge import check_edge
 from atelier.host.checks.local import CheckResult, CheckStatus, check_machine
 from atelier.manager.network_choice import explain_network
 from atelier.model.errors import AtelierError
@@ -37,6 +38,8 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
         results += explain_network(settings.network)
+        if settings.public_url.startswith("https:"):
+            results += check_edge(settings.public_url)
     results += check_sandboxes(DataLayout(settings.data_dir).database)
     if as_json:
         document = {"mode": settings.mode, "checks": [dataclasses.asdict(result) for result in results]}

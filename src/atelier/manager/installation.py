@@ -17,13 +17,16 @@ from dataclasses import dataclass
 
 from atelier.api.application import create_application
 from atelier.api.authentication import Application
-from atelier.config.settings import ListenAddress, Settings
+from atelier.config.addresses import ListenAddress
+from atelier.config.settings import Settings
 from atelier.db.engine import Database
-from atelier.db.installation import load_installation
+from atelier.db.installation import load_installation, load_preview_key
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
+from atelier.manager.gateway_questions import GatewayQuestions
 from atelier.manager.kept_process import KeptProcess
+from atelier.manager.preview_server import PreviewServing, preview_socket
 from atelier.manager.ssh_service import SshService
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
@@ -42,7 +45,7 @@ _FULL_DISK_SECONDS = 10.0
 _EVENT_TRIM_SECONDS = 60.0
 _ACCOUNT_TRIM_SECONDS = 600.0
 _WARM_POOL_SECONDS = 10.0
-_SSH_SECONDS = 3.0
+_SERVING_SECONDS = 3.0
 _SNAPSHOT_CHECK_SECONDS = 60.0
 _SNAPSHOT_CHECK_AFTER_SECONDS = 300.0
 """After a start there is better use for the disk."""
@@ -84,6 +87,7 @@ class Installation:
             listening = stack.enter_context(_bind(settings.listen if serves else _ANY_PORT))
             host, port = listening.getsockname()[:2]
             address = ListenAddress(host, port)
+            public_url = settings.public_url or address.url
             _make_run_folders(run)
             token = _ensure_token(data, address) if serves else ""
 
@@ -104,7 +108,10 @@ class Installation:
                 await companion.open()
             stack.push_async_callback(lifecycle.close)
             end_asked = asyncio.Event()
-            services = assemble(drivers, database, lifecycle, fleet, settings, end_asked.set)
+            preview_key = await load_preview_key(database)
+            edge_socket = preview_socket(settings.previews, run)
+            services = assemble(drivers, database, lifecycle, fleet, settings, preview_key, edge_socket, end_asked.set)
+            services.preview_entry.manager_url = public_url
             stack.push_async_callback(services.images.close)
             stack.push_async_callback(services.authenticator.close)
             stack.push_async_callback(services.audit.close)
@@ -115,12 +122,16 @@ class Installation:
             await lifecycle.recover()
             if drivers.gateway is not None and serves:
                 ssh = SshService(services.ssh_keys, services.ssh_entry, data, run, settings.ssh_listen)
-                await ssh.open()
-                stack.push_async_callback(ssh.close)
-                await ssh.keep()
-                stack.push_async_callback(
-                    _cancel, asyncio.create_task(_every(_SSH_SECONDS, ssh.keep, after=_SSH_SECONDS))
-                )
+                ssh.open()
+                previews = PreviewServing(services.previews, services.preview_entry, run, settings.previews)
+                questions = GatewayQuestions(run, {"ssh": ssh.answer, "preview": previews.answer})
+                await questions.open()
+                stack.push_async_callback(questions.close)
+                for keep in (ssh.keep, previews.keep):
+                    await keep()
+                    stack.push_async_callback(
+                        _cancel, asyncio.create_task(_every(_SERVING_SECONDS, keep, after=_SERVING_SECONDS))
+                    )
             for seconds, work in (
                 (_CONSOLE_TRIM_SECONDS, fleet.trim_consoles),
                 (_RECONCILE_SECONDS, lifecycle.reconcile),
@@ -132,6 +143,7 @@ class Installation:
                 (_EVENT_TRIM_SECONDS, services.events.trim),
                 (_ACCOUNT_TRIM_SECONDS, services.accounts.trim),
                 (_ACCOUNT_TRIM_SECONDS, services.audit.trim),
+                (_ACCOUNT_TRIM_SECONDS, services.previews.trim),
                 (_ACCOUNT_TRIM_SECONDS, services.idempotency.trim),
                 (_WARM_POOL_SECONDS, lifecycle.warm_pools.keep),
             ):
@@ -140,7 +152,6 @@ class Installation:
                 _SNAPSHOT_CHECK_SECONDS, lifecycle.snapshot_checks.check_next, after=_SNAPSHOT_CHECK_AFTER_SECONDS
             )
             stack.push_async_callback(_cancel, asyncio.create_task(checking))
-            public_url = settings.public_url or address.url
             application = create_application(services, public_url, frozenset({address.host}))
             yield Installation(settings, address, data, application, listening, lifecycle, fleet, end_asked, first_link)
 

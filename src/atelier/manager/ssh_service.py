@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 
-from atelier.config.settings import ListenAddress
+from atelier.config.addresses import ListenAddress
 from atelier.host.files import write_atomically
-from atelier.host.line_server import Answer, LineServer, Request, ask
+from atelier.host.line_server import Answer, Request, ask
 from atelier.lifecycle.ssh_host_key import make_ssh_host_key
+from atelier.manager.gateway_questions import text_of
 from atelier.model.errors import AccessDeniedError, InvalidRequestError
 from atelier.model.layout import DataLayout, RunLayout
 from atelier.model.ssh_key import MAX_LINE_LENGTH, SshAddress
@@ -32,15 +33,10 @@ class SshService:
         self._run = run
         self._listen = listen
         self._public_key = ""
-        self._server = LineServer(run.manager_socket, self._answer)
 
-    async def open(self) -> None:
+    def open(self) -> None:
         """Raises HostError, OSError."""
         self._public_key = self._ensure_host_key()
-        await self._server.open()
-
-    async def close(self) -> None:
-        await self._server.close()
 
     async def keep(self) -> None:
         """Have the gateway serve, a new one too. The body of a background loop."""
@@ -84,8 +80,8 @@ class SshService:
             write_atomically(path, made.private_key.encode())
         return public_path.read_text().strip()
 
-    async def _answer(self, request: Request, asker: int) -> Answer:
-        del asker
+    async def answer(self, request: Request) -> Answer:
+        """Of the gateway's questions those that begin with ``ssh_``."""
         match request.get("operation"):
             case "ssh_find":
                 entry = self._keys.find_entry(_text(request, "sandbox"), _text(request, "key"))
@@ -107,7 +103,4 @@ class SshService:
 
 
 def _text(request: Request, name: str) -> str:
-    value = request.get(name)
-    if not isinstance(value, str) or len(value) > MAX_LINE_LENGTH:
-        raise InvalidRequestError(f"{name} is missing, or is no text")
-    return value
+    return text_of(request, name, MAX_LINE_LENGTH)

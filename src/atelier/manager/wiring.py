@@ -55,6 +55,9 @@ from atelier.services.host import HostService
 from atelier.services.idempotency import IdempotencyService
 from atelier.services.images import ImageService
 from atelier.services.networks import NetworkService
+from atelier.services.preview_entry import PreviewEntry
+from atelier.services.preview_passes import PreviewPasses
+from atelier.services.previews import PreviewService
 from atelier.services.rate_limits import Limits, RateLimits
 from atelier.services.sandboxes import SandboxService
 from atelier.services.sign_in import Admission, SignInService
@@ -105,14 +108,19 @@ def assemble(
     lifecycle: SandboxLifecycle,
     fleet: SandboxFleet,
     settings: Settings,
+    preview_key: bytes,
+    edge_socket: str,
     end_manager: Callable[[], None],
 ) -> Services:
-    """The services that the API calls."""
+    """The services that the API calls. ``preview_key``: by which ways into previews are signed; ``edge_socket``: where a front
+    proxy finds the gateway."""
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     authenticator = Authenticator(database)
     accounts = AccountService(database, authenticator)
     access, audit = AccessService(database), AuditLog(database)
     ssh_keys = SshKeyService(database, accounts, access)
+    passes = PreviewPasses(preview_key)
+    previews = PreviewService(database, sandboxes, drivers.guests, passes)
     return Services(
         sandboxes=sandboxes,
         snapshots=SnapshotService(database, lifecycle),
@@ -134,6 +142,11 @@ def assemble(
         audit=audit,
         ssh_keys=ssh_keys,
         ssh_entry=SshEntry(ssh_keys, sandboxes, lifecycle.activity, audit),
+        previews=previews,
+        preview_entry=PreviewEntry(
+            database, previews, passes, authenticator, access, sandboxes, lifecycle.activity, audit
+        ),
+        edge_socket=edge_socket,
         idempotency=IdempotencyService(database),
         rate_limits=RateLimits(
             Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)

@@ -211,6 +211,11 @@ class RunLayout:
         return self.root / "network"
 
     @property
+    def previews_socket(self) -> Path:
+        """The gateway's, where a front proxy stands before it; unless the settings name another place."""
+        return self.root / "previews.sock"
+
+    @property
     def manager_socket(self) -> Path:
         return self.root / "manager.sock"
 

@@ -63,6 +63,14 @@ class Authenticator:
         """Raises AuthenticationError (``unauthenticated``, ``session_expired``, ``user_disabled``)."""
         return self._identify(f"session {hash_secret(token)}", "session")
 
+    def by_id(self, *, key_id: str = "", session_id: str = "") -> Principal:
+        """Whoever came by this key or session, as long as that is good. Raises as the others."""
+        return (
+            self._identify(f"key-id {key_id}", "key")
+            if key_id
+            else self._identify(f"session-id {session_id}", "session")
+        )
+
     def _identify(self, name: str, kind: str) -> Principal:
         found = self._known.get(name) or self._look_up(name)
         if found is None:
@@ -80,12 +88,15 @@ class Authenticator:
         return principal
 
     def _look_up(self, name: str) -> _Found | None:
-        kind, _, secret_hash = name.partition(" ")
+        kind, _, value = name.partition(" ")
+        find = {
+            "key": self._credentials.find_by_key,
+            "key-id": self._credentials.find_by_key_id,
+            "session": self._credentials.find_by_session,
+            "session-id": self._credentials.find_by_session_id,
+        }[kind]
         with self._database.read() as connection:
-            if kind == "key":
-                found = self._credentials.find_by_key(connection, secret_hash)
-            else:
-                found = self._credentials.find_by_session(connection, secret_hash)
+            found = find(connection, value)
         if found is not None:
             if len(self._known) >= _REMEMBERED_AT_MOST:
                 self._known.clear()

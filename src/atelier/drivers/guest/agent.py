@@ -36,6 +36,7 @@ from atelier.drivers.guest.messages import (
     metrics,
     next_page,
     parse_list,
+    port_numbers,
     process_event,
     process_summaries,
     read_bounded,
@@ -141,6 +142,9 @@ class AgentGuests:
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics:
         return metrics(await self._guest(sandbox_id).ask("reading the metrics", "GET", "/metrics", is_question=True))
+
+    async def list_ports(self, sandbox_id: str) -> list[int]:
+        return port_numbers(await self._guest(sandbox_id).ask("listing the ports", "GET", "/ports", is_question=True))
 
     # Processes.
 

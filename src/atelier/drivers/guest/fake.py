@@ -18,7 +18,7 @@ from typing import Any
 
 from atelier.drivers.faults import Faults
 from atelier.drivers.guest.fake_files import FakeFiles
-from atelier.drivers.guest.fake_processes import FakeMovement, FakeProcess
+from atelier.drivers.guest.fake_processes import FakeMovement, FakeProcess, listening_port
 from atelier.model.errors import GuestUnreachableError, InvalidRequestError, NotFoundError, TimeoutExceededError
 from atelier.model.guest import (
     FileEntry,
@@ -258,6 +258,11 @@ class FakeGuests:
         if self.on_shut_down is not None:
             # The guest has agreed before its machine ends.
             asyncio.get_running_loop().call_soon(self.on_shut_down, sandbox_id)
+
+    async def list_ports(self, sandbox_id: str) -> list[int]:
+        guest = await self._guest(sandbox_id, "list_ports")
+        ports = (listening_port(process.spec.arguments) for process in guest.running.values())
+        return sorted({port for port in ports if port is not None})
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics:
         guest = await self._guest(sandbox_id, "metrics")

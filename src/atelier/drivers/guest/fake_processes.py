@@ -1,7 +1,7 @@
 """The processes of a fake guest: a fixed few programs as coroutines; no process of the host is ever started.
 
-Used by ``fake`` only. ``true``, ``false``, ``echo``, ``cat``, ``sleep`` and ``exit`` are known, by bare name or by path;
-anything else writes that it was not found to stderr and ends with 127. Signals, time limits, stdin and the echo of a
+Used by ``fake`` only. ``true``, ``false``, ``echo``, ``cat``, ``sleep``, ``exit`` and ``python3 -m
+http.server PORT``, which serves nobody, are known, by bare name or by path; anything else writes that it was not found to stderr and ends with 127. Signals, time limits, stdin and the echo of a
 terminal behave as in a real guest. While the guest stands still no program takes a step, and its state can be dumped and
 begun again from there, in another fake guest.
 """
@@ -398,6 +398,21 @@ async def _false(process: FakeProcess) -> None:
     raise _Exit(1)
 
 
+async def _serve(process: FakeProcess) -> None:
+    if listening_port(process.spec.arguments) is None:
+        await _unknown(process)
+    await asyncio.Event().wait()
+
+
+def listening_port(arguments: tuple[str, ...]) -> int | None:
+    """The port on which a program would listen."""
+    match arguments:
+        case (_, "-m", "http.server", port, *_) if port.isdecimal():
+            return int(port)
+        case _:
+            return None
+
+
 async def _unknown(process: FakeProcess) -> None:
     await process.say(f"not found; a fake guest knows {', '.join(sorted(_PROGRAMS))} only")
     raise _Exit(127)
@@ -410,4 +425,5 @@ _PROGRAMS: dict[str, Callable[[FakeProcess], Awaitable[None]]] = {
     "cat": FakeProcess.cat,
     "sleep": FakeProcess.sleep,
     "exit": FakeProcess.exit,
+    "python3": _serve,
 }

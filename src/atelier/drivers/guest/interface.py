@@ -87,6 +87,10 @@ class GuestDriver(Protocol):
 
     async def metrics(self, sandbox_id: str) -> GuestMetrics: ...
 
+    async def list_ports(self, sandbox_id: str) -> list[int]:
+        """TCP ports on which programs in the guest listen, on its loopback or on all addresses; sorted."""
+        ...
+
     def start_process(
         self, sandbox_id: str, spec: ProcessSpec
     ) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:

@@ -43,6 +43,7 @@ _ERROR_TEXT_MAX: Final = 500
 _PROCESSES_MAX: Final = 100_000
 _ARGUMENTS_MAX: Final = 100_000
 _ENTRIES_MAX: Final = 100_000
+_PORTS_MAX: Final = 4096
 _INT64_MAX: Final = 2**63 - 1
 
 Message = dict[str, Any]
@@ -332,6 +333,17 @@ def next_page(message: Message) -> str:
 def clock_time_ns(message: Message) -> int:
     """``atelier.v1.Control/SetClock``: the guest's wall clock, ns since the epoch."""
     return _integer(message.get("timeNs"), "timeNs")
+
+
+def port_numbers(message: Message) -> list[int]:
+    """The answer to ``GET /ports``; sorted."""
+    ports: object = message.get("ports")
+    if not isinstance(ports, list):
+        raise _wrong("ports is no list")
+    numbers = cast("list[object]", ports)
+    if len(numbers) > _PORTS_MAX:
+        raise _wrong(f"more than {_PORTS_MAX} ports")
+    return sorted({_integer(each, "a port", 1, 65_535) for each in numbers})
 
 
 def metrics(message: Message) -> GuestMetrics:
