@@ -41,6 +41,9 @@ class _Viewer:
         self._arrived = asyncio.Event()
 
     def push(self, event: TerminalEvent) -> None:
+        if isinstance(event, ProcessOutput) and (excess := len(event.data) - _VIEWER_BYTES) > 0:
+            self._lost_bytes += excess
+            event = ProcessOutput(event.stream, event.data[excess:])
         self._events.append(event)
         if isinstance(event, ProcessOutput):
             self._pending_bytes += len(event.data)
@@ -109,8 +112,9 @@ class FakeTerminal:
         if len(self._viewers) >= _VIEWERS_MAX:
             raise GuestError(f"the terminal {self.id} has {_VIEWERS_MAX} viewers", code="guest_resource_exhausted")
         viewer = _Viewer(next(self._numbers), size)
+        # Who comes is told the size once: as he joins.
+        self._fit(viewer)
         self._viewers.append(viewer)
-        self._fit()
         kept = self.process.kept_output
         viewer.push(TerminalJoined(self.describe(), viewer.number))
         if lost := self._written_bytes - len(kept):
@@ -142,8 +146,9 @@ class FakeTerminal:
         self.given_title = clean_title(title)
         self._tell_title(before)
 
-    def _fit(self) -> None:
-        sizes = [viewer.size for viewer in self._viewers if viewer.size is not None]
+    def _fit(self, joining: _Viewer | None = None) -> None:
+        viewers = [*self._viewers, joining] if joining else self._viewers
+        sizes = [viewer.size for viewer in viewers if viewer.size is not None]
         if sizes:
             self._become(TerminalSize(min(size.columns for size in sizes), min(size.rows for size in sizes)))
 
