@@ -160,7 +160,19 @@ def test_every_route_for_everybody(stage: Stage) -> None:
                 sandbox, snapshot = stage.make()
             names = {"sandbox": sandbox, "snapshot": snapshot, "pid": "1", "name": "base", "image": "base"}
             filled = path
-            for part in ("sandbox", "snapshot", "pid", "name", "image", "orphan", "kind", "user", "key", "session", "terminal"):
+            for part in (
+                "sandbox",
+                "snapshot",
+                "pid",
+                "name",
+                "image",
+                "orphan",
+                "kind",
+                "user",
+                "key",
+                "session",
+                "terminal",
+            ):
                 filled = filled.replace(f"{{{part}}}", names.get(part, "none"))
             assert "{" not in filled, path
             body = BODIES.get(operation, {}) if method in ("post", "put", "patch") else None
