@@ -123,7 +123,12 @@ def _execute(words: list[str], environment: dict[str, str], folder: Path, stream
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    module, *arguments = words
+    run_module(*words)
+
+
+def run_module(module: str, *arguments: str) -> None:
+    """As ``python -m`` does, in this process."""
     sys.argv = [module, *arguments]
-    sys.modules.pop(f"{module}.__main__", None)  # else runpy warns of it
+    program = f"{module}.__main__"
+    sys.modules.pop(program if program in sys.modules else module, None)  # else runpy warns of it
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from ipaddress import IPv4Network
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ class NetworkLab:
         """The words before a command by which it runs as whoever holds the network."""
         return _AS_ORDINARY_USER if self.home is Home.USER else ()
 
+    def forked_words(self, words: Sequence[str]) -> list[str]:
+        """As which a forked program is ``python -m WORDS`` in the host, run by whoever holds the network."""
+        user = ORDINARY_USER if self.home is Home.USER else 0
+        return ["tests.program_in_lab", str(self.host.pid), str(user), *words]
+
     def in_home(self, *command: str, check: bool = True) -> str:
         return _run(
             ["nsenter", "--target", str(self.host.pid), "--mount", f"--net={self.home_namespace}", *command], check
@@ -206,6 +212,8 @@ class NetworkLab:
     def inside(self, place: str) -> Iterator[None]:
         """This thread in the namespace ``host``, ``home`` or ``internet``."""
         processes = {"host": self.host, "internet": self.internet}
+        # What is forked later, for others too, must not begin there.
+        ensure_running()
         path = self.home_namespace if place == "home" else f"/proc/{processes[place].pid}/ns/net"
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -234,20 +242,19 @@ class NetworkLab:
     def start_holder(
         self,
         *options: str,
-        program: Sequence[str] = ("atelier.network_holder.__main__",),
+        program: Sequence[str] = ("atelier.network_holder",),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """``program``: a module's name, whose ``main`` gets the words after it and the holder's. Raises RuntimeError with the
-        holder's last words when it ends instead of answering."""
+        """``program``: a module's name, and the arguments that stand before the holder's. Raises RuntimeError with the holder's
+        last words when it ends instead of answering."""
         self._make_run_directory()
         arguments = ["--run-dir", self.run.root, "--plan-file", self.plan_file, "--installation", INSTALLATION]
         # A predecessor that was killed has left it.
         self.run.network_socket.unlink(missing_ok=True)
-        user = ORDINARY_USER if self.home is Home.USER else 0
         with self.log.open("ab") as output:
             self.holder = ForkedProgram(
                 [
-                    *("tests.program_in_lab", str(self.host.pid), str(user), *program, *map(str, arguments)),
+                    *self.forked_words([*program, *map(str, arguments)]),
                     *("--bridge-name", BRIDGE, "--resolv-conf", str(self.resolv_conf), *options),
                     *(["--home", "host"] if self.home is Home.HOST else []),
                 ],
@@ -278,6 +285,13 @@ class NetworkLab:
             # A child of its own that was just being executed still has the lock for a moment.
             with suppress(FileNotFoundError), self.run.network_lock.open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def close_home(self) -> None:
+        """With all that is in it. The holder says so, and ends after that."""
+        assert self.ask("close")["ok"]
+        assert self.holder is not None
+        assert self.holder.wait(60) == 0
+        self.stop_holder()
 
     def state(self) -> dict[str, str]:
         """Everything in host and home that a slot could leave behind."""

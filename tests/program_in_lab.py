@@ -1,15 +1,16 @@
 """A program of ours in a lab's host: ``program_in_lab HOST_PID UID MODULE ARGUMENTS...``, as ``nsenter`` and ``setpriv`` would
 start ``python -m MODULE``, for who was forked (``forked_programs``) and has no interpreter to start.
 
-``NetworkLab`` runs it. UID 0 stays root; any other gives up root for good.
+``NetworkLab`` says the words for it. UID 0 stays root; any other gives up root for good.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import sys
+
+from tests.forked_programs import run_module
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
@@ -44,4 +45,4 @@ if __name__ == "__main__":
     enter(int(host))
     if int(user):
         become(int(user))
-    sys.exit(importlib.import_module(module).main(arguments))
+    run_module(module, *arguments)

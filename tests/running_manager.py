@@ -26,6 +26,9 @@ from atelier.config.settings import load_settings
 from atelier.model.states import UNDER_WAY
 
 MANAGER = ("atelier.manager",)
+Place = Callable[[Sequence[str]], list[str]]
+"""From a forked program's words to those by which it runs in a place of the test's."""
+
 WITH_TEMPLATES = {"ATELIER_TEMPLATES": "on"}
 """Variables for tests that need many guests and none of them booted: from the second on they are restored."""
 
@@ -57,15 +60,14 @@ def start_manager(
     mode: str = "mock",
     program: Sequence[str] = MANAGER,
     variables: Mapping[str, str] | None = None,
-    within: Sequence[str] = (),
+    place: Place = list,
     forked: bool = True,
 ) -> RunningManager:
     """Start ``atelier.manager`` on a free port with everything of its own below ``folder``; ends by ``stop_manager``.
     ``program``: another module to run in its place, with the arguments that stand before the manager's. ``variables``
-    are added to its environment. ``within``: the words before a command by which it runs in a place of the test's.
-    ``forked``: unless it has such a place, it is spared its imports (tests/forked_programs.py)."""
+    are added to its environment. ``forked``: it is spared its imports (tests/forked_programs.py), and runs in ``place``."""
     environment, process = launch_manager(
-        folder, *options, mode=mode, program=program, variables=variables, within=within, forked=forked
+        folder, *options, mode=mode, program=program, variables=variables, place=place, forked=forked
     )
     token_file = folder / "data" / "token.json"
     deadline = time.monotonic() + 60
@@ -97,7 +99,7 @@ def launch_manager(
     mode: str,
     program: Sequence[str],
     variables: Mapping[str, str] | None = None,
-    within: Sequence[str] = (),
+    place: Place = list,
     forked: bool = True,
 ) -> tuple[dict[str, str], Program]:
     """As ``start_manager``, without waiting for its answer: its environment and its process."""
@@ -118,10 +120,12 @@ def launch_manager(
     environment.pop("ATELIER_API_URL", None)
     words = [*program, "--listen", "127.0.0.1:0", "--on-exit", "destroy", *options]
     with (folder / "manager.log").open("wb") as log:
-        if forked and not within:
-            return environment, ForkedProgram(words, environment=environment, folder=REPOSITORY, output=log, errors=log)
+        if forked:
+            return environment, ForkedProgram(
+                place(words), environment=environment, folder=REPOSITORY, output=log, errors=log
+            )
         return environment, subprocess.Popen(
-            [*within, sys.executable, "-m", *words],
+            [sys.executable, "-m", *words],
             env=environment,
             cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
@@ -133,7 +137,8 @@ def launch_manager(
 def run_manager(
     environment: Mapping[str, str], *options: str, within: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """``atelier.manager`` where it is to end by itself. ``within``: as for ``start_manager``."""
+    """``atelier.manager`` where it is to end by itself. ``within``: the words before a command by which it runs in a place
+    of the test's."""
     words = [*MANAGER, *options]
     if not within:
         done = run_forked(words, environment=environment, folder=REPOSITORY)
@@ -277,15 +282,13 @@ def cache_with_own_templates(folder: Path) -> Path:
 
 
 @contextmanager
-def running_local_manager(
-    variables: Mapping[str, str] | None = None, within: Sequence[str] = ()
-) -> Generator[RunningManager]:
+def running_local_manager(variables: Mapping[str, str] | None = None, place: Place = list) -> Generator[RunningManager]:
     """A manager of real machines in a folder of its own; the test is skipped where there is no QEMU."""
     if NO_QEMU:
         pytest.skip(NO_QEMU)
     # Short: sockets lie below it.
     with tempfile.TemporaryDirectory(prefix="atl-") as folder:
-        running = start_manager(Path(folder), mode="local", variables=variables, within=within)
+        running = start_manager(Path(folder), mode="local", variables=variables, place=place)
         try:
             yield running
         finally:

@@ -141,10 +141,9 @@ class Stage(ABC):
         """The parent as it is now, over disk files that it writes to no more."""
         top = self.overlay(f"{name}-next").top
 
-        async def switch() -> None:
-            await self.vmm.switch_disk(self.parent.run_directory, ROOT_DISK_SERIAL, top)
-
-        await self.vmm.save(self.parent.run_directory, self.folder / name, at_stop=switch, afterwards=nothing)
+        run = self.parent.run_directory
+        async with self.vmm.disk_switch(run, ROOT_DISK_SERIAL, top) as switch:
+            await self.vmm.save(run, self.folder / name, at_stop=switch, afterwards=nothing)
         self.frozen = list(self.layers)
         self.layers.insert(0, top)
         return MemoryStream(self.folder / name)

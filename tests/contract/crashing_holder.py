@@ -6,6 +6,7 @@ Its arguments are N and the holder's own. Started by ``test_holder_crashes``.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,6 @@ def crash_before(number: int) -> None:
         setattr(NetworkSlots, name, counting(getattr(NetworkSlots, name)))
 
 
-def main(arguments: list[str]) -> int:
-    crash_before(int(arguments[0]))
-    return holder.main(arguments[1:])
+if __name__ == "__main__":
+    crash_before(int(sys.argv[1]))
+    sys.exit(holder.main(sys.argv[2:]))

@@ -277,9 +277,7 @@ async def test_a_home_that_is_closed_leaves_nothing_behind(lab: NetworkLab) -> N
     before = found()
     lab.start_holder()
     await lab.driver().ensure_slot(GUEST, 0)
-    assert lab.ask("close")["ok"]
-    assert lab.holder is not None
-    assert lab.holder.wait(60) == 0
+    lab.close_home()
     assert found() == before
 
 
@@ -308,7 +306,7 @@ async def test_a_slot_has_one_owner(lab: NetworkLab) -> None:
 async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
     lab.start_holder()
     first = lab.plan
-    lab.ask("close")
+    lab.close_home()
     lab.start_holder()
     assert lab.plan == first, "kept over a restart"
     await lab.driver().ensure_slot(GUEST, 0)
@@ -319,7 +317,7 @@ async def test_addresses_stay_and_avoid_the_hosts(lab: NetworkLab) -> None:
     lab.stop_holder()
     lab.start_holder()
     assert lab.plan == first, "kept while a slot stands on it"
-    lab.ask("close")
+    lab.close_home()
     lab.start_holder()
     assert not lab.plan.subnet.overlaps(first.subnet)
 

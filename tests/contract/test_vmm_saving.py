@@ -211,14 +211,21 @@ async def test_a_disk_is_switched_once_and_it_is_told(stage: Stage) -> None:
     top = stage.overlay("switched-next").top
     assert await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, present)
     assert not await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, top)
+    # One that was made ready only changes nothing, and is no hindrance to the next.
+    async with stage.vmm.disk_switch(run, ROOT_DISK_SERIAL, top):
+        assert await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, present)
+    assert await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, present)
     for _ in range(2):
-        await stage.vmm.switch_disk(run, ROOT_DISK_SERIAL, top)
+        async with stage.vmm.disk_switch(run, ROOT_DISK_SERIAL, top) as switch:
+            await switch()
+            await switch()
         assert await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, top)
         assert not await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, present)
     stage.layers.insert(0, top)
     await stage.life(PARENT)
     with pytest.raises(VmmError, match="unknown"):
-        await stage.vmm.switch_disk(run, "unknown", top)
+        async with stage.vmm.disk_switch(run, "unknown", top):
+            pass
     with pytest.raises(VmmError):
         await stage.vmm.writes_to(stage.folder / "nowhere", ROOT_DISK_SERIAL, top)
 

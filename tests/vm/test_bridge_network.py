@@ -24,6 +24,7 @@ import pytest
 from tests.contract.packet_stage import Guest, Stage
 from tests.contract.packet_table import try_table
 from tests.footprint import processes_naming
+from tests.forked_programs import ForkedProgram, run_forked
 from tests.network_lab import (
     HOST_ADDRESS,
     INTERNET,
@@ -35,7 +36,7 @@ from tests.network_lab import (
     network_lab,
     why_no_lab,
 )
-from tests.real_machines import NO_QEMU, get_base_image, get_boot_files
+from tests.real_machines import NO_QEMU, REPOSITORY, get_base_image, get_boot_files
 from tests.running_manager import WITH_TEMPLATES, wait_until
 from tests.vm.guest_card import guest_card
 from tests.vm.ordinary_user import ORDINARY_USER
@@ -68,23 +69,27 @@ class BridgedManager:
         self.data = folder / "data"
         self.run_dir = folder / "run"
         self.log = folder / "manager.log"
-        self.words = [
-            *("nsenter", "--target", str(lab.host.pid), "--net", "--mount", *lab.as_owner(), "env"),
-            *(f"ATELIER_DATA_DIR={self.data}", f"ATELIER_RUN_DIR={self.run_dir}", f"ATELIER_NETWORK={choice}"),
+        self.variables = {
+            "ATELIER_DATA_DIR": str(self.data),
+            "ATELIER_RUN_DIR": str(self.run_dir),
+            "ATELIER_NETWORK": choice,
             # Where there is a template, guests are restored; test_a_choice_that_was_changed starts one that boots.
-            *(f"{name}={value}" for name, value in WITH_TEMPLATES.items()),
-            *(["ATELIER_NETWORK_HOME=host"] if lab.home is Home.HOST else []),
-            *([f"ATELIER_CACHE_DIR={_copy_cache(folder)}"] if lab.home is Home.USER else []),
-            sys.executable,
-        ]
+            **WITH_TEMPLATES,
+            **({"ATELIER_NETWORK_HOME": "host"} if lab.home is Home.HOST else {}),
+            **({"ATELIER_CACHE_DIR": str(_copy_cache(folder))} if lab.home is Home.USER else {}),
+        }
         if lab.home is Home.USER:
             os.chown(folder, ORDINARY_USER, ORDINARY_USER)
         self.process = self.start()
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> ForkedProgram:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.words, "-m", "atelier.manager"], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            self.process = ForkedProgram(
+                self.lab.forked_words(["atelier.manager"]),
+                environment={**os.environ, **self.variables},
+                folder=REPOSITORY,
+                output=log,
+                errors=log,
             )
         deadline = time.monotonic() + 60
         while not self.answers():
@@ -122,18 +127,26 @@ class BridgedManager:
         """Also where a test failed nothing may stay: machines, gateway and network outlive a manager."""
         if self.process.poll() is None:
             self.end(signal.SIGKILL)
-        subprocess.run([*self.words, "-m", "atelier.manager", "--down", "destroy"], capture_output=True)
+        self.run("atelier.manager", "--down", "destroy")
 
     def choose(self, network: str) -> None:
         """For the next start."""
-        self.words = [f"ATELIER_NETWORK={network}" if "ATELIER_NETWORK=" in word else word for word in self.words]
+        self.variables["ATELIER_NETWORK"] = network
 
-    def cli(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [*self.words, "-m", "atelier.cli", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, done.stdout + done.stderr + self.log.read_text()
-        return done.stdout
+    def run(self, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """``python -m WORDS`` in the lab's host."""
+        environment = {**os.environ, **self.variables}
+        return run_forked(self.lab.forked_words(words), environment=environment, folder=REPOSITORY, timeout=300)
+
+    def cli(self, *arguments: str) -> None:
+        done = self.run("atelier.cli", *arguments)
+        assert done.returncode == 0, (done.stdout + done.stderr).decode() + self.log.read_text()
+
+    def piped(self, *arguments: str) -> list[str]:
+        """The words of a command line as a program of its own, for who speaks with it."""
+        variables = [f"{name}={value}" for name, value in self.variables.items()]
+        place = ["nsenter", "--target", str(self.lab.host.pid), "--net", "--mount", *self.lab.as_owner()]
+        return [*place, "env", *variables, sys.executable, "-m", "atelier.cli", *arguments]
 
     def create(self, *names: str) -> None:
         """They begin at once, and come to their addresses in this order."""
@@ -220,7 +233,7 @@ def naming(lab: NetworkLab, heard: Path) -> Iterator[None]:
     with heard.open("wb") as output:
         server = subprocess.Popen(
             ["nsenter", "--target", str(lab.internet.pid), "--net", *program],
-            cwd=Path(__file__).parents[2],
+            cwd=REPOSITORY,
             stdin=subprocess.DEVNULL,
             stdout=output,
         )
@@ -302,7 +315,7 @@ def try_packets(manager: BridgedManager) -> None:
         cards: list[Guest] = []
         for lease, name in enumerate(("one", "two")):
             mac = manager.in_guest(name, "cat /sys/class/net/eth0/address").stdout.strip()
-            words = [*manager.words, "-m", "atelier.cli", "exec", name, "--", "sudo"]
+            words = manager.piped("exec", name, "--", "sudo")
             cards.append(stack.enter_context(guest_card(words, mac, str(plan.address_of(lease)), str(plan.gateway))))
         stage = Stage(lab, *cards, fenced=True)
         stage.open(stack)

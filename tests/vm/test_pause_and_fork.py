@@ -6,7 +6,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
@@ -19,6 +19,7 @@ from tests.network_lab import HOST_ADDRESS, NetworkLab, network_lab, why_no_lab
 from tests.real_machines import NO_QEMU
 from tests.running_manager import (
     WITH_TEMPLATES,
+    Place,
     RunningManager,
     cache_with_own_templates,
     running_local_manager,
@@ -111,14 +112,13 @@ def lab() -> Iterator[NetworkLab | None]:
 @pytest.fixture(scope="module")
 def manager(lab: NetworkLab | None) -> Iterator[RunningManager]:
     network = "closed" if lab is None else "bridge"
-    with running_local_manager({**WITH_TEMPLATES, "ATELIER_NETWORK": network}, inside(lab)) as running:
+    with running_local_manager({**WITH_TEMPLATES, "ATELIER_NETWORK": network}, place_in(lab)) as running:
         yield running
 
 
-def inside(lab: NetworkLab | None) -> Sequence[str]:
-    """The words before a command by which it runs in the lab's host: where this thread is, and with the names below
-    /run/netns that networks there have."""
-    return () if lab is None else ("nsenter", "--target", str(lab.host.pid), "--net", "--mount")
+def place_in(lab: NetworkLab | None) -> Place:
+    """The lab's host: where this thread is, and with the names below /run/netns that networks there have."""
+    return list if lab is None else lab.forked_words
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
 
 def test_the_second_create_is_restored_from_a_template(lab: NetworkLab | None, tmp_path: Path) -> None:
     variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
-    with running_local_manager(variables, inside(lab)) as manager, create(manager, name="first") as first:
+    with running_local_manager(variables, place_in(lab)) as manager, create(manager, name="first") as first:
         assert b"atelier: initramfs" in first.read_console()
         template, internal = wait_for_template(manager)
         assert left_of(manager, internal) == []

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ async def _look_at(pid: int) -> dict[str, Any]:
     lines = (process / "status").read_text().splitlines()
     status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
     limits = {line[:25].strip(): line[25:].split()[:2] for line in (process / "limits").read_text().splitlines()[1:]}
-    links = [os.readlink(entry) for entry in (process / "fd").iterdir()]
+    links: list[str] = []
+    for entry in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # it may be closed while the others are looked at
+            links.append(os.readlink(entry))
     may_raise = await may_raise_hard_limits()
     return {
         "status": status,

@@ -52,7 +52,7 @@ def describe_api(health: Health | None = None) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     errors.install(app)
-    api = APIRouter(prefix=API_PREFIX, dependencies=[Depends(authorise)])
+    api = APIRouter()
     for module in (
         sandboxes,
         shares,
@@ -71,7 +71,8 @@ def describe_api(health: Health | None = None) -> FastAPI:
         audit,
     ):
         api.include_router(module.router)
-    app.include_router(api)
+    # The prefix is said here and not above: without one all routes would be built once more, to be looked at.
+    app.include_router(api, prefix=API_PREFIX, dependencies=[Depends(authorise)])
     # Where monitoring systems look for it by themselves.
     app.include_router(metrics.router, dependencies=[Depends(authorise)])
 

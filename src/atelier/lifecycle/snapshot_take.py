@@ -80,19 +80,18 @@ class TakeSteps:
         async def quiesce() -> None:
             await self.steps.guests.quiesce(context.subject_id)
 
-        async def switch_disk() -> None:
-            await self.steps.vmm.switch_disk(directory, ROOT_DISK_SERIAL, DiskFile(top.path, top.format))
-
         async def thaw() -> None:
             await self.steps.guests.thaw(context.subject_id)
 
-        saved = await self.steps.vmm.save(
-            directory,
-            self.files.stream(snapshot_id).path,
-            before_stop=quiesce,
-            at_stop=switch_disk,
-            afterwards=thaw,
-        )
+        top_file = DiskFile(top.path, top.format)
+        async with self.steps.vmm.disk_switch(directory, ROOT_DISK_SERIAL, top_file) as switch_disk:
+            saved = await self.steps.vmm.save(
+                directory,
+                self.files.stream(snapshot_id).path,
+                before_stop=quiesce,
+                at_stop=switch_disk,
+                afterwards=thaw,
+            )
         return {"stopped_ms": saved.stopped_ms}
 
     async def take_back(self, context: StepContext) -> None:

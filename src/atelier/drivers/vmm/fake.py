@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -239,9 +240,14 @@ class FakeVmm:
         """Whether this machine stands still, as saving leaves it."""
         return not self._machines[sandbox_id].runs
 
-    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
-        await self.faults.before("switch_disk")
-        self._machine_with(run_directory, serial).disks_top[serial] = _file_key(top)
+    @asynccontextmanager
+    async def disk_switch(self, run_directory: Path, serial: str, top: DiskFile) -> AsyncGenerator[SavingMoment]:
+        async def carry_out() -> None:
+            await self.faults.before("switch_disk")
+            self._machine_with(run_directory, serial).disks_top[serial] = _file_key(top)
+
+        self._machine_with(run_directory, serial)
+        yield carry_out
 
     async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:
         await self.faults.before("writes_to")

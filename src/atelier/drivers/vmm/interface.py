@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -129,8 +130,8 @@ class VmmDriver(Protocol):
         With ``before_stop`` its memory is sent while it runs, and that is awaited once, still then, when little is left
         (it quiesces the guest). ``at_stop`` is awaited once, while the machine stands still and its disks are still the
         old ones (it switches one). Afterwards the machine stays stopped, until ``go_on`` or its end; with
-        ``afterwards`` it runs as soon as all is sent, and that is awaited once, before the stream is on the disk (it
-        thaws the guest). A machine that could not be saved runs, and no file is left; what the callbacks did is theirs to
+        ``afterwards`` it runs as soon as all is sent, and that is awaited once, from that moment on and before the
+        stream is on the disk (it thaws the guest). A machine that could not be saved runs, and no file is left; what the callbacks did is theirs to
         take back.
 
         Raises VmmError, ConflictError (``saving``) when it is being saved, DiskFullError, HostError.
@@ -141,9 +142,10 @@ class VmmDriver(Protocol):
         """Let a saved machine run on, or one whose manager died while it saved; nothing if it runs."""
         ...
 
-    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
-        """From now on the guest's writes to this disk go to ``top``, an empty qcow2 file over the present top; that one
-        is not written to any more. Nothing if they do already. May be called by ``at_stop``. Raises VmmError."""
+    def disk_switch(self, run_directory: Path, serial: str, top: DiskFile) -> AbstractAsyncContextManager[SavingMoment]:
+        """Make ready that the guest's writes to this disk go to ``top``, an empty qcow2 file over the present top. They
+        do when what the block is given was awaited, by ``at_stop`` or while the machine runs; the present top is not
+        written to any more. Nothing if they do already. Both raise VmmError."""
         ...
 
     async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:

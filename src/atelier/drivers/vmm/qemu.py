@@ -23,7 +23,7 @@ from atelier.drivers.vmm.interface import SavingMoment
 from atelier.drivers.vmm.kvm_probe import KvmAnswer, probe_kvm
 from atelier.drivers.vmm.qemu_arguments import NETWORK_NODE, AcceleratorKind, OpenMemory, process_name
 from atelier.drivers.vmm.qemu_baking import BAKING, bake_image
-from atelier.drivers.vmm.qemu_disks import open_disk, switch_disk, writes_to
+from atelier.drivers.vmm.qemu_disks import DiskSwitch, open_disk, writes_to
 from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, find_executable, launch
 from atelier.drivers.vmm.qemu_memory import SealedImages
 from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
@@ -327,9 +327,23 @@ class QemuVmm:
         async with self._control(run_directory) as control:
             await run_on(control)
 
-    async def switch_disk(self, run_directory: Path, serial: str, top: DiskFile) -> None:
+    @asynccontextmanager
+    async def disk_switch(self, run_directory: Path, serial: str, top: DiskFile) -> AsyncGenerator[SavingMoment]:
+        switch = DiskSwitch(serial, top)
+
+        async def carry_out() -> None:
+            async with self._control(run_directory) as control:
+                await switch.carry_out(control)
+
         async with self._control(run_directory) as control:
-            await switch_disk(control, serial, top)
+            await switch.prepare(control)
+        try:
+            yield carry_out
+        finally:
+            # With a machine that is gone went what was made ready in it.
+            with contextlib.suppress(VmmError):
+                async with self._control(run_directory) as control:
+                    await switch.forget(control)
 
     async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:
         async with self._control(run_directory) as control:

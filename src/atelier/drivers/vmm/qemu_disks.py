@@ -51,28 +51,51 @@ async def writes_to(control: QmpConnection, serial: str, file: DiskFile) -> bool
     return (await find_disk(control, serial))[0] == _node_name(serial, found)
 
 
-async def switch_disk(control: QmpConnection, serial: str, top: DiskFile) -> None:
-    """Let the guest's writes go to ``top``, an empty qcow2 file over the disk's present top; nothing if they do."""
-    if top.format != "qcow2":
-        raise VmmError(f"a {top.format} file cannot stand over a disk")
-    present, _ = await find_disk(control, serial)
-    with opened(top.path, os.O_RDWR) as descriptor:
-        node = _node_name(serial, os.fstat(descriptor))
-        if present == node:
-            return
-        # A manager that died halfway may have left them.
-        await _forget_nodes(control, node)
-        added = _object(await control.execute("add-fd", {}, descriptors=[descriptor]))
-        set_id = added.get("fdset-id")
-    try:
-        for options in overlay_options(node, f"/dev/fdset/{set_id}"):
-            await control.execute("blockdev-add", options)
-        await control.execute("blockdev-snapshot", {"node": present, "overlay": node})
-    except VmmError:
-        await _forget_nodes(control, node)
-        with contextlib.suppress(VmmError):
-            await control.execute("remove-fd", {"fdset-id": set_id})
-        raise
+class DiskSwitch:
+    """Lets the guest's writes to one disk go to ``top``, an empty qcow2 file over the disk's present top. All but the change
+    itself is made ready before, since the machine stands still for that."""
+
+    def __init__(self, serial: str, top: DiskFile) -> None:
+        self._serial = serial
+        self._top = top
+        self._present = self._node = ""
+        self._set_id: object = None
+        self._is_due = False
+
+    async def prepare(self, control: QmpConnection) -> None:
+        """Raises VmmError; nothing is left then."""
+        if self._top.format != "qcow2":
+            raise VmmError(f"a {self._top.format} file cannot stand over a disk")
+        self._present, _ = await find_disk(control, self._serial)
+        with opened(self._top.path, os.O_RDWR) as descriptor:
+            self._node = _node_name(self._serial, os.fstat(descriptor))
+            if self._present == self._node:
+                return
+            # A manager that died halfway may have left them.
+            await _forget_nodes(control, self._node)
+            added = _object(await control.execute("add-fd", {}, descriptors=[descriptor]))
+            self._set_id = added.get("fdset-id")
+        self._is_due = True
+        try:
+            for options in overlay_options(self._node, f"/dev/fdset/{self._set_id}"):
+                await control.execute("blockdev-add", options)
+        except VmmError:
+            await self.forget(control)
+            raise
+
+    async def carry_out(self, control: QmpConnection) -> None:
+        """Nothing if it took place. Raises VmmError."""
+        if self._is_due:
+            await control.execute("blockdev-snapshot", {"node": self._present, "overlay": self._node})
+            self._is_due = False
+
+    async def forget(self, control: QmpConnection) -> None:
+        """Of what was made ready and not carried out nothing stays."""
+        if self._is_due:
+            self._is_due = False
+            await _forget_nodes(control, self._node)
+            with contextlib.suppress(VmmError):
+                await control.execute("remove-fd", {"fdset-id": self._set_id})
 
 
 async def _forget_nodes(control: QmpConnection, node: str) -> None:

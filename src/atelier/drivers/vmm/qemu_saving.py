@@ -183,11 +183,17 @@ async def _finish(
         await wait_until(control, "completed")
     except VmmError as error:
         await _raise_failure(stream, error.message)
-    if afterwards is not None:
-        await control.execute("cont")
     stopped_ms = (asyncio.get_running_loop().time() - stopped_at) * 1000
     if afterwards is not None:
-        await afterwards()
+        # All of the machine is sent: what is asked of the guest may be under way to it before it runs.
+        thawing = asyncio.ensure_future(afterwards())
+        try:
+            await control.execute("cont")
+            stopped_ms = (asyncio.get_running_loop().time() - stopped_at) * 1000
+            await thawing
+        finally:
+            thawing.cancel()
+            await asyncio.wait([thawing])
     size_bytes = await stream.end()
     await stream.keep(target)
     return SavedMachine(stopped_ms, size_bytes, await query_version(control))
