@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import Depends
 from fastapi.routing import APIRoute, APIWebSocketRoute, iter_route_contexts
 from tests.api.people import Person, add_person
 from tests.running_manager import RunningManager
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from atelier.api import preview_pages, sign_in_pages
+from atelier.api import preview_pages, sign_in_pages, terminal_page
 from atelier.api.application import describe_api
 from atelier.api.authorisation import RULES, Right, authorise
 
@@ -39,6 +40,7 @@ def routes() -> dict[str, list[Any]]:
     app = describe_api()
     app.include_router(sign_in_pages.router)
     app.include_router(preview_pages.router)
+    app.include_router(terminal_page.router, dependencies=[Depends(authorise)])
     found: dict[str, list[Any]] = {}
     for context in iter_route_contexts(app.routes):
         route = context.original_route
@@ -65,9 +67,13 @@ def test_what_is_for_admins_and_owners() -> None:
         for operations in describe_api().openapi()["paths"].values()
         for operation in operations.values()
     }
-    routers = (sign_in_pages.router, preview_pages.router)
-    pages = {operation_of(route) for each in routers for route in each.routes if isinstance(route, APIRoute)}
-    assert set(RULES) == documented | pages | {"open_terminal"}
+    pages = {
+        operation_of(route)
+        for router in (sign_in_pages.router, preview_pages.router, terminal_page.router)
+        for route in router.routes
+        if isinstance(route, APIRoute)
+    }
+    assert set(RULES) == documented | pages | {"open_terminal", "attach_terminal_session"}
 
 
 def expected(operation: str, who: str, path: str) -> tuple[int, str] | None:
@@ -170,6 +176,7 @@ def test_every_route_for_everybody(stage: Stage) -> None:
                 "user",
                 "key",
                 "session",
+                "terminal",
             ):
                 filled = filled.replace(f"{{{part}}}", names.get(part, "none"))
             assert "{" not in filled, path
@@ -184,17 +191,23 @@ def test_every_route_for_everybody(stage: Stage) -> None:
     assert len(asked) == len(set(asked)) == len(NAMES) * len(operations) > 300
 
 
-def test_the_terminal_for_everybody(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("operation", "tail", "first"),
+    [("open_terminal", "pty", '"started"'), ("attach_terminal_session", "terminals/{}/attach", '"joined"')],
+)
+def test_the_terminal_for_everybody(stage: Stage, operation: str, tail: str, first: str) -> None:
     sandbox, _ = stage.make()
-    path = f"/api/v1/sandboxes/{sandbox}/pty"
+    with stage.owner.client() as client:
+        terminal = client.post(f"/api/v1/sandboxes/{sandbox}/terminals", json={"command": ["cat"]}).json()["id"]
+    path = f"/api/v1/sandboxes/{sandbox}/{tail.format(terminal)}"
     for who in NAMES:
         person = stage.people[who]
         headers = {"Authorization": f"Bearer {person.key}"} if person else {}
-        due = expected("open_terminal", who, "/api/v1/sandboxes/{sandbox}/pty")
+        due = expected(operation, who, f"/api/v1/sandboxes/{{sandbox}}/{tail}")
         url = stage.manager.url.replace("http", "ws") + path
         if due is None:
             with connect(url, additional_headers=headers) as socket:
-                assert '"started"' in str(socket.recv(timeout=20)), who
+                assert first in str(socket.recv(timeout=20)), who
         else:
             with pytest.raises(InvalidStatus) as refused:
                 connect(url, additional_headers=headers)

@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 import atelier
-from atelier.api import errors, preview_pages, sign_in_pages
+from atelier.api import errors, preview_pages, sign_in_pages, terminal_page
 from atelier.api.authentication import Application, Gate
 from atelier.api.authorisation import authorise
 from atelier.api.routes import (
@@ -27,6 +27,7 @@ from atelier.api.routes import (
     shares,
     snapshots,
     ssh,
+    terminal_sessions,
     terminals,
     warm_pools,
 )
@@ -62,6 +63,7 @@ def describe_api(health: Health | None = None) -> FastAPI:
         previews,
         processes,
         terminals,
+        terminal_sessions,
         file_routes,
         images,
         events,
@@ -91,6 +93,7 @@ def create_application(services: Services, public_url: str, host_names: frozense
     app.state.public_url = public_url
     app.include_router(sign_in_pages.router)
     app.include_router(preview_pages.router)
+    app.include_router(terminal_page.router, dependencies=[Depends(authorise)])
 
     # The page's scripts come from a package, not from somebody's content network: it works with no internet, and
     # nobody else learns who reads it.

@@ -29,6 +29,7 @@ _STATUS_BY_CLASS: tuple[tuple[type[errors.AtelierError], int], ...] = (
     (errors.CapacityError, 503),
     (errors.DiskFullError, 507),
     (errors.MissingProgramError, 503),
+    (errors.MissingPackageError, 503),
     (errors.GuestProtocolError, 502),
     (errors.GuestError, 502),
     (errors.GuestUnreachableError, 503),

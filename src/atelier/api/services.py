@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from atelier.drivers.images.interface import WebFiles
 from atelier.schemas.health import Health
 from atelier.services.access import AccessService
 from atelier.services.accounts import AccountService
@@ -48,5 +49,6 @@ class Services:
     audit: AuditLog
     idempotency: IdempotencyService
     rate_limits: RateLimits
+    web_files: WebFiles
     health: Health
     """What ``/health`` says: it stays the same for as long as the manager runs."""

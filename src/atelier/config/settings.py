@@ -20,6 +20,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from atelier.config.addresses import ListenAddress, parse_listen
+from atelier.config.npm import find_npm_registry
 from atelier.config.previews import DEFAULT_PREVIEWS_LISTEN, PreviewSettings, load_previews
 from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
@@ -93,6 +94,7 @@ class Settings:
     requests_per_second: float
     sign_ins_per_minute: float
     web_sockets_per_key: int
+    npm_registry: str
     sign_in: SignInSettings
 
 
@@ -137,6 +139,7 @@ def load_settings(
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
         sign_ins_per_minute=_limit(variables, "ATELIER_SIGN_INS_PER_MINUTE", "30"),
         web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
+        npm_registry=find_npm_registry(variables, home),
         sign_in=load_sign_in(variables),
     )
 

@@ -17,7 +17,7 @@ HIGH_BYTES: Final = 256 * 1024
 """A reader that is this far behind stops the program's output from being read."""
 
 _PREFIXES: Final = {name: b'{"event":{"data":{"%b":"' % name.encode() for name in ("stdout", "stderr", "pty")}
-_KEEPALIVE: Final = encode_envelope(b'{"event":{"keepalive":{}}}')
+KEEPALIVE: Final = encode_envelope(b'{"event":{"keepalive":{}}}')
 
 
 def data_envelope(stream: str, data: bytes) -> bytes:
@@ -119,6 +119,6 @@ class EventStream:
     def _keep_alive(self) -> None:
         # The timer is not moved by each event; it looks back instead.
         if self._was_silent:
-            self.push(_KEEPALIVE)
+            self.push(KEEPALIVE)
         self._was_silent = True
         self._keepalive = self._loop.call_later(self._keepalive_seconds, self._keep_alive)

@@ -1,6 +1,6 @@
 """The newest output of one process, bounded: what a reader who comes later still gets. Pure, no I/O.
 
-Filled and replayed by ``running_process``. Bytes that were pushed out are counted, never silently gone.
+Filled and replayed by ``running_process``; a terminal's viewers read it from where each of them is. Bytes that were pushed out are counted, never silently gone.
 """
 
 from __future__ import annotations
@@ -58,6 +58,26 @@ class OutputRing:
             pieces.popleft()
             self._held_bytes -= len(oldest)
             self.lost_bytes += len(oldest)
+
+    @property
+    def end(self) -> int:
+        """How many bytes were written since the process started."""
+        return self.lost_bytes + self._held_bytes
+
+    def read(self, position: int, limit_bytes: int) -> bytes:
+        """What was written from ``position`` (``lost_bytes`` or later) on, of all streams, at most ``limit_bytes``."""
+        first, start = len(self._pieces), self.end
+        while start > position:
+            first -= 1
+            start -= len(self._pieces[first][1])
+        taken: list[bytes | bytearray] = []
+        wanted = position - start + limit_bytes
+        while wanted > 0 and first < len(self._pieces):
+            piece = self._pieces[first][1]
+            taken.append(piece)
+            wanted -= len(piece)
+            first += 1
+        return b"".join(taken)[position - start : position - start + limit_bytes]
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         for stream, data in self._pieces:

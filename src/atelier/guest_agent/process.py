@@ -14,36 +14,38 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from binascii import Error as BinasciiError
-from binascii import a2b_base64
 from collections.abc import AsyncIterator
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from atelier.guest_agent.event_stream import EventStream
 from atelier.guest_agent.http import STREAM, Request, Response, Router
+from atelier.guest_agent.program_request import (
+    INPUT_SECONDS,
+    input_of,
+    integer,
+    object_of,
+    start_program,
+    terminal_size,
+    wrong,
+)
 from atelier.guest_agent.rpc import (
     STREAM_HEADERS,
     Message,
     add_client_stream,
     add_unary,
+    keepalive_seconds,
     read_stream_request,
     timeout_seconds,
 )
 from atelier.guest_agent.running_process import RunningProcess
-from atelier.guest_agent.spawn import DEFAULT_PATH, spawn
 from atelier.guest_agent.state import AgentState
-from atelier.guest_agent.users import User
 from atelier.guest_protocol.connect import ConnectError
 
 SERVICE: Final = "/process.Process/"
 
-_KEEPALIVE_SECONDS: Final = 90.0
-_INPUT_SECONDS: Final = 60.0
-"""How long SendInput waits for a program to read when its client sets no limit."""
 _MAX_ENDED: Final = 64
 _MAX_ENDED_BYTES: Final = 16 * 1024 * 1024
 _KEEP_ENDED_SECONDS: Final = 600.0
-_MAX_TERMINAL: Final = 65535
 
 
 class ProcessService:
@@ -70,37 +72,22 @@ class ProcessService:
     async def start(self, request: Request) -> Response:
         message = await read_stream_request(request)
         limit_seconds = timeout_seconds(request)
-        keepalive_seconds = _keepalive_seconds(request)
-        config = _object(message, "process")
-        terminal = message.get("pty")
         tag = message.get("tag")
         if tag is not None and not isinstance(tag, str):
-            raise _wrong("tag", "text")
-        user = self._state.user_of(request)
-        directory = config.get("cwd") or ""
-        if not isinstance(directory, str):
-            raise _wrong("cwd", "text")
-        arguments = _arguments(config)
-        spawned = spawn(
-            arguments,
-            self._environment(user, config, has_terminal=terminal is not None),
-            self._state.resolve(directory, user) if directory or self._state.default_directory else None,
-            user,
-            with_stdin=message.get("stdin") is not False,
-            terminal_size=None if terminal is None else _terminal_size(message),
-        )
+            raise wrong("tag", "text")
+        spawned, config = start_program(message, self._state, self._state.user_of(request))
         process = RunningProcess(spawned, config, tag, self._on_end, self._on_read)
         self._ended.pop(process.pid, None)
         self._running[process.pid] = process
         if limit_seconds:
             process.set_time_limit(limit_seconds)
-        return Response(200, STREAM_HEADERS, process.attach(keepalive_seconds, replay=False))
+        return Response(200, STREAM_HEADERS, process.attach(keepalive_seconds(request), replay=False))
 
     async def connect(self, request: Request) -> Response:
         message = await read_stream_request(request)
         limit_seconds = timeout_seconds(request)
         process = self._find(message, with_ended=True)
-        stream: EventStream = process.attach(_keepalive_seconds(request), replay=True)
+        stream: EventStream = process.attach(keepalive_seconds(request), replay=True)
         if limit_seconds:
             stream.set_deadline(limit_seconds)
         return Response(200, STREAM_HEADERS, stream)
@@ -119,14 +106,14 @@ class ProcessService:
     async def update(self, message: Message, request: Request) -> Message:
         process = self._find(message)
         if message.get("pty") is not None:
-            process.resize(*_terminal_size(message))
+            process.resize(*terminal_size(message))
         return {}
 
     async def send_input(self, message: Message, request: Request) -> Message:
-        limit_seconds = timeout_seconds(request) or _INPUT_SECONDS
+        limit_seconds = timeout_seconds(request) or INPUT_SECONDS
         try:
             async with asyncio.timeout(limit_seconds):
-                await self._write(self._find(message), _object(message, "input"))
+                await self._write(self._find(message), object_of(message, "input"))
         except TimeoutError:
             raise ConnectError(
                 "deadline_exceeded", f"the program has not read all of its input within {limit_seconds:g} s"
@@ -146,11 +133,11 @@ class ProcessService:
         process: RunningProcess | None = None
         async for message in messages:
             if "start" in message:
-                process = self._find(_object(message, "start"))
+                process = self._find(object_of(message, "start"))
             elif "data" in message:
                 if process is None:
                     raise ConnectError("invalid_argument", "the first message must be a start event")
-                await self._write(process, _object(_object(message, "data"), "input"))
+                await self._write(process, object_of(object_of(message, "data"), "input"))
             elif "keepalive" not in message:
                 raise ConnectError("invalid_argument", "a message must be a start, data or keepalive event")
 
@@ -166,40 +153,12 @@ class ProcessService:
     # Details.
 
     async def _write(self, process: RunningProcess, given: dict[str, Any]) -> None:
-        kind = "pty" if "pty" in given else "stdin"
-        encoded = given.get(kind)
-        if not isinstance(encoded, str):
-            raise ConnectError("invalid_argument", "input needs stdin or pty, in base64")
-        try:
-            data = a2b_base64(encoded, strict_mode=True)
-        except (BinasciiError, ValueError):
-            raise ConnectError("invalid_argument", f"{kind} is no base64") from None
+        kind, data = input_of(given)
         await process.write_input(data, to_terminal=kind == "pty")
-
-    def _environment(self, user: User, config: dict[str, Any], *, has_terminal: bool) -> dict[str, str]:
-        environment = {
-            "PATH": DEFAULT_PATH,
-            "HOME": user.home,
-            "USER": user.name,
-            "LOGNAME": user.name,
-            "SHELL": user.shell,
-        }
-        if has_terminal:
-            environment["TERM"] = "xterm-256color"
-        environment.update(self._state.environment)
-        given = config.get("envs")
-        if given is not None:
-            if not isinstance(given, dict):
-                raise _wrong("envs", "an object")
-            for name, value in cast("dict[str, Any]", given).items():
-                if not isinstance(value, str):
-                    raise _wrong(f"the variable {name[:100]}", "text")
-                environment[name] = value
-        return environment
 
     def _find(self, message: Message, *, with_ended: bool = False) -> RunningProcess:
         """The process of a ProcessSelector, by pid or tag. Raises ConnectError ``not_found``."""
-        selector = _object(message, "process")
+        selector = object_of(message, "process")
         if "tag" in selector:
             tag = selector["tag"]
             ended = [process for _, process in self._ended.values()] if with_ended else []
@@ -207,7 +166,7 @@ class ProcessService:
                 if process.tag is not None and process.tag == tag:
                     return process
             raise ConnectError("not_found", f"no process with the tag {str(tag)[:100]!r} runs")
-        pid = _integer(selector.get("pid"), "pid")
+        pid = integer(selector.get("pid"), "pid")
         process = self._running.get(pid)
         if process is None and with_ended and pid in self._ended:
             process = self._ended[pid][1]
@@ -241,52 +200,6 @@ def register(router: Router, state: AgentState) -> None:
     ProcessService(state).register(router)
 
 
-def _wrong(name: str, wanted: str) -> ConnectError:
-    return ConnectError("invalid_argument", f"{name} must be {wanted}")
-
-
-def _object(message: Message, name: str) -> dict[str, Any]:
-    value = message.get(name)
-    if not isinstance(value, dict):
-        raise _wrong(name, "an object")
-    return cast("dict[str, Any]", value)
-
-
-def _integer(value: object, name: str) -> int:
-    """A number, or its decimal text: protobuf's JSON allows both."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise _wrong(name, "a number")
-
-
-def _arguments(config: dict[str, Any]) -> list[str]:
-    program = config.get("cmd")
-    if not isinstance(program, str) or not program:
-        raise _wrong("cmd", "the program to start")
-    arguments: Any = config.get("args") or []
-    if not isinstance(arguments, list):
-        raise _wrong("args", "a list of texts")
-    words = cast("list[Any]", arguments)
-    if not all(isinstance(word, str) for word in words):
-        raise _wrong("args", "a list of texts")
-    return [program, *words]
-
-
-def _terminal_size(message: Message) -> tuple[int, int]:
-    """(columns, rows) of a message's PTY; 80 by 24 if it names no size."""
-    size: Any = _object(message, "pty").get("size") or {}
-    if not isinstance(size, dict):
-        raise _wrong("size", "an object")
-    numbers = cast("dict[str, Any]", size)
-    columns = _integer(numbers.get("cols", 80), "cols")
-    rows = _integer(numbers.get("rows", 24), "rows")
-    if not (0 <= columns <= _MAX_TERMINAL and 0 <= rows <= _MAX_TERMINAL):
-        raise _wrong("cols and rows", f"from 0 to {_MAX_TERMINAL}")
-    return columns, rows
-
-
 def _signal_number(value: object) -> int:
     """``SIGNAL_SIGTERM`` (E2B's names), ``SIGTERM`` or a number from 1 to 64."""
     if isinstance(value, str) and not value.isdigit():
@@ -295,15 +208,7 @@ def _signal_number(value: object) -> int:
         if not isinstance(number, signal.Signals):
             raise ConnectError("invalid_argument", f"no such signal: {value[:40]!r}")
         return int(number)
-    number = _integer(value, "signal")
+    number = integer(value, "signal")
     if not 1 <= number <= 64:
-        raise _wrong("signal", "a signal's name, or a number from 1 to 64")
+        raise wrong("signal", "a signal's name, or a number from 1 to 64")
     return number
-
-
-def _keepalive_seconds(request: Request) -> float:
-    """How long a stream may be silent before a keep-alive is sent (header Keepalive-Ping-Interval, seconds)."""
-    value = request.headers.get("keepalive-ping-interval", "")
-    if value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= 3600:
-        return float(int(value[:6]))
-    return _KEEPALIVE_SECONDS

@@ -3,7 +3,7 @@
 Called by ``__main__``. In a guest it opens the guest channel and serves the streams to port 49983. With
 ``--listen 127.0.0.1:PORT`` or ``unix:/path`` (tests, development) it serves there instead; control services
 (``/init``, quiesce, shutdown) are then offered with ``--development`` only. The file services are imported after the channel is
-open: boot and restore do not ask for them first.
+open, and that of terminals with them: boot and restore do not ask for them first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def parse_options(arguments: list[str]) -> Options:
 
 
 def build_router(state: AgentState, *, with_control: bool) -> Router:
-    """All services; those for files and ports are added on demand."""
+    """All services; those for files, ports and terminals are added on demand."""
     from atelier.guest_agent import process, status
 
     router = Router()
@@ -79,18 +79,19 @@ def build_router(state: AgentState, *, with_control: bool) -> Router:
         from atelier.guest_agent import control
 
         control.register(router, state)
-    router.register_later(lambda: _register_file_services(router, state))
+    router.register_later(lambda: _register_rest(router, state))
     return router
 
 
-def _register_file_services(router: Router, state: AgentState) -> None:
-    from atelier.guest_agent import archive, files, filesystem, ports, watch
+def _register_rest(router: Router, state: AgentState) -> None:
+    from atelier.guest_agent import archive, files, filesystem, ports, terminal, watch
 
     filesystem.register(router, state)
     watch.register(router, state)
     files.register(router, state)
     archive.register(router, state)
     ports.register(router)
+    terminal.register(router, state)
 
 
 async def serve(options: Options) -> None:

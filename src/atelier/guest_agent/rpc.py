@@ -34,6 +34,7 @@ ClientStreamProcedure = Callable[[AsyncIterator[Message], Request], Awaitable[Me
 
 STREAM_HEADERS: Final = {"content-type": CONTENT_TYPE_STREAM}
 _MAX_TIMEOUT_DIGITS: Final = 10
+_KEEPALIVE_SECONDS: Final = 90.0
 
 
 def add_unary(router: Router, path: str, procedure: UnaryProcedure, *, is_still: bool = False) -> None:
@@ -80,6 +81,14 @@ def timeout_seconds(request: Request) -> float | None:
     if not (value.isascii() and value.isdigit() and len(value) <= _MAX_TIMEOUT_DIGITS):
         raise ConnectError("invalid_argument", "Connect-Timeout-Ms is no number of at most 10 digits")
     return int(value) / 1000
+
+
+def keepalive_seconds(request: Request) -> float:
+    """How long a stream may be silent before a keep-alive is sent (header Keepalive-Ping-Interval, seconds)."""
+    value = request.headers.get("keepalive-ping-interval", "")
+    if value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= 3600:
+        return float(int(value[:6]))
+    return _KEEPALIVE_SECONDS
 
 
 def _check_type(request: Request, wanted: str) -> None:

@@ -85,7 +85,8 @@ class _OutputPipe:
 
 class RunningProcess:
     """``config`` is the ProcessConfig as it was asked for. ``on_end`` is called once, when the end has been told to the
-    readers; ``on_read`` whenever one has taken all, the end included."""
+    readers; ``on_read`` whenever one has taken all, the end included; ``on_output`` with each piece that the ring has
+    just taken."""
 
     def __init__(
         self,
@@ -94,6 +95,7 @@ class RunningProcess:
         tag: str | None,
         on_end: Callable[[RunningProcess], None],
         on_read: Callable[[RunningProcess], None],
+        on_output: Callable[[bytes], None] | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.pid = spawned.pid
@@ -102,7 +104,8 @@ class RunningProcess:
         self.is_terminal = spawned.terminal >= 0
         self._on_end = on_end
         self._on_read = on_read
-        self._ring = OutputRing()
+        self._on_output = on_output
+        self.ring = OutputRing()
         self._readers: list[EventStream] = []
         self._input = spawned.terminal if self.is_terminal else spawned.stdin
         self._input_lock: asyncio.Lock | None = None
@@ -112,6 +115,8 @@ class RunningProcess:
         self._ran_out_of_time = False
         self._exit_status: int | None = None
         self._end_event: bytes | None = None
+        self.end: dict[str, Any] | None = None
+        """The EndEvent, once it has ended and all that it wrote was passed on."""
         self._is_paused = False
         self._pidfd = os.pidfd_open(self.pid)
         self.loop.add_reader(self._pidfd, self._exited)
@@ -130,11 +135,11 @@ class RunningProcess:
         """A new reader: the start event, with ``replay`` the ring's output, then what follows until the end."""
         stream = EventStream(keepalive_seconds, self._look_at_readers, self._detach, self._taken)
         start: dict[str, object] = {"pid": self.pid}
-        if replay and self._ring.lost_bytes:
-            start["lostBytes"] = str(self._ring.lost_bytes)
+        if replay and self.ring.lost_bytes:
+            start["lostBytes"] = str(self.ring.lost_bytes)
         stream.push(encode_envelope(encode_json({"event": {"start": start}})))
         if replay:
-            for name, data in self._ring:
+            for name, data in self.ring:
                 stream.push(data_envelope(name, data))
         if self._end_event is not None:
             self._tell_end(stream)
@@ -155,7 +160,7 @@ class RunningProcess:
     @property
     def kept_bytes(self) -> int:
         """How much output the ring holds."""
-        return len(self._ring)
+        return len(self.ring)
 
     def _look_at_readers(self) -> None:
         """Hold the program back while one of its readers is too far behind."""
@@ -175,7 +180,9 @@ class RunningProcess:
         """Called by an output that has read ``data``."""
         if self._end_event is not None:
             return
-        self._ring.append(name, data)
+        self.ring.append(name, data)
+        if self._on_output is not None:
+            self._on_output(data)
         if self._readers:
             envelope = data_envelope(name, data)
             for reader in self._readers:
@@ -242,6 +249,7 @@ class RunningProcess:
         end = end_event(self._exit_status)
         if self._ran_out_of_time:
             end["error"] = "timeout"
+        self.end = end
         self._end_event = encode_envelope(encode_json({"event": {"end": end}}))
         readers, self._readers = self._readers, []
         for reader in readers:

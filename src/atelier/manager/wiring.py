@@ -20,6 +20,7 @@ from atelier.drivers.guest.interface import GuestDriver
 from atelier.drivers.images.debian import DebianImages
 from atelier.drivers.images.fake import FakeImages
 from atelier.drivers.images.interface import ImageDriver
+from atelier.drivers.images.npm_packages import NpmPackages
 from atelier.drivers.network.bridge import BridgeNetwork
 from atelier.drivers.network.fake import FakeNetwork
 from atelier.drivers.network.interface import NetworkDriver
@@ -150,6 +151,9 @@ def assemble(
         idempotency=IdempotencyService(database),
         rate_limits=RateLimits(
             Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)
+        ),
+        web_files=NpmPackages(
+            settings.recipes_dir / "web" / "packages.json", settings.cache_dir / "packages", settings.npm_registry
         ),
         health=Health(
             status="ok",

@@ -13,6 +13,7 @@
     +-- CapacityError                the host has not got that much left (insufficient_capacity)
     +-- HostError                    this machine refuses (host_error)
     |   +-- MissingProgramError      a program is not installed (missing_program)
+    |   +-- MissingPackageError      a package of others cannot be had (missing_package)
     |   +-- CommandError             a command failed (command_failed)
     |   +-- DiskFullError            no space left (disk_full)
     |   +-- PortInUseError           the listen address is taken (port_in_use)
@@ -98,6 +99,10 @@ class HostError(AtelierError):
 
 class MissingProgramError(HostError):
     default_code = "missing_program"
+
+
+class MissingPackageError(HostError):
+    default_code = "missing_package"
 
 
 class CommandError(HostError):

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 from atelier.drivers.guest.interface import GuestDriver
 from atelier.lifecycle.activity import Activity
-from atelier.model.errors import AtelierError, InvalidRequestError, PreconditionError
-from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessSpec, ProcessStarted
+from atelier.model.errors import AtelierError, InvalidRequestError, NotFoundError, PreconditionError
+from atelier.model.guest import ProcessEnded, ProcessEvent, ProcessOutput, ProcessSpec, ProcessStarted, TerminalSize
 from atelier.model.sandbox import Sandbox
 from atelier.model.states import SandboxState
+from atelier.model.terminal import TerminalEvent, TerminalSession
 
 _INPUT_PIECE_BYTES = 64 * 1024
 _HINTS = {
@@ -28,6 +29,7 @@ _HINTS = {
     SandboxState.RESUMING: "wait until it is running",
     SandboxState.DESTROYING: "it is being removed; create another one",
 }
+LOGIN_SHELL = ("/bin/bash", "-l")
 MAX_PATH_BYTES = 4096
 """PATH_MAX of the guest's kernel. Source: linux/limits.h."""
 
@@ -87,6 +89,25 @@ class GuestSession:
         """Input into a terminal."""
         self._activity.touch(self.sandbox_id)
         await self.driver.send_input(self.sandbox_id, pid, data, terminal=True)
+
+    # Terminals that live on. Only what is typed counts as use: a forgotten window keeps no sandbox awake.
+
+    async def view(self, terminal: str, size: TerminalSize) -> AsyncGenerator[TerminalEvent]:
+        """What is shown in a window of ``size``, until the program ends."""
+        async with self.driver.terminals.attach(self.sandbox_id, terminal, size) as events:
+            async for event in events:
+                yield event
+
+    async def type_into_terminal(self, terminal: str, data: bytes) -> None:
+        self._activity.touch(self.sandbox_id)
+        await self.driver.terminals.write(self.sandbox_id, terminal, data)
+
+    async def find_terminal(self, terminal: str) -> TerminalSession:
+        """Raises NotFoundError."""
+        for found in await self.driver.terminals.list(self.sandbox_id):
+            if found.id == terminal:
+                return found
+        raise NotFoundError(f"there is no terminal {terminal!r}", code="terminal_not_found")
 
     async def run(self, spec: ProcessSpec, input_bytes: bytes | None, output_limit_bytes: int) -> CollectedRun:
         """Run a program to its end and collect what it writes.

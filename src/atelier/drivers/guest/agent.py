@@ -7,7 +7,6 @@ the unix socket that the gateway offers. Holds no state that outlives it but the
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -26,6 +25,7 @@ from atelier.drivers.guest.control_calls import (
     thaw,
     wait_ready,
 )
+from atelier.drivers.guest.event_streams import open_events
 from atelier.drivers.guest.gateway_control import GatewayControl
 from atelier.drivers.guest.guest_http import STALL_SECONDS, GuestHttp, basic_user, body_of, header
 from atelier.drivers.guest.messages import (
@@ -40,21 +40,15 @@ from atelier.drivers.guest.messages import (
     process_event,
     process_summaries,
     read_bounded,
-    read_frames,
+    size_message,
+    start_message,
 )
-from atelier.guest_protocol import connect
-from atelier.model.errors import (
-    GuestError,
-    GuestProtocolError,
-    HostError,
-    InvalidRequestError,
-    TransientError,
-)
+from atelier.drivers.guest.terminals import AgentTerminals
+from atelier.model.errors import GuestError, GuestProtocolError, HostError, InvalidRequestError
 from atelier.model.guest import (
     FileEntry,
     GuestIdentity,
     GuestMetrics,
-    ProcessEnded,
     ProcessEvent,
     ProcessSpec,
     ProcessSummary,
@@ -67,8 +61,6 @@ _INPUT_PIECE_BYTES: Final = 1024 * 1024
 _LIST_PAGE_BYTES: Final = 1024 * 1024
 _LIST_MAX_ENTRIES: Final = 100_000
 _LIST_MAX_PAGES: Final = 1_000
-_EVENTS_PER_TURN: Final = 32
-_END_SECONDS: Final = 1.0
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 _UNSATISFIED_RANGE: Final = re.compile(r"bytes \*/(\d{1,18})")
 
@@ -87,6 +79,7 @@ class AgentGuests:
         self._channel_socket = channel_socket
         self._gateway = GatewayControl(gateway_socket)
         self._guests: dict[str, GuestHttp] = {}
+        self.terminals = AgentTerminals(self._guest)
 
     def _guest(self, sandbox_id: str) -> GuestHttp:
         guest = self._guests.get(sandbox_id)
@@ -148,8 +141,7 @@ class AgentGuests:
 
     # Processes.
 
-    @asynccontextmanager
-    async def _process_stream(
+    def _process_stream(
         self,
         sandbox_id: str,
         what: str,
@@ -158,40 +150,19 @@ class AgentGuests:
         user: str,
         timeout_seconds: float | None,
         absent: str,
-    ) -> AsyncGenerator[AsyncIterator[ProcessEvent]]:
-        headers = {"content-type": connect.CONTENT_TYPE_STREAM, **basic_user(user)}
+    ) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
+        headers = basic_user(user)
         if timeout_seconds is not None:
             headers["connect-timeout-ms"] = str(max(1, round(timeout_seconds * 1000)))
-        async with self._guest(sandbox_id).open(
-            what,
-            "POST",
-            f"/{_PROCESSES}{procedure}",
-            headers=headers,
-            body=connect.encode_envelope(connect.encode_json(message)),
-            absent=absent,
-            # A process may be silent for as long as it likes.
-            stall_seconds=None,
-        ) as response:
-            if header(response, "content-type").partition(";")[0].strip() != connect.CONTENT_TYPE_STREAM:
-                raise GuestProtocolError(f"{what} in sandbox {sandbox_id}: the answer is no stream")
-            yield _process_events(body_of(response), absent)
+        guest = self._guest(sandbox_id)
+        return open_events(guest, what, _PROCESSES + procedure, message, process_event, headers=headers, absent=absent)
 
     def start_process(
         self, sandbox_id: str, spec: ProcessSpec
     ) -> AbstractAsyncContextManager[AsyncIterator[ProcessEvent]]:
         if not spec.arguments:
             raise InvalidRequestError("a process needs a program to run")
-        message: Message = {
-            "process": {
-                "cmd": spec.arguments[0],
-                "args": list(spec.arguments[1:]),
-                "envs": spec.environment,
-                "cwd": spec.working_directory,
-            },
-            "stdin": spec.stdin,
-        }
-        if spec.terminal is not None:
-            message["pty"] = {"size": _size(spec.terminal)}
+        message = start_message(spec)
         if spec.tag:
             message["tag"] = spec.tag
         return self._process_stream(
@@ -234,7 +205,7 @@ class AgentGuests:
             sandbox_id,
             f"resizing the terminal of process {pid}",
             "Update",
-            {**_selector(pid), "pty": {"size": _size(size)}},
+            {**_selector(pid), "pty": {"size": size_message(size)}},
         )
 
     async def _process_call(
@@ -363,35 +334,6 @@ class AgentGuests:
             await read_bounded(body_of(response), MESSAGE_MAX_BYTES)
 
 
-async def _process_events(chunks: AsyncIterator[bytes], absent: str) -> AsyncIterator[ProcessEvent]:
-    """Up to ProcessEnded, which is held back until the stream has ended too: so its connection serves again."""
-    frames = read_frames(chunks, absent=absent)
-    taken = 0
-    async for message in frames:
-        taken += 1
-        if taken % _EVENTS_PER_TURN == 0:
-            # Tens of thousands of tiny ones may be here already: nothing else would make the loop serve others.
-            await asyncio.sleep(0)
-        event = process_event(message)
-        if event is None:
-            continue
-        if not isinstance(event, ProcessEnded):
-            yield event
-            continue
-        try:
-            async with asyncio.timeout(_END_SECONDS):
-                async for _ in frames:
-                    raise GuestProtocolError("the guest goes on after a process has ended")
-                async for _ in chunks:
-                    raise GuestProtocolError("the guest goes on after its stream has ended")
-        except (TimeoutError, TransientError):
-            # What the end frame says of a time limit, ``event.error`` has said already.
-            pass
-        yield event
-        return
-    raise GuestProtocolError("the guest ended a process's stream without saying how the process ended")
-
-
 async def _nothing() -> AsyncIterator[bytes]:
     return
     yield b""
@@ -448,10 +390,6 @@ def _path_fields(name: str, path: bytes) -> Message:
         return {name: path.decode()}
     except UnicodeDecodeError:
         return {name + "Bytes": base64.b64encode(path).decode()}
-
-
-def _size(size: TerminalSize) -> Message:
-    return {"cols": size.columns, "rows": size.rows}
 
 
 def _selector(pid: int) -> Message:

@@ -19,6 +19,7 @@ from typing import Any
 from atelier.drivers.faults import Faults
 from atelier.drivers.guest.fake_files import FakeFiles
 from atelier.drivers.guest.fake_processes import FakeMovement, FakeProcess, listening_port
+from atelier.drivers.guest.fake_terminals import FakeTerminal, FakeTerminals
 from atelier.model.errors import GuestUnreachableError, InvalidRequestError, NotFoundError, TimeoutExceededError
 from atelier.model.guest import (
     FileEntry,
@@ -51,6 +52,8 @@ class _Guest:
     running: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
     ended: dict[int, FakeProcess] = field(default_factory=dict[int, FakeProcess])
     movement: FakeMovement = field(default_factory=FakeMovement)
+    next_terminal: int = 0
+    terminals: dict[str, FakeTerminal] = field(default_factory=dict[str, FakeTerminal])
 
     @property
     def files(self) -> FakeFiles:
@@ -80,6 +83,8 @@ class _Guest:
             "next_pid": self.next_pid,
             "running": [process.dump() for process in self.running.values()],
             "is_still": self.movement.is_still,
+            "next_terminal": self.next_terminal,
+            "terminals": [each.dump() for each in self.terminals.values() if each.process.ended is None],
         }
         return json.dumps(content).encode()
 
@@ -100,6 +105,10 @@ class _Guest:
                 item["pid"], _spec(item["spec"]), self.files, self.movement, self._note_end, memory=item
             )
             self.running[process.pid] = process
+        self.next_terminal = content["next_terminal"]
+        self.terminals = {
+            item["id"]: FakeTerminal(item["id"], self.running[item["pid"]], item) for item in content["terminals"]
+        }
 
     def _note_end(self, process: FakeProcess) -> None:
         if self.running.get(process.pid) is not process:
@@ -141,6 +150,7 @@ class FakeGuests:
         self.ignores_shut_down = False
         self._guests: dict[str, _Guest] = {}
         self._restored: dict[str, bytes] = {}
+        self.terminals = FakeTerminals(self._guest)
 
     @property
     def sandbox_ids(self) -> list[str]:
@@ -300,7 +310,8 @@ class FakeGuests:
 
     async def list_processes(self, sandbox_id: str) -> list[ProcessSummary]:
         guest = await self._guest(sandbox_id, "list_processes")
-        return [process.summary for process in guest.running.values()]
+        in_terminals = {terminal.process.pid for terminal in guest.terminals.values()}
+        return [process.summary for pid, process in guest.running.items() if pid not in in_terminals]
 
     async def send_input(self, sandbox_id: str, pid: int, data: bytes, *, terminal: bool = False) -> None:
         await (await self._guest(sandbox_id, "send_input")).process(pid).send_input(data, terminal=terminal)

@@ -1,7 +1,8 @@
 """The processes of a fake guest: a fixed few programs as coroutines; no process of the host is ever started.
 
-Used by ``fake`` only. ``true``, ``false``, ``echo``, ``cat``, ``sleep``, ``exit`` and ``python3 -m
-http.server PORT``, which serves nobody, are known, by bare name or by path; anything else writes that it was not found to stderr and ends with 127. Signals, time limits, stdin and the echo of a
+Used by ``fake`` only. ``true``, ``false``, ``echo``, ``cat``, ``sleep``, ``exit``, ``python3 -m http.server PORT``, which serves
+nobody, and a shell (``sh``, ``bash``) that knows ``echo`` and ``exit`` are known, by bare name or by path; anything else writes
+that it was not found to stderr and ends with 127. Signals, time limits, stdin and the echo of a
 terminal behave as in a real guest. While the guest stands still no program takes a step, and its state can be dumped and
 begun again from there, in another fake guest.
 """
@@ -13,7 +14,7 @@ import signal
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from atelier.drivers.guest.fake_files import FakeFiles
 from atelier.model.errors import AtelierError, InvalidRequestError
@@ -108,6 +109,14 @@ class _Reader:
             await self.arrived.wait()
 
 
+class FakeWatcher(Protocol):
+    """Who sees all that a process writes, and its end, and never holds it up."""
+
+    def written(self, data: bytes) -> None: ...
+
+    def ended(self) -> None: ...
+
+
 class FakeProcess:
     """One process. Made inside a running loop; its program begins at once."""
 
@@ -125,6 +134,7 @@ class FakeProcess:
         self.spec = spec
         self.terminal_size = spec.terminal
         self.ended: ProcessEnded | None = None
+        self.watcher: FakeWatcher | None = None
         self._files = files
         self._movement = movement
         self._on_end = on_end
@@ -193,6 +203,11 @@ class FakeProcess:
         return ProcessSummary(
             self.pid, spec.tag, spec.arguments, spec.working_directory, self.terminal_size is not None
         )
+
+    @property
+    def kept_output(self) -> bytes:
+        """The newest that it has written."""
+        return b"".join(output.data for output in self._ring)
 
     def attach(self, *, replay: bool) -> _Reader:
         reader = _Reader()
@@ -286,6 +301,8 @@ class FakeProcess:
         self._ring_bytes += len(data)
         while self._ring_bytes > _RING_BYTES and len(self._ring) > 1:
             self._ring_bytes -= len(self._ring.popleft().data)
+        if self.watcher is not None:
+            self.watcher.written(data)
         for reader in self._readers:
             reader.push(output)
         for reader in list(self._readers):
@@ -331,6 +348,8 @@ class FakeProcess:
             self.ended = ProcessEnded(1, "exit status 1", f"a mistake in the fake: {failure!r}")
         for reader in self._readers:
             reader.push(self.ended)
+        if self.watcher is not None:
+            self.watcher.ended()
         self._on_end(self)
 
     def _time_is_over(self) -> None:
@@ -388,6 +407,31 @@ class FakeProcess:
         words = self.spec.arguments[1:]
         raise _Exit(int(words[0]) & 0xFF if words and words[0].isdecimal() else 0)
 
+    async def shell(self) -> None:
+        """Words apart by spaces, no quotes; ``-c`` is passed over, as all other arguments are."""
+        while True:
+            if await self._next_argument(0):
+                await self._print(b"$ ")
+            piece = await self._read()
+            self._arguments_done = 0
+            if not piece:
+                raise _Exit(self._status)
+            for line in piece.splitlines():
+                await self._obey(line.split())
+
+    async def _obey(self, words: list[bytes]) -> None:
+        self._status = 0
+        match words:
+            case [b"echo", *rest]:
+                await self._print(b" ".join(rest) + b"\n")
+            case [b"exit", *rest]:
+                raise _Exit(int(rest[0]) & 0xFF if rest and rest[0].isdigit() else 0)
+            case [name, *_]:
+                self._status = 127
+                await self._print(b"%b: not found; the shell of a fake guest knows echo and exit\n" % name)
+            case _:
+                pass
+
 
 async def _true(process: FakeProcess) -> None:
     del process
@@ -426,4 +470,6 @@ _PROGRAMS: dict[str, Callable[[FakeProcess], Awaitable[None]]] = {
     "sleep": FakeProcess.sleep,
     "exit": FakeProcess.exit,
     "python3": _serve,
+    "sh": FakeProcess.shell,
+    "bash": FakeProcess.shell,
 }

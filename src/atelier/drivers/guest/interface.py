@@ -16,6 +16,46 @@ from atelier.model.guest import (
     TerminalSize,
 )
 from atelier.model.machine import GuestEndpoint
+from atelier.model.terminal import TerminalEvent, TerminalSession
+
+
+class GuestTerminals(Protocol):
+    """The terminals of guests that live on while nobody looks at them: they are in the guest's memory, so they outlive a
+    manager, a gateway and a pause, and go when the sandbox stops. At most 32 in a guest, each with 16 viewers.
+
+    Raises what ``GuestDriver`` raises, NotFoundError with the code ``terminal_not_found``, and GuestError
+    (``guest_resource_exhausted``) where no more terminals or viewers are taken.
+    """
+
+    async def list(self, sandbox_id: str) -> list[TerminalSession]:
+        """Oldest first. One whose program has ended stays until it is closed, for an hour, or until room is needed."""
+        ...
+
+    async def open(self, sandbox_id: str, spec: ProcessSpec, title: str = "") -> TerminalSession:
+        """Start ``spec``, which has a terminal, in a terminal. Without ``title`` it has the one that its program says."""
+        ...
+
+    def attach(
+        self, sandbox_id: str, terminal: str, size: TerminalSize | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[TerminalEvent]]:
+        """Look at a terminal in a window of ``size`` (None: in none): TerminalJoined, the kept output, TerminalReplayed,
+        what follows, ProcessEnded. Who reads too slowly gets TerminalLost, and holds nobody up. The terminal is as
+        large as the smallest of its windows."""
+        ...
+
+    async def write(self, sandbox_id: str, terminal: str, data: bytes) -> None: ...
+
+    async def resize(self, sandbox_id: str, terminal: str, size: TerminalSize, viewer: int = 0) -> None:
+        """The window of ``viewer`` has another size; 0: what holds while there is no window."""
+        ...
+
+    async def rename(self, sandbox_id: str, terminal: str, title: str) -> TerminalSession:
+        """``title`` empty: what its program says, again."""
+        ...
+
+    async def close(self, sandbox_id: str, terminal: str) -> None:
+        """End its program, by force after 3 s, and list it no more."""
+        ...
 
 
 class GuestDriver(Protocol):
@@ -26,6 +66,9 @@ class GuestDriver(Protocol):
     breaks the protocol, NotFoundError (``path_not_found``, ``process_not_found``, ``program_not_found``), InvalidRequestError and
     AccessDeniedError as the guest says, GuestError for the rest. Every length and count that a guest sends is bounded.
     """
+
+    @property
+    def terminals(self) -> GuestTerminals: ...
 
     async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
         """Have the gateway (or the VMM itself) offer this sandbox's channel. ``token`` opens each epoch."""

@@ -1,6 +1,6 @@
 """Reads what a guest says. Every byte from a guest is hostile: sizes, depths, counts and ranges are bounded here.
 
-Used by ``agent``. Turns the guest protocol's JSON into the values of ``model.guest``; whatever does not fit raises
+Used by ``agent``, and ``terminal_messages`` on top of it. Turns the guest protocol's JSON into the values of ``model.guest``; whatever does not fit raises
 GuestProtocolError. Does no input or output but reading the response it is given.
 """
 
@@ -31,8 +31,10 @@ from atelier.model.guest import (
     ProcessEnded,
     ProcessEvent,
     ProcessOutput,
+    ProcessSpec,
     ProcessStarted,
     ProcessSummary,
+    TerminalSize,
 )
 
 MESSAGE_MAX_BYTES: Final = connect.MAX_MESSAGE_BYTES
@@ -71,47 +73,47 @@ def parse_message(text: bytes) -> Message:
 
 def parse_list(text: bytes, count: int) -> list[Message]:
     """A JSON list of ``count`` objects (the answer to an upload)."""
-    items = _list(parse_message(b'{"items":' + text + b"}").get("items"), "the answer", count)
+    items = as_list(parse_message(b'{"items":' + text + b"}").get("items"), "the answer", count)
     if len(items) != count:
-        raise _wrong(f"{len(items)} items where {count} belong")
-    return [_object(item, "an item") for item in items]
+        raise protocol_error(f"{len(items)} items where {count} belong")
+    return [as_object(item, "an item") for item in items]
 
 
-def _wrong(what: str) -> GuestProtocolError:
+def protocol_error(what: str) -> GuestProtocolError:
     return GuestProtocolError(f"the guest's answer breaks the protocol: {what}")
 
 
-def _object(value: object, name: str) -> Message:
+def as_object(value: object, name: str) -> Message:
     if not isinstance(value, dict):
-        raise _wrong(f"{name} is no object")
+        raise protocol_error(f"{name} is no object")
     return cast(Message, value)
 
 
-def _list(value: object, name: str, limit: int) -> list[Any]:
+def as_list(value: object, name: str, limit: int) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _wrong(f"{name} is no list")
+        raise protocol_error(f"{name} is no list")
     items = cast("list[Any]", value)
     if len(items) > limit:
-        raise _wrong(f"{name} has {len(items)} items, {limit} are allowed")
+        raise protocol_error(f"{name} has {len(items)} items, {limit} are allowed")
     return items
 
 
-def _text(value: object, name: str) -> str:
+def as_text(value: object, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _wrong(f"{name} is no text")
+        raise protocol_error(f"{name} is no text")
     try:
         # A lone surrogate can be written in JSON but can be passed on to nobody.
         value.encode()
     except UnicodeEncodeError as error:
-        raise _wrong(f"{name} is no Unicode text") from error
+        raise protocol_error(f"{name} is no Unicode text") from error
     return value
 
 
-def _integer(value: object, name: str, minimum: int = 0, maximum: int = _INT64_MAX) -> int:
+def as_integer(value: object, name: str, minimum: int = 0, maximum: int = _INT64_MAX) -> int:
     """An integer; protobuf's JSON writes those of 64 bits as strings, and leaves zeros out."""
     if value is None:
         value = 0
@@ -119,9 +121,9 @@ def _integer(value: object, name: str, minimum: int = 0, maximum: int = _INT64_M
         try:
             value = int(value)
         except ValueError as error:
-            raise _wrong(f"{name} is no number") from error
+            raise protocol_error(f"{name} is no number") from error
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise _wrong(f"{name} is no number from {minimum} to {maximum}")
+        raise protocol_error(f"{name} is no number from {minimum} to {maximum}")
     return value
 
 
@@ -129,20 +131,43 @@ def _number(value: object, name: str, maximum: float) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= maximum:
-        raise _wrong(f"{name} is no number from 0 to {maximum:g}")
+        raise protocol_error(f"{name} is no number from 0 to {maximum:g}")
     return float(value)
 
 
 def _bytes(value: object, name: str) -> bytes:
     try:
-        return base64.b64decode(_text(value, name), validate=True)
+        return base64.b64decode(as_text(value, name), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _wrong(f"{name} is no base64") from error
+        raise protocol_error(f"{name} is no base64") from error
 
 
 def plain(text: str) -> str:
     """A guest's words for a person: one line, no control characters, 500 characters at most."""
     return "".join(character if character.isprintable() else " " for character in text[:_ERROR_TEXT_MAX]).strip()
+
+
+# What is asked of a guest.
+
+
+def start_message(spec: ProcessSpec) -> Message:
+    """``process.StartRequest``, without its tag."""
+    message: Message = {
+        "process": {
+            "cmd": spec.arguments[0],
+            "args": list(spec.arguments[1:]),
+            "envs": spec.environment,
+            "cwd": spec.working_directory,
+        },
+        "stdin": spec.stdin,
+    }
+    if spec.terminal is not None:
+        message["pty"] = {"size": size_message(spec.terminal)}
+    return message
+
+
+def size_message(size: TerminalSize) -> Message:
+    return {"cols": size.columns, "rows": size.rows}
 
 
 # Errors.
@@ -176,7 +201,11 @@ def error_from(code: str, message: str, *, absent: str) -> AtelierError:
         case "already_exists":
             return ConflictError(text, code="already_exists")
         case "resource_exhausted":
-            return GuestError(text, code="guest_resource_exhausted", hint="free disk or memory inside the sandbox")
+            return GuestError(
+                text,
+                code="guest_resource_exhausted",
+                hint="free disk or memory inside the sandbox, or close what is open there",
+            )
         case "deadline_exceeded":
             return TimeoutExceededError(text)
         case "unavailable":
@@ -198,7 +227,7 @@ def error_of_response(status: int, body: bytes, *, absent: str) -> AtelierError:
     code, message = "", ""
     try:
         parsed = parse_message(body)
-        message = _text(parsed.get("message"), "message")
+        message = as_text(parsed.get("message"), "message")
         if isinstance(parsed.get("code"), str):
             code = parsed["code"]
     except GuestProtocolError:
@@ -225,48 +254,61 @@ async def read_frames(chunks: AsyncIterable[bytes], *, absent: str) -> AsyncIter
                     return
                 yield parse_message(payload)
         except connect.ConnectError as error:
-            raise _wrong(plain(error.message)) from error
+            raise protocol_error(plain(error.message)) from error
     raise GuestUnreachableError("the guest's stream was cut off")
 
 
 def process_event(message: Message) -> ProcessEvent | None:
     """``process.StartResponse`` and ``ConnectResponse``; None for what says nothing (a keep-alive)."""
-    event = _object(message.get("event", {}), "event")
+    event = as_object(message.get("event", {}), "event")
     if "start" in event:
-        return ProcessStarted(_integer(_object(event["start"], "start").get("pid"), "pid", 1, 2**22))
+        return ProcessStarted(as_integer(as_object(event["start"], "start").get("pid"), "pid", 1, 2**22))
     if "data" in event:
-        data = _object(event["data"], "data")
-        for stream in ("stdout", "stderr", "pty"):
-            if stream in data:
-                return ProcessOutput(stream, _bytes(data[stream], stream))
-        return None
+        return process_output(as_object(event["data"], "data"))
     if "end" in event:
-        end = _object(event["end"], "end")
-        number = _integer(end.get("signal"), "signal", 0, 64)
-        status = plain(_text(end.get("status"), "status"))
-        error = plain(_text(end.get("error"), "error"))
-        return ProcessEnded(
-            exit_code=128 + number if number else _integer(end.get("exitCode"), "exitCode", 0, 255),
-            status=status,
-            # E2B repeats the status there; only what it does not say is told.
-            error="" if error == status else error,
-        )
+        return process_ended(as_object(event["end"], "end"))
     return None
+
+
+def process_output(data: Message) -> ProcessOutput | None:
+    """``process.DataEvent``; None for a stream that nobody knows."""
+    for stream in ("stdout", "stderr", "pty"):
+        if stream in data:
+            return ProcessOutput(stream, _bytes(data[stream], stream))
+    return None
+
+
+def process_ended(end: Message) -> ProcessEnded:
+    """``process.EndEvent``."""
+    number = as_integer(end.get("signal"), "signal", 0, 64)
+    status = plain(as_text(end.get("status"), "status"))
+    error = plain(as_text(end.get("error"), "error"))
+    return ProcessEnded(
+        exit_code=128 + number if number else as_integer(end.get("exitCode"), "exitCode", 0, 255),
+        status=status,
+        # E2B repeats the status there; only what it does not say is told.
+        error="" if error == status else error,
+    )
+
+
+def process_command(config: Message) -> tuple[str, ...]:
+    """Program and arguments of a ``process.ProcessConfig``."""
+    arguments = as_list(config.get("args"), "args", _ARGUMENTS_MAX)
+    return as_text(config.get("cmd"), "cmd"), *(as_text(argument, "argument") for argument in arguments)
 
 
 def process_summaries(message: Message) -> list[ProcessSummary]:
     """``process.ListResponse``."""
     summaries: list[ProcessSummary] = []
-    for item in _list(message.get("processes"), "processes", _PROCESSES_MAX):
-        process = _object(item, "process")
-        config = _object(process.get("config", {}), "config")
-        arguments = _list(config.get("args"), "args", _ARGUMENTS_MAX)
+    for item in as_list(message.get("processes"), "processes", _PROCESSES_MAX):
+        process = as_object(item, "process")
+        config = as_object(process.get("config", {}), "config")
         summaries.append(
             ProcessSummary(
-                _integer(process.get("pid"), "pid", 1, 2**22),
-                _text(process.get("tag"), "tag"),
-                (_text(config.get("cmd"), "cmd"), *(_text(argument, "argument") for argument in arguments)),
-                _text(config.get("cwd"), "cwd"),
+                as_integer(process.get("pid"), "pid", 1, 2**22),
+                as_text(process.get("tag"), "tag"),
+                process_command(config),
+                as_text(config.get("cwd"), "cwd"),
                 process.get("terminal") is True,
             )
         )
@@ -284,47 +326,47 @@ _ENTRY_TYPES: Final = {
 
 def file_entry(value: object) -> FileEntry:
     """``filesystem.EntryInfo``."""
-    entry = _object(value, "entry")
-    path = _text(entry.get("path"), "path")
+    entry = as_object(value, "entry")
+    path = as_text(entry.get("path"), "path")
     raw_path = _bytes(entry["pathBytes"], "pathBytes") if "pathBytes" in entry else path.encode()
     if not raw_path.startswith(b"/") or b"\0" in raw_path:
-        raise _wrong("a path that is not absolute")
-    entry_type = _ENTRY_TYPES.get(_text(entry.get("type"), "type"), EntryType.OTHER)
+        raise protocol_error("a path that is not absolute")
+    entry_type = _ENTRY_TYPES.get(as_text(entry.get("type"), "type"), EntryType.OTHER)
     return FileEntry(
-        name=_text(entry.get("name"), "name"),
+        name=as_text(entry.get("name"), "name"),
         path=path,
         raw_path=raw_path,
         type=EntryType.SYMLINK if entry.get("isSymlink") is True else entry_type,
-        size_bytes=_integer(entry.get("size"), "size"),
-        mode=_integer(entry.get("mode"), "mode", 0, 2**32 - 1) & 0o7777,
-        owner=_text(entry.get("owner"), "owner"),
-        group=_text(entry.get("group"), "group"),
+        size_bytes=as_integer(entry.get("size"), "size"),
+        mode=as_integer(entry.get("mode"), "mode", 0, 2**32 - 1) & 0o7777,
+        owner=as_text(entry.get("owner"), "owner"),
+        group=as_text(entry.get("group"), "group"),
         modified_at=_moment(entry.get("modifiedTime")),
-        symlink_target=_text(entry.get("symlinkTarget"), "symlinkTarget"),
+        symlink_target=as_text(entry.get("symlinkTarget"), "symlinkTarget"),
     )
 
 
 def _moment(value: object) -> datetime:
-    text = _text(value, "modifiedTime")
+    text = as_text(value, "modifiedTime")
     try:
         moment = datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)
     except ValueError as error:
-        raise _wrong("modifiedTime is no time") from error
+        raise protocol_error("modifiedTime is no time") from error
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def file_entries(message: Message) -> list[FileEntry]:
     """``filesystem.ListDirResponse``. An entry's name cannot lead elsewhere: ``.`` and ``..`` are refused, also within
     a path, so that who copies a folder out of a guest can rely on it."""
-    entries = [file_entry(item) for item in _list(message.get("entries"), "entries", _ENTRIES_MAX)]
+    entries = [file_entry(item) for item in as_list(message.get("entries"), "entries", _ENTRIES_MAX)]
     for entry in entries:
         if not {b"", b".", b".."}.isdisjoint(entry.raw_path[1:].split(b"/")):
-            raise _wrong("a path that leads elsewhere")
+            raise protocol_error("a path that leads elsewhere")
     return entries
 
 
 def next_page(message: Message) -> str:
-    return _text(message.get("nextPage"), "nextPage")
+    return as_text(message.get("nextPage"), "nextPage")
 
 
 # The guest as a whole.
@@ -332,28 +374,28 @@ def next_page(message: Message) -> str:
 
 def clock_time_ns(message: Message) -> int:
     """``atelier.v1.Control/SetClock``: the guest's wall clock, ns since the epoch."""
-    return _integer(message.get("timeNs"), "timeNs")
+    return as_integer(message.get("timeNs"), "timeNs")
 
 
 def port_numbers(message: Message) -> list[int]:
     """The answer to ``GET /ports``; sorted."""
     ports: object = message.get("ports")
     if not isinstance(ports, list):
-        raise _wrong("ports is no list")
+        raise protocol_error("ports is no list")
     numbers = cast("list[object]", ports)
     if len(numbers) > _PORTS_MAX:
-        raise _wrong(f"more than {_PORTS_MAX} ports")
-    return sorted({_integer(each, "a port", 1, 65_535) for each in numbers})
+        raise protocol_error(f"more than {_PORTS_MAX} ports")
+    return sorted({as_integer(each, "a port", 1, 65_535) for each in numbers})
 
 
 def metrics(message: Message) -> GuestMetrics:
     """The answer to ``GET /metrics``."""
     return GuestMetrics(
-        cpu_count=_integer(message.get("cpu_count"), "cpu_count", 0, 65_536),
+        cpu_count=as_integer(message.get("cpu_count"), "cpu_count", 0, 65_536),
         cpu_used_percent=_number(message.get("cpu_used_pct"), "cpu_used_pct", 100.0),
-        memory_total_bytes=_integer(message.get("mem_total"), "mem_total"),
-        memory_used_bytes=_integer(message.get("mem_used"), "mem_used"),
-        disk_total_bytes=_integer(message.get("disk_total"), "disk_total"),
-        disk_used_bytes=_integer(message.get("disk_used"), "disk_used"),
+        memory_total_bytes=as_integer(message.get("mem_total"), "mem_total"),
+        memory_used_bytes=as_integer(message.get("mem_used"), "mem_used"),
+        disk_total_bytes=as_integer(message.get("disk_total"), "disk_total"),
+        disk_used_bytes=as_integer(message.get("disk_used"), "disk_used"),
         uptime_seconds=_number(message.get("uptime_seconds"), "uptime_seconds", 1e12),
     )

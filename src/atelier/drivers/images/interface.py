@@ -40,3 +40,11 @@ class ImageDriver(Protocol):
     async def find_boot_files(self) -> BootFiles | None:
         """As ``ensure_boot_files``, but None where something would have to be built."""
         ...
+
+
+class WebFiles(Protocol):
+    """Files of others that the manager's pages need."""
+
+    async def read(self, name: str) -> bytes | None:
+        """None: there is none of that name. Fetched at first use; raises MissingPackageError when that fails."""
+        ...

@@ -1,0 +1,95 @@
+"""Terminals that live on, in a real guest: they outlive gateway, manager and a pause, and a stop ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.footprint import gateway_pid
+from tests.running_manager import RunningManager, local_installation, wait_until
+from websockets.exceptions import WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+
+class Viewer:
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self.seen = b""
+
+    def type(self, text: str) -> None:
+        self.socket.send(text.encode())
+
+    def read_until(self, wanted: bytes) -> bytes:
+        """All that was shown, up to where ``wanted`` stands in it, or the message of that name has come."""
+        while wanted not in self.seen:
+            frame = self.socket.recv(timeout=120)
+            if isinstance(frame, bytes):
+                self.seen += frame
+            elif json.loads(frame)["type"].encode() == wanted:
+                break
+        return self.seen
+
+    def say(self, **message: object) -> None:
+        self.socket.send(json.dumps(message))
+
+
+@contextmanager
+def view(manager: RunningManager, terminal: str, columns: int = 100, rows: int = 40) -> Iterator[Viewer]:
+    path = f"/api/v1/sandboxes/box/terminals/{terminal}/attach?columns={columns}&rows={rows}"
+    headers = {"Authorization": f"Bearer {manager.key}"}
+    with connect("ws" + manager.url.removeprefix("http") + path, additional_headers=headers) as socket:
+        yield Viewer(socket)
+
+
+def replay(manager: RunningManager, terminal: str) -> bytes:
+    """What a new viewer is shown first, once the way to the guest is there again."""
+
+    def shown() -> bytes:
+        try:
+            with view(manager, terminal) as viewer:
+                return viewer.read_until(b"replayed")
+        except (WebSocketException, TimeoutError):
+            return b""
+
+    return wait_until(shown)
+
+
+def test_a_terminal_outlives_all_but_its_sandbox() -> None:
+    with local_installation() as host:
+        manager = host.manager
+        host.create("box")
+        opened = host.call("POST", "/sandboxes/box/terminals", {"command": ["/bin/sh"]}, expected=201)
+        terminal = opened["id"]
+        with view(manager, terminal) as first, view(manager, terminal, 90, 30) as second:
+            second.read_until(b"replayed")
+            first.type("stty size; echo both-$((40 + 2))\r")
+            assert b"30 90" in first.read_until(b"both-42\r\n")
+            assert second.read_until(b"both-42\r\n").endswith(first.seen[-20:]), "both see the same bytes"
+            second.say(type="resize", columns=70, rows=20)
+            second.type("sleep 1; stty size; echo resized-$((1 + 1))\r")
+            assert b"20 70" in first.read_until(b"resized-2\r\n")
+            # Neither reads any more: the program ends its work all the same.
+            first.type("seq 2000000; printf '\\033]2;wri%s\\007' tten\r")
+            wait_until(lambda: host.call("GET", "/sandboxes/box/terminals")["items"][0]["title"] == "written")
+        shown = replay(manager, terminal)
+        assert b"2000000\r\n" in shown
+        assert len(shown) <= 1024 * 1024 + 4096
+        before = gateway_pid(manager)
+        os.kill(before, signal.SIGKILL)
+        assert b"2000000\r\n" in replay(manager, terminal)
+        assert gateway_pid(manager) != before
+        host.kill()
+        manager = host.start()
+        assert b"2000000\r\n" in replay(manager, terminal)
+        host.call("POST", "/sandboxes/box/pause?wait=true")
+        host.call("POST", "/sandboxes/box/resume?wait=true")
+        with view(manager, terminal) as viewer:
+            viewer.read_until(b"replayed")
+            viewer.type("echo still-$((3 + 4))\r")
+            viewer.read_until(b"still-7\r\n")
+        host.call("POST", "/sandboxes/box/stop?wait=true")
+        host.call("POST", "/sandboxes/box/start?wait=true")
+        assert host.call("GET", "/sandboxes/box/terminals")["items"] == []
