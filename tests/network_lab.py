@@ -321,6 +321,11 @@ def network_lab(folder: Path, home: Home = Home.ROOT, *, shown: tuple[Path, ...]
         wait_for_sleep(host)
         wait_for_sleep(internet)
         _connect(lab)
+        # The kernel tells of the carrier a moment later: what is compared afterwards is to be as it stays.
+        deadline = time.monotonic() + 10
+        while "NO-CARRIER" in lab.in_host("ip", "-br", "link", "show", "dev", "wan"):
+            assert time.monotonic() < deadline, "the lab's host has no carrier"
+            time.sleep(0.01)
         lab.set_nameservers(NAMESERVER)
         yield lab
     finally:
