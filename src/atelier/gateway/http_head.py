@@ -63,7 +63,6 @@ class RequestHead:
     keeps_alive: bool
     is_http_1_0: bool
     is_web_socket: bool
-    expects_continue: bool
 
     def values(self, name: bytes) -> list[bytes]:
         return [value for key, _, value in self.headers if key == name]
@@ -110,7 +109,6 @@ def parse_request(head: bytes) -> RequestHead:
         keeps_alive=b"close" not in options and (minor == b"1" or b"keep-alive" in options),
         is_http_1_0=minor == b"0",
         is_web_socket=is_web_socket,
-        expects_continue=any(name == b"expect" for name, _, _ in headers),
     )
 
 
@@ -176,11 +174,10 @@ def _parse_framing(headers: list[Header], without: Body, *, is_http_1_0: bool) -
     return Body("length", int(lengths[0]))
 
 
-def write_request(head: RequestHead, *extra: tuple[bytes, bytes]) -> bytes:
-    """The request for the next server; ``extra`` headers come last."""
+def write_request(head: RequestHead) -> bytes:
+    """The request for the next server."""
     lines = [b"%b %b HTTP/1.%d" % (head.method, head.target, not head.is_http_1_0)]
     lines += [b"%b: %b" % (name, value) for _, name, value in head.headers]
-    lines += [b"%b: %b" % each for each in extra]
     if head.body.framing == "chunked":
         lines.append(b"Transfer-Encoding: chunked")
     if head.is_web_socket:

@@ -192,6 +192,7 @@ class PreviewConnection:
     async def _exchange(self, upstream: Upstream, head: RequestHead, request: bytes) -> bool | None:
         """Whether the visitor's connection is good for another request; None: no byte of an answer came."""
         sending: asyncio.Task[None] | None = None
+        is_kept = False
         try:
             upstream.writer.write(request)
             if not head.body.is_empty:
@@ -212,7 +213,7 @@ class PreviewConnection:
             )
             if response.keeps_alive and is_sent and not head.is_http_1_0:
                 self._room.upstreams.keep(upstream)
-                upstream = None  # pyright: ignore
+                is_kept = True
             return keeps_alive
         except BodyBroken as broken:
             log.info("an answer of sandbox %s, port %d, broke off: %s", *upstream.key, broken)
@@ -223,7 +224,7 @@ class PreviewConnection:
             if sending is not None:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
-            if upstream is not None:  # pyright: ignore
+            if not is_kept:
                 upstream.close()
 
     async def _send_body(self, upstream: Upstream, head: RequestHead) -> None:
