@@ -115,7 +115,7 @@ async def test_one_that_is_too_busy_to_answer_is_not_followed_by_another(kept: C
     os.kill(first.pid, signal.SIGCONT)
     await until_answered(kept)
     await kept.release()
-    assert kept.find() == [first]
+    await until(lambda: kept.find() == [first])
 
 
 async def test_a_start_that_is_broken_off_leaves_nothing(kept: Companion) -> None:
