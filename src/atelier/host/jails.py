@@ -375,7 +375,8 @@ def _opened(path: Path, doing: str) -> Generator[int]:
 
 def _link_descriptor(descriptor: int, source: Path, target: Path) -> None:
     try:
-        os.link(f"/proc/self/fd/{descriptor}", target, follow_symlinks=True)
+        # The folder is not looked at, but without one Python takes link(2), which links the link.
+        os.link(f"/proc/self/fd/{descriptor}", target, src_dir_fd=descriptor, follow_symlinks=True)
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise HostError(
