@@ -43,7 +43,7 @@ from atelier.drivers.vmm.run_folder import RunFolder
 from atelier.drivers.vmm.vmm_users import UserRange, all_users_taken, user_candidates
 from atelier.host import processes
 from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
-from atelier.model.errors import AtelierError, ConflictError, DiskFullError, InvalidRequestError, VmmError
+from atelier.model.errors import CommandError, ConflictError, InvalidRequestError, VmmError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.jail import (
     JAIL_API_SOCKET,
@@ -176,7 +176,7 @@ class FirecrackerVmm:
                 identity = await self._privileges.start(start)
                 folder.keep_identity(identity)
                 await self._bring_up(spec, version, identity)
-            except AtelierError as error:
+            except (VmmError, CommandError) as error:
                 raise self._failure(spec, folder, error, said_before) from error
         except BaseException:
             await asyncio.shield(self.ensure_stopped(spec.sandbox_id, spec.run_directory, None))
@@ -248,10 +248,10 @@ class FirecrackerVmm:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    def _failure(self, spec: MachineSpec, folder: RunFolder, error: AtelierError, said_before: int) -> AtelierError:
+    def _failure(
+        self, spec: MachineSpec, folder: RunFolder, error: VmmError | CommandError, said_before: int
+    ) -> VmmError:
         """What it said itself tells more than that it is gone."""
-        if isinstance(error, DiskFullError):
-            return error
         log = read_tail(self._in_jail(spec.run_directory, JAIL_LOG), _TAIL_BYTES)
         new_bytes = max(0, folder.console.stat().st_size - said_before) if folder.console.exists() else 0
         console = read_tail(folder.console, min(new_bytes, _TAIL_BYTES))

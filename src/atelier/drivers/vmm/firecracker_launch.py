@@ -102,7 +102,7 @@ def jail_request(spec: MachineSpec, machine_id: str, user_id: int) -> JailReques
             links += [JailLink(path, JAIL_MEMORY), JailLink(unpacked_state(path), JAIL_STATE)]
             _unpack_state(spec, path)
     for link in links:
-        _let_read(link.source)
+        _let_read(spec, link.source)
     tap = spec.network.device_name if spec.network.kind == "tap" else ""
     return JailRequest(
         machine_id,
@@ -202,12 +202,14 @@ def _unpack_state(spec: MachineSpec, stream: Path) -> None:
     write_atomically(unpacked_state(stream), parts.state, mode=0o444, durable=False)
 
 
-def _let_read(path: Path) -> None:
+def _let_read(spec: MachineSpec, path: Path) -> None:
     """For the machine's user to read through its jail; nobody else passes the manager's folders."""
     try:
         if not path.stat().st_mode & stat.S_IROTH:
             path.chmod(0o444)
     except OSError as error:
+        if spec.restore_from is not None:
+            raise restore_failure(spec, f"{path}: {error.strerror}") from error
         raise VmmError(
             f"the machine cannot be started: {path}: {error.strerror}",
             hint="an image or volume was removed or is another user's; see 'atelier doctor'",

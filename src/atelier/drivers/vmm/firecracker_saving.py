@@ -94,6 +94,8 @@ async def _stop_and_write(machine: RunningMachine, at_stop: SavingMoment | None,
         await at_stop()
     if goes_on:
         await machine.api.patch(Vm("Resumed"))
+    elif await machine.api.state() != "Paused":
+        raise VmmError("the machine ran on while it was saved", hint="another program speaks to its API socket")
     return (loop.time() - stopped_at) * 1000
 
 
