@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from jsonschema import Draft4Validator
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""Of libyaml where that is there: ten times faster."""
 _BESIDE = Path(__file__).resolve().parents[3] / "shared" / "firecracker-api.yaml"
 
 
@@ -34,7 +36,7 @@ class ApiDocument:
     it."""
 
     def __init__(self, path: Path) -> None:
-        self.content: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.content: dict[str, Any] = yaml.load(path.read_text(), _LOADER)
         self._definitions = {name: _closed(each) for name, each in self.content["definitions"].items()}
         self._paths = {
             re.compile(re.sub(r"\{[^}]+\}", "[A-Za-z0-9_]+", path)): operations
