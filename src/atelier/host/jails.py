@@ -301,27 +301,28 @@ class RootJails:
 
     def _make_console(self, path: Path) -> None:
         """The manager's own, in a folder of the manager's."""
-        try:
-            folder = path.parent.lstat()
-            if not stat.S_ISDIR(folder.st_mode) or folder.st_uid != self._host.user_id:
-                raise HostError(f"{path.parent} is no folder of the manager's", code="jail_refused")
+        self._check_folder(path.parent)
+        with refusal_as_error(f"making {path}"):
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            with refusal_as_error(f"making {path}"):
-                descriptor = os.open(path, flags, 0o600)
-        except FileNotFoundError as error:
-            raise _missing(path.parent) from error
+            descriptor = os.open(path, flags, 0o600)
         try:
             os.fchown(descriptor, self._host.user_id, self._host.group_id)
         finally:
             os.close(descriptor)
+
+    def _check_folder(self, folder: Path) -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == self._host.user_id:
+                return
+        raise HostError(f"{folder} is no folder of the manager's", code="jail_refused")
 
     def _take(self, source: Path, target: Path) -> None:
         with _opened(source, f"taking {source.name} out of a jail") as descriptor:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
                 raise HostError(f"{source} is no file that a VMM wrote", code="jail_refused")
-            if target.parent.lstat().st_uid != self._host.user_id:
-                raise HostError(f"{target.parent} is no folder of the manager's", code="jail_refused")
+            self._check_folder(target.parent)
             _link_descriptor(descriptor, source, target)
         source.unlink()
         written = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
