@@ -21,9 +21,7 @@ from tests.running_manager import (
     WITH_TEMPLATES,
     Place,
     RunningManager,
-    cache_with_own_templates,
     running_local_manager,
-    wait_for_template,
     wait_until,
 )
 from tests.vm.test_bridge_network import naming, serving
@@ -328,20 +326,3 @@ def test_a_parent_goes_on_and_another_begins_where_it_was(manager: RunningManage
     # The parent's own disk is named after it too.
     assert [each for each in left_of(manager, ready.id) if box.id not in each] == []
     ready.close()
-
-
-def test_the_second_create_is_restored_from_a_template(lab: NetworkLab | None, tmp_path: Path) -> None:
-    variables = {**WITH_TEMPLATES, "ATELIER_CACHE_DIR": str(cache_with_own_templates(tmp_path))}
-    with running_local_manager(variables, place_in(lab)) as manager, create(manager, name="first") as first:
-        assert b"atelier: initramfs" in first.read_console()
-        template, internal = wait_for_template(manager)
-        assert left_of(manager, internal) == []
-        assert [each.name for each in Sandbox.list(api_url=manager.url, api_key=manager.key)] == ["first"]
-        assert Snapshot.list(api_url=manager.url, api_key=manager.key) == []
-        with create(manager, name="second") as second:
-            assert b"atelier: initramfs" not in second.read_console(), "it did not boot"
-            assert any(template in str(path) for path in manager.data_dir.rglob("*"))
-            check_clock(second)
-            mine, others = (run(each, WHO).split() for each in (second, first))
-            assert mine[0] == "second" and others[0] == "first"
-            assert all(one != other for one, other in zip(mine, others, strict=True))
