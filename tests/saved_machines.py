@@ -219,6 +219,10 @@ class FirecrackerStage(CountingStage):
     def overlay(self, name: str) -> Disk:
         return self.stand.disk(name, of=self._frozen)
 
+    async def stop(self, sandbox_id: str) -> None:
+        await super().stop(sandbox_id)
+        assert self.stand.breaches() == []
+
     async def saved(self, name: str) -> MemoryStream:
         self._frozen = self.folder / f"{name}.frozen"
 

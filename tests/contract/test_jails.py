@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -197,3 +198,39 @@ def test_requests_pass_as_json(tmp_path: Path) -> None:
     ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             jail_request_from_json({**whole, name: wrong})
+
+
+_TAPS_IN_A_NAMESPACE = """
+import contextlib, fcntl, os, struct
+from atelier.host import tap
+from atelier.host.jails import HostTaps
+from atelier.host.netlink import RouteSocket
+
+taps = HostTaps()
+for name, user_id in (("attestaaaa", 1234), ("attestbbbb", 1235)):
+    tap.create_persistent(name)
+    taps.set_owner(name, user_id)
+with contextlib.closing(RouteSocket()) as routes:
+    index = routes.get_link("attestaaaa").index
+    for up in (True, False, True):
+        taps.set_link("attestaaaa", up=up)
+        assert routes.get_link("attestaaaa").up is up, up
+# The jailer gives each machine a node of its own.
+nodes = [os.open("/dev/net/tun", os.O_RDWR) for _ in range(2)]
+os.setgid(1234)
+os.setuid(1234)
+for node, name in zip(nodes, ("attestaaaa", "attestbbbb")):
+    try:
+        # TUNSETIFF, with what Firecracker asks for. Source: linux/if_tun.h.
+        fcntl.ioctl(node, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x5002))
+        print(name)
+    except PermissionError as error:
+        print(error.strerror)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="TAPs of a namespace of one's own take root")
+def test_a_tap_becomes_a_machines_user_s() -> None:
+    arguments = ["unshare", "--net", sys.executable, "-P", "-c", _TAPS_IN_A_NAMESPACE]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout.splitlines() == ["attestaaaa", "Operation not permitted"], ended.stderr

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.fake_firecracker.document import NO_DOCUMENT
@@ -34,6 +35,8 @@ class Bench:
     vmm: VmmDriver
     spec: Callable[[str], MachineSpec]
     end: Callable[[str], Awaitable[None]]
+    breaches: Callable[[], list[Any]] = list
+    """What the driver has asked for against its VMM's API document."""
 
 
 @pytest.fixture(
@@ -57,6 +60,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
         yield made
         for sandbox in (SANDBOX, OTHER):
             await made.vmm.ensure_stopped(sandbox, folder / sandbox, None)
+        assert made.breaches() == []
     finally:
         shutil.rmtree(folder)
 
@@ -94,7 +98,7 @@ def _firecracker(folder: Path) -> Bench:
         assert identity is not None
         await processes.kill_and_wait(identity)
 
-    return Bench(stand.vmm, spec, end)
+    return Bench(stand.vmm, spec, end, stand.breaches)
 
 
 def _fake(folder: Path) -> Bench:
