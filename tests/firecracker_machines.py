@@ -14,9 +14,11 @@ from typing import Any
 
 from tests.fake_firecracker.document import find_document
 
+from atelier.drivers.vmm.asked_jails import AskedJails
 from atelier.drivers.vmm.firecracker import FirecrackerVmm
 from atelier.drivers.vmm.firecracker_launch import MachineChoices
 from atelier.drivers.vmm.vmm_users import find_user_range
+from atelier.host.jail_verbs import JailVerbs
 from atelier.host.jails import JailHost, RootJails
 from atelier.model.jail import JailPlaces
 from atelier.model.machine import (
@@ -48,6 +50,16 @@ class FakeTaps:
 
     def set_link(self, name: str, *, up: bool) -> None:
         (self._folder / f"tap-{name}").write_text("up" if up else "down")
+
+
+class _Helper:
+    """The privileged helper's verbs, in this process."""
+
+    def __init__(self, jails: RootJails) -> None:
+        self._verbs = JailVerbs(jails).verbs
+
+    async def ask(self, verb: str, **fields: object) -> dict[str, Any]:
+        return json.loads(json.dumps(await self._verbs[verb](json.loads(json.dumps(fields)))))
 
 
 class FirecrackerStand:
@@ -89,9 +101,9 @@ class FirecrackerStand:
             os.getegid(),
         )
         self.jails = RootJails(host, taps=self.taps)
-        self.vmm = FirecrackerVmm(
-            installation_id, self.jails, self.executable, users=find_user_range(), choices=choices
-        )
+        # As a manager that is not root has them: by requests as JSON.
+        asked = AskedJails(_Helper(self.jails), self.jails.places)
+        self.vmm = FirecrackerVmm(installation_id, asked, self.executable, users=find_user_range(), choices=choices)
 
     def install(self, version: str) -> None:
         self.executable.write_text(f'#!/bin/sh\necho "Firecracker v{version}"\necho\n')

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from atelier.model.machine import ProcessIdentity
 
@@ -128,12 +128,14 @@ def request_to_json(request: JailRequest | JailStart) -> dict[str, Any]:
 def jail_request_from_json(value: dict[str, Any]) -> JailRequest:
     """Raises KeyError, TypeError, ValueError; ``check`` says whether what it returns may be granted."""
     return JailRequest(
-        machine_id=_word(value["machine_id"]),
+        machine_id=word_from_json(value["machine_id"]),
         user_id=_number(value["user_id"]),
-        links=tuple(JailLink(Path(_word(each["source"])), _word(each["name"])) for each in value["links"]),
-        disk=Path(_word(value["disk"])),
-        empty_files=tuple(_word(each) for each in value["empty_files"]),
-        tap=_word(value["tap"]),
+        links=tuple(
+            JailLink(Path(word_from_json(each["source"])), word_from_json(each["name"])) for each in value["links"]
+        ),
+        disk=Path(word_from_json(value["disk"])),
+        empty_files=file_names_from_json(value["empty_files"]),
+        tap=word_from_json(value["tap"]),
         link_up=value["link_up"] is True,
     )
 
@@ -142,7 +144,10 @@ def jail_start_from_json(value: dict[str, Any]) -> JailStart:
     """As ``jail_request_from_json``."""
     limits = {name: _number(value["limits"][name]) for name in JailLimits.__slots__}
     return JailStart(
-        _word(value["machine_id"]), _number(value["user_id"]), Path(_word(value["console"])), JailLimits(**limits)
+        word_from_json(value["machine_id"]),
+        _number(value["user_id"]),
+        Path(word_from_json(value["console"])),
+        JailLimits(**limits),
     )
 
 
@@ -178,7 +183,15 @@ def check_tap(name: str) -> None:
         raise ValueError(f"{name!r} is no TAP of a sandbox's")
 
 
-def _word(value: object) -> str:
+def file_names_from_json(value: object) -> tuple[str, ...]:
+    """Raises TypeError."""
+    if not isinstance(value, list):
+        raise TypeError("a list of names was expected")
+    return tuple(word_from_json(each) for each in cast("list[object]", value))
+
+
+def word_from_json(value: object) -> str:
+    """Raises TypeError."""
     if not isinstance(value, str) or "\0" in value:
         raise TypeError("a word was expected")
     return value
