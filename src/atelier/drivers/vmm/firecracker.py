@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import stat
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -29,8 +29,8 @@ from atelier.drivers.vmm.firecracker_launch import (
     boot_requests,
     jail_limits,
     jail_request,
-    restore_failure,
     restore_requests,
+    start_failure,
     unpacked_state,
     wait_for_api,
 )
@@ -177,7 +177,12 @@ class FirecrackerVmm:
                 folder.keep_identity(identity)
                 await self._bring_up(spec, version, identity)
             except (VmmError, CommandError) as error:
-                raise self._failure(spec, folder, error, said_before) from error
+                said = b""
+                # Before the manager was let through to it, the jail is the machine's alone.
+                with contextlib.suppress(PermissionError):
+                    said = await self.log_tail(spec.run_directory, _TAIL_BYTES)
+                said = said or _said_since(folder.console, said_before)
+                raise start_failure(spec, error, said.decode(errors="replace").strip()) from error
         except BaseException:
             await asyncio.shield(self.ensure_stopped(spec.sandbox_id, spec.run_directory, None))
             raise
@@ -204,9 +209,9 @@ class FirecrackerVmm:
     async def _bring_up(self, spec: MachineSpec, version: FirecrackerVersion, identity: ProcessIdentity) -> None:
         """Ask for all that the machine is made of, and let it run."""
         machine, run = self._machine(spec.run_directory), spec.run_directory
-        await self._while_alive(identity, self._wait_for_api(run))
+        api = self._api(run)
+        await wait_for_api(api, identity, lambda: self._privileges.grant(machine))
         if spec.restore_from is None:
-            api = self._api(run)
             for request in boot_requests(spec, self._choices):
                 await api.put(request)
             await self._privileges.grant(machine)
@@ -216,54 +221,6 @@ class FirecrackerVmm:
             await api.put(request)
         await self._privileges.grant(machine)
         await api.patch(Vm("Resumed"))
-
-    async def _wait_for_api(self, run_directory: Path) -> None:
-        socket = self._in_jail(run_directory, JAIL_API_SOCKET)
-        waiting = asyncio.create_task(wait_for_api(self._api(run_directory), socket))
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                while not waiting.done():
-                    # The jailer takes the jail for the machine's user alone, so this is asked for until it has done so.
-                    await self._privileges.grant(self._machine(run_directory))
-                    await asyncio.wait([waiting], timeout=0.02)
-                await waiting
-        except TimeoutError as error:
-            raise VmmError(
-                f"Firecracker did not open {socket} within {_START_SECONDS:g} s", code="firecracker_timeout"
-            ) from error
-        finally:
-            waiting.cancel()
-
-    @staticmethod
-    async def _while_alive(identity: ProcessIdentity, work: Coroutine[Any, Any, None]) -> None:
-        """``work``, or VmmError as soon as the process ends."""
-        tasks = [asyncio.ensure_future(work), asyncio.ensure_future(processes.wait_ended(identity))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not tasks[0].done():
-                raise VmmError("the VMM ended before it could be asked for anything", code="firecracker_gone")
-            tasks[0].result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-    def _failure(
-        self, spec: MachineSpec, folder: RunFolder, error: VmmError | CommandError, said_before: int
-    ) -> VmmError:
-        """What it said itself tells more than that it is gone."""
-        log = read_tail(self._in_jail(spec.run_directory, JAIL_LOG), _TAIL_BYTES)
-        new_bytes = max(0, folder.console.stat().st_size - said_before) if folder.console.exists() else 0
-        console = read_tail(folder.console, min(new_bytes, _TAIL_BYTES))
-        is_gone = error.code in ("firecracker_gone", "command_failed")
-        said = (log or console).decode(errors="replace").strip() if is_gone else ""
-        reason = f"{error.message}: {said}" if said else error.message
-        if spec.restore_from is not None:
-            return restore_failure(spec, reason)
-        hint = error.hint or "see 'atelier doctor'"
-        return VmmError(
-            f"Firecracker did not start the machine of sandbox {spec.sandbox_id}: {reason}", code=error.code, hint=hint
-        )
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
         if kept := RunFolder(run_directory).find_identity():
@@ -436,6 +393,11 @@ class FirecrackerVmm:
         if serial not in _DISKS:
             raise VmmError(f"the machine in {run_directory} has no disk {serial}")
         return self._in_jail(run_directory, _DISKS[serial])
+
+
+def _said_since(console: Path, before_bytes: int) -> bytes:
+    new_bytes = console.stat().st_size - before_bytes if console.exists() else 0
+    return read_tail(console, min(new_bytes, _TAIL_BYTES)) if new_bytes > 0 else b""
 
 
 def _size_bytes(disk: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from atelier.drivers.vmm.firecracker_config import (
 )
 from atelier.drivers.vmm.firecracker_stream import read_parts
 from atelier.drivers.vmm.firecracker_version import FirecrackerVersion, check_kernel
+from atelier.host import processes
 from atelier.host.files import write_atomically
-from atelier.model.errors import VmmError
+from atelier.model.errors import CommandError, VmmError
 from atelier.model.jail import (
     JAIL_DISK,
     JAIL_GUEST_SOCKET,
@@ -54,7 +55,7 @@ from atelier.model.jail import (
     JailLink,
     JailRequest,
 )
-from atelier.model.machine import MachineSpec, MemoryImage, MemoryStream
+from atelier.model.machine import MachineSpec, MemoryImage, MemoryStream, ProcessIdentity
 from atelier.model.sandbox import MAX_DISK_MIB
 
 _MIB = 1024 * 1024
@@ -63,6 +64,8 @@ _VMM_MEMORY_MIB = 128
 as long as it cannot be thrown out."""
 _VMM_TASKS = 16
 _STATISTICS_SECONDS = 5
+_API_SECONDS = 30.0
+_LOOK_AGAIN_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +165,44 @@ def restore_requests(spec: MachineSpec, version: FirecrackerVersion) -> Sequence
     ]
 
 
-async def wait_for_api(api: FirecrackerApi, socket: Path) -> None:
-    """Until the socket is there and answers."""
-    while True:
-        try:
-            if stat.S_ISSOCK(socket.lstat().st_mode):
-                await api.state()
-                return
-        except (FileNotFoundError, PermissionError):
-            pass
-        except VmmError as error:
-            # It binds before it listens.
-            if error.code != "firecracker_gone":
-                raise
-        await asyncio.sleep(0.005)
+async def wait_for_api(api: FirecrackerApi, identity: ProcessIdentity, grant: Callable[[], Awaitable[None]]) -> None:
+    """Until it answers. ``grant`` is asked for until then: the jailer takes the jail for the machine's user alone, and
+    Firecracker makes its socket after that. Raises VmmError when the process ends, or takes too long."""
+    ending = asyncio.create_task(processes.wait_ended(identity))
+    try:
+        async with asyncio.timeout(_API_SECONDS):
+            while True:
+                await grant()
+                try:
+                    await api.state()
+                    return
+                except VmmError as error:
+                    if error.code != "firecracker_gone":
+                        raise
+                await asyncio.wait([ending], timeout=_LOOK_AGAIN_SECONDS)
+                if ending.done():
+                    raise VmmError("the VMM ended before it could be asked for anything", code="firecracker_gone")
+    except TimeoutError as error:
+        raise VmmError(
+            f"Firecracker did not open its API within {_API_SECONDS:g} s",
+            code="firecracker_timeout",
+            hint="the host may be overloaded, or the VMM hangs; its log may tell",
+        ) from error
+    finally:
+        ending.cancel()
+
+
+def start_failure(spec: MachineSpec, error: VmmError | CommandError, said: str) -> VmmError:
+    """``said``: what it wrote itself, which tells more than that it is gone."""
+    is_gone = error.code in ("firecracker_gone", "command_failed")
+    reason = f"{error.message}: {said}" if said and is_gone else error.message
+    if spec.restore_from is not None:
+        return restore_failure(spec, reason)
+    return VmmError(
+        f"Firecracker did not start the machine of sandbox {spec.sandbox_id}: {reason}",
+        code=error.code,
+        hint=error.hint or "see 'atelier doctor'",
+    )
 
 
 def _check_memory(spec: MachineSpec, memory: Path) -> None:
