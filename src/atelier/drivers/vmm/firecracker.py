@@ -39,12 +39,11 @@ from atelier.drivers.vmm.firecracker_version import FirecrackerVersion, read_ver
 from atelier.drivers.vmm.interface import SavingMoment
 from atelier.drivers.vmm.privileges import VmmPrivileges
 from atelier.drivers.vmm.processor import read_processor
-from atelier.drivers.vmm.run_folder import RunFolder
+from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import UserRange, all_users_taken, user_candidates
 from atelier.host import processes
-from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
+from atelier.host.files import ensure_private_folder, read_tail, write_atomically
 from atelier.model.errors import CommandError, ConflictError, InvalidRequestError, VmmError
-from atelier.model.ids import is_sandbox_id
 from atelier.model.jail import (
     JAIL_API_SOCKET,
     JAIL_DISK,
@@ -127,9 +126,7 @@ class FirecrackerVmm:
     async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
         prefix = machine_id(self._installation_id, "")
         names = [jail.machine_id.removeprefix(prefix) for jail in await self._privileges.list_jails()]
-        with contextlib.suppress(FileNotFoundError):
-            names += [entry.name for entry in sandboxes_directory.iterdir()]
-        return sorted({name for name in names if is_sandbox_id(name)})
+        return sandboxes_of(names, sandboxes_directory)
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         for name in (JAIL_API_SOCKET, JAIL_GUEST_SOCKET):
@@ -270,8 +267,7 @@ class FirecrackerVmm:
         return read_tail(RunFolder(run_directory).console, limit_bytes)
 
     async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
-        # Half of it stays, so that a console at the limit is not rewritten each time.
-        trim_to_tail(RunFolder(run_directory).console, limit_bytes, keep_bytes=limit_bytes // 2)
+        RunFolder(run_directory).trim_console(limit_bytes)
 
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         # Firecracker tells its guest that the disk is full, and halts nothing.

@@ -104,8 +104,7 @@ class Drive(Resource):
 @dataclass(frozen=True)
 class PartialDrive(Resource):
     drive_id: str
-    path_on_host: str | None = None
-    rate_limiter: RateLimiter | None = None
+    path_on_host: str
 
     @property
     def path(self) -> str:

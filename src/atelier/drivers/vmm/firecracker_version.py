@@ -33,11 +33,6 @@ class FirecrackerVersion:
         """Whether a restored guest's clock can be set on by the time that passed (``clock_realtime``)."""
         return self >= FirecrackerVersion(1, 16, 0)
 
-    @property
-    def overrides_vsock(self) -> bool:
-        """Whether a restored machine's socket may lie elsewhere (``vsock_override``)."""
-        return self >= FirecrackerVersion(1, 16, 0)
-
 
 MINIMUM = FirecrackerVersion(1, 12, 0)
 """The first with ``network_overrides``: without them a saved machine could be restored with its parent's TAP only."""

@@ -28,15 +28,14 @@ from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
 from atelier.drivers.vmm.qemu_saving import save_machine
 from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version
 from atelier.drivers.vmm.qmp import QmpConnection
-from atelier.drivers.vmm.run_folder import RunFolder
+from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
-from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail
+from atelier.host.files import ensure_private_folder, read_tail
 from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.errors import CommandError, ConflictError, VmmError
-from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.machine import (
     BootFiles,
@@ -126,9 +125,7 @@ class QemuVmm:
     async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
         prefix = process_name(self._installation_id, "")
         names = await asyncio.to_thread(processes.list_argument_values, PROGRAM, "-name", prefix)
-        with contextlib.suppress(FileNotFoundError):
-            names += [entry.name for entry in sandboxes_directory.iterdir()]
-        return sorted({name for name in names if is_sandbox_id(name)})
+        return sandboxes_of(names, sandboxes_directory)
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         for path in (RunFolder(run_directory).control_socket, RunFolder(run_directory).guest_socket):
@@ -278,8 +275,7 @@ class QemuVmm:
         return read_tail(RunFolder(run_directory).console, limit_bytes)
 
     async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
-        # Half of it stays, so that a console at the limit is not rewritten each time.
-        trim_to_tail(RunFolder(run_directory).console, limit_bytes, keep_bytes=limit_bytes // 2)
+        RunFolder(run_directory).trim_console(limit_bytes)
 
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         # Source: QEMU's werror=enospc, the default: a full host halts the machine instead of telling its guest.
