@@ -32,6 +32,8 @@ async function ask(method, path, body) {
     headers: body ? { "Content-Type": "application/json" } : {},
     body: body && JSON.stringify(body),
   });
+  // Signed out meanwhile: the page's own address leads to the sign-in and back.
+  if (answer.status === 401) location.reload();
   const said = answer.status === 204 ? null : await answer.json();
   if (!answer.ok) throw new Error([said.message, said.hint].filter(Boolean).join(": "));
   return said;
@@ -82,11 +84,12 @@ function show(id) {
   connect();
 }
 
-function connect() {
+// Coming back by itself, it lets a paused sandbox be: only people wake one.
+function connect(wake = true) {
   if (socket) socket.onclose = socket.onmessage = null;
   socket?.close();
   const way = location.protocol === "https:" ? "wss" : "ws";
-  const size = `columns=${screen.cols}&rows=${screen.rows}`;
+  const size = `columns=${screen.cols}&rows=${screen.rows}&wake=${wake}`;
   const mine = new WebSocket(`${way}://${location.host}${api}/${shown}/attach?${size}`);
   socket = mine;
   mine.binaryType = "arraybuffer";
@@ -103,7 +106,7 @@ function connect() {
     if (mine !== socket || isOver) return;
     const seconds = Math.min(RETRY_MAX_SECONDS, 0.5 * 2 ** failures++);
     say(`connection lost, trying again in ${seconds.toFixed(0)} s`, "broken");
-    retry = setTimeout(connect, seconds * 1000);
+    retry = setTimeout(() => connect(false), seconds * 1000);
   };
 }
 
@@ -180,4 +183,5 @@ async function begin() {
 }
 
 doing(begin)();
-setInterval(doing(async () => { if (!document.hidden) await listTabs(); }), TABS_SECONDS * 1000);
+// While the sandbox does not run there is nothing to show yet: it begins once there is.
+setInterval(doing(async () => { if (!document.hidden) await (shown ? listTabs() : begin()); }), TABS_SECONDS * 1000);

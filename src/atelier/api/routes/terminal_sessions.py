@@ -88,12 +88,14 @@ async def attach_terminal_session(
     terminal: TerminalId,
     columns: Annotated[int, Query(ge=1, le=1000)] = 80,
     rows: Annotated[int, Query(ge=1, le=1000)] = 24,
+    wake: Annotated[bool, Query()] = True,
 ) -> None:
-    """Look at a terminal in a window of this size, and type into it. The terminal is as large as the smallest window."""
+    """Look at a terminal in a window of this size, and type into it. The terminal is as large as the smallest window.
+    ``wake`` false, for windows that come back by themselves: it is no use of the sandbox, and leaves a paused one so."""
     await socket.accept()
 
     async def serve() -> None:
-        session = await services_of(socket).sessions.enter(sandbox)
+        session = await services_of(socket).sessions.enter(sandbox, is_use=wake)
         terminals, sandbox_id = session.driver.terminals, session.sandbox_id
         viewer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from atelier.drivers.guest.fake_processes import FakeProcess
-from atelier.guest_protocol.terminal_output import TerminalOutput, clean_title
+from atelier.guest_protocol.terminal_output import TerminalOutput, clean_title, shown_command
 from atelier.model.errors import GuestError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, TerminalSize
 from atelier.model.terminal import (
@@ -104,7 +104,7 @@ class FakeTerminal:
     def describe(self) -> TerminalSession:
         spec, process = self.process.spec, self.process
         return TerminalSession(
-            self.id, self._title, spec.arguments, spec.user or "user", self._size, self._created_at,
+            self.id, self._title, tuple(shown_command(spec.arguments)), spec.user or "user", self._size, self._created_at,
             len(self._viewers), process.pid, process.ended,
         )  # fmt: skip
 
@@ -208,14 +208,15 @@ class FakeTerminals:
 
     async def open(self, sandbox_id: str, spec: ProcessSpec, title: str = "") -> TerminalSession:
         guest = await self._guest(sandbox_id, "open_terminal")
-        if len(guest.terminals) >= _SESSIONS_MAX:
-            ended = [each for each in guest.terminals.values() if each.process.ended is not None]
-            if not ended:
-                raise GuestError(f"{_SESSIONS_MAX} terminals are open already", code="guest_resource_exhausted")
-            del guest.terminals[ended[0].id]
+        ended = [each.id for each in guest.terminals.values() if each.process.ended is not None]
+        is_full = len(guest.terminals) >= _SESSIONS_MAX
+        if is_full and not ended:
+            raise GuestError(f"{_SESSIONS_MAX} terminals are open already", code="guest_resource_exhausted")
+        terminal = FakeTerminal(f"{guest.next_terminal + 1:012x}", guest.start(spec))
         guest.next_terminal += 1
-        terminal = FakeTerminal(f"{guest.next_terminal:012x}", guest.start(spec))
         terminal.given_title = clean_title(title)
+        if is_full:
+            del guest.terminals[ended[0]]
         guest.terminals[terminal.id] = terminal
         return terminal.describe()
 
