@@ -66,14 +66,25 @@ def test_an_open_page_lets_a_paused_sandbox_be_and_goes_on_after_it(
         assert api.post(f"/api/v1/sandboxes/{sandbox}/pause?wait=true").json()["state"] == "paused"
         page.wait("failures >= 2 && document.getElementById('state').dataset.kind === 'broken'")
         assert api.get(f"/api/v1/sandboxes/{sandbox}").json()["state"] == "paused"
+        # Who opens it wakes it, and the page that was open all the time comes back.
         with browser.page() as late:
-            late.call("Network.setExtraHTTPHeaders", headers={"X-API-Key": manager.key})
-            late.call("Page.navigate", url=f"{manager.url}/sandboxes/{sandbox}/terminal")
-            late.wait("document.getElementById('state')?.textContent.includes('is paused')")
-            assert api.post(f"/api/v1/sandboxes/{sandbox}/resume?wait=true").json()["state"] == "running"
+            show(late, manager, sandbox)
             for each in (page, late):
                 each.wait("document.getElementById('state').textContent === 'connected' && !isReplaying")
                 each.wait(f"({_TEXT}).includes('\\nbefore-the-pause')")
+
+
+def test_a_page_begins_when_its_sandbox_runs(
+    manager: RunningManager, api: httpx.Client, sandbox: str, browser: Browser
+) -> None:
+    skip_without_packages(api.get(f"/sandboxes/{sandbox}/terminal"))
+    api.post(f"/api/v1/sandboxes/{sandbox}/stop?wait=true")
+    with browser.page() as page:
+        page.call("Network.setExtraHTTPHeaders", headers={"X-API-Key": manager.key})
+        page.call("Page.navigate", url=f"{manager.url}/sandboxes/{sandbox}/terminal")
+        page.wait("document.getElementById('state')?.textContent.includes('is stopped')")
+        api.post(f"/api/v1/sandboxes/{sandbox}/start?wait=true")
+        page.wait("document.getElementById('state').textContent === 'connected' && !isReplaying")
 
 
 def test_who_is_signed_out_meanwhile_is_sent_to_sign_in(

@@ -70,8 +70,8 @@ function drawTabs() {
   document.title = found ? `${nameOf(found)} - ${sandbox}` : sandbox;
 }
 
-async function listTabs() {
-  terminals = (await ask("GET", "")).items;
+async function listTabs(wake = false) {
+  terminals = (await ask("GET", `?wake=${wake}`)).items;
   drawTabs();
 }
 
@@ -175,13 +175,14 @@ element("close").onclick = doing(async () => {
   await begin();
 });
 
-async function begin() {
-  await listTabs();
+// Whoever opens the page wakes a paused sandbox; the page by itself does not.
+async function begin(wake = false) {
+  await listTabs(wake);
   const wanted = terminals.find(({ id }) => id === location.hash.slice(1)) ?? terminals[0];
   if (wanted) show(wanted.id);
   else await open();
 }
 
-doing(begin)();
+doing(begin)(true);
 // While the sandbox does not run there is nothing to show yet: it begins once there is.
 setInterval(doing(async () => { if (!document.hidden) await (shown ? listTabs() : begin()); }), TABS_SECONDS * 1000);

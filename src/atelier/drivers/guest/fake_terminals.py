@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from atelier.drivers.guest.fake_processes import FakeProcess
 from atelier.guest_protocol.terminal_output import TerminalOutput, clean_title, shown_command
-from atelier.model.errors import GuestError, NotFoundError
+from atelier.model.errors import GuestError, GuestUnreachableError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, TerminalSize
 from atelier.model.terminal import (
     TerminalEvent,
@@ -38,6 +38,7 @@ class _Viewer:
         self._events: deque[TerminalEvent] = deque()
         self._pending_bytes = 0
         self._lost_bytes = 0
+        self._is_cut = False
         self._arrived = asyncio.Event()
 
     def push(self, event: TerminalEvent) -> None:
@@ -54,8 +55,14 @@ class _Viewer:
                 self._lost_bytes += len(oldest.data)
         self._arrived.set()
 
+    def cut(self) -> None:
+        self._is_cut = True
+        self._arrived.set()
+
     async def follow(self) -> AsyncIterator[TerminalEvent]:
         while True:
+            if self._is_cut:
+                raise GuestUnreachableError("the fake guest broke the connection off")
             while self._events:
                 if self._lost_bytes:
                     lost, self._lost_bytes = self._lost_bytes, 0
@@ -125,6 +132,12 @@ class FakeTerminal:
         if self.process.ended is not None:
             viewer.push(self.process.ended)
         return viewer
+
+    def cut_off(self) -> None:
+        """Its guest is gone; for its viewers that is no end of its program, which may go on elsewhere."""
+        viewers, self._viewers = self._viewers, []
+        for viewer in viewers:
+            viewer.cut()
 
     def detach(self, viewer: _Viewer) -> None:
         if viewer in self._viewers:
