@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 from test_guest_contract import BOX, Ground, ground, put
@@ -137,6 +138,24 @@ async def test_what_is_not_there(ground: Ground) -> None:
     with pytest.raises(NotFoundError):
         async with terminals.attach(BOX, "0123") as events:
             await anext(events)
+
+
+async def test_sixteen_may_look_and_who_leaves_makes_room(ground: Ground) -> None:
+    terminals = ground.driver.terminals
+    opened = await terminals.open(BOX, spec("cat"))
+    async with AsyncExitStack() as looking:
+        windows = [await looking.enter_async_context(terminals.attach(BOX, opened.id)) for _ in range(16)]
+        for window in windows:
+            assert isinstance(await anext(window), TerminalJoined)
+        assert (await terminals.list(BOX))[0].viewers == 16
+        with pytest.raises(GuestError, match="16") as caught:
+            async with terminals.attach(BOX, opened.id) as events:
+                await anext(events)
+        assert caught.value.code == "guest_resource_exhausted"
+    async with asyncio.timeout(30):
+        while (await terminals.list(BOX))[0].viewers:
+            await asyncio.sleep(0.05)
+    await terminals.close(BOX, opened.id)
 
 
 async def test_long_commands_leave_the_list_short(ground: Ground) -> None:

@@ -18,6 +18,7 @@ let shown = "";
 let socket = null;
 let failures = 0;
 let retry = 0;
+let isBeginning = false;
 // Of what was said long ago nothing is answered again: a program's questions in it have had their answers.
 let isReplaying = true;
 
@@ -177,10 +178,17 @@ element("close").onclick = doing(async () => {
 
 // Whoever opens the page wakes a paused sandbox; the page by itself does not.
 async function begin(wake = false) {
-  await listTabs(wake);
-  const wanted = terminals.find(({ id }) => id === location.hash.slice(1)) ?? terminals[0];
-  if (wanted) show(wanted.id);
-  else await open();
+  // Waking takes its time: meanwhile nobody is to begin once more, and to open a second terminal.
+  if (isBeginning) return;
+  isBeginning = true;
+  try {
+    await listTabs(wake);
+    const wanted = terminals.find(({ id }) => id === location.hash.slice(1)) ?? terminals[0];
+    if (wanted) show(wanted.id);
+    else await open();
+  } finally {
+    isBeginning = false;
+  }
 }
 
 doing(begin)(true);
