@@ -78,7 +78,7 @@ def test_a_terminal_outlives_all_but_its_sandbox() -> None:
             assert b"20 70" in first.read_until(b"resized-2\r\n")
             # Neither reads any more: the program ends its work all the same.
             first.type("seq 2000000; printf '\\033]2;wri%s\\007' tten\r")
-            wait_until(lambda: host.call("GET", "/sandboxes/box/terminals")["items"][0]["title"] == "written")
+            wait_until(lambda: host.call("GET", "/sandboxes/box/terminals")["items"][0]["title"] == "written", 600)
         shown = replay(manager, terminal)
         assert b"2000000\r\n" in shown
         assert len(shown) <= 1024 * 1024 + 4096
