@@ -83,7 +83,7 @@ class ByteStream(asyncio.Protocol):
             if self._has_ended:
                 self._raise_error()
                 return b""
-            await self._more(None if seconds is None else self._loop.time() + seconds)
+            await self._when_more(None if seconds is None else self._loop.time() + seconds)
         return self._take(at_most)
 
     async def read_until(self, end: bytes, at_most: int, seconds: float | None = None) -> bytes:
@@ -103,7 +103,7 @@ class ByteStream(asyncio.Protocol):
                 self._raise_error()
                 raise asyncio.IncompleteReadError(self._received, None)
             looked_at = max(0, len(self._received) - len(end) + 1)
-            await self._more(deadline)
+            await self._when_more(deadline)
 
     async def write(self, piece: bytes, seconds: float | None) -> None:
         """It goes on its way; where much is under way already, when that has gone. ``seconds``: how long it may take.
@@ -112,7 +112,7 @@ class ByteStream(asyncio.Protocol):
         self.begin_writing(piece)
         if self._is_full:
             async with asyncio.timeout(seconds):
-                await self._room()
+                await self._when_gone()
             self._check_open()
 
     def begin_writing(self, piece: bytes) -> None:
@@ -150,7 +150,7 @@ class ByteStream(asyncio.Protocol):
         if self._error is not None:
             raise ConnectionResetError("the connection broke") from self._error
 
-    def _more(self, deadline: float | None) -> asyncio.Future[None]:
+    def _when_more(self, deadline: float | None) -> asyncio.Future[None]:
         """Done when more has come or it has ended; TimeoutError at the ``deadline``, by the event loop's clock."""
         waiter = self._reading = self._loop.create_future()
         self._deadline = deadline
@@ -158,7 +158,7 @@ class ByteStream(asyncio.Protocol):
             self._set_timer(deadline)
         return waiter
 
-    def _room(self) -> asyncio.Future[None]:
+    def _when_gone(self) -> asyncio.Future[None]:
         """Done when what was written has gone, or nothing goes any more."""
         waiter = self._writing = self._loop.create_future()
         return waiter

@@ -61,8 +61,7 @@ _UNTIL_CLOSED: Final = Body("close")
 _CHUNKED: Final = Body("chunked")
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFields:
+class RequestFields(NamedTuple):
     """What the header lines of a request say. ``headers`` are those that go from end to end, ``Content-Length`` among
     them."""
 

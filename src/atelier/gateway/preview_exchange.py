@@ -127,7 +127,7 @@ class PreviewConnection:
                 return await self._visit(request, found)
         except _Shown as shown:
             log.info("%s: %s", shown.page.code, request)
-            found = answer_page(shown.page, request.carried.visit.accept)
+            found = answer_page(shown.page, request.carried.accept)
         await self._answer(found, keeps_alive=request.keeps_alive, without_body=request.method == b"HEAD")
         return request.keeps_alive
 

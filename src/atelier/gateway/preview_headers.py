@@ -6,9 +6,9 @@ Used by ``preview_exchange``. Without I/O.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from atelier.gateway.http_head import (
     Header,
@@ -43,18 +43,19 @@ class Arrival:
 
 
 AdmissionKey = tuple[str, str, str, str, bool]
+"""(host, our own cookies, API key, origin, whether it may change something)."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreviewFields:
-    """What the header lines of a request come to. ``for_sandbox``: as the sandbox gets them. ``visit``: what the manager is
-    told, but for method and target. ``safe`` and ``unsafe``: all that its answer hangs on, for the two kinds of methods."""
+class PreviewFields(NamedTuple):
+    """What the header lines of a request come to. ``for_sandbox``: as the sandbox gets them. ``safe`` and ``unsafe``: all
+    that the manager's yes hangs on, for the two kinds of methods."""
 
     fields: RequestFields
     for_sandbox: bytes
-    visit: Visit
     safe: AdmissionKey
     unsafe: AdmissionKey
+    accept: str
+    address: str
 
 
 class NobodySaid(Exception):
@@ -94,7 +95,19 @@ class PreviewRequest:
         return f"{_text(self.method)} {_text(self.fields.host)}"
 
     def describe(self) -> Visit:
-        return replace(self.carried.visit, method=_text(self.method), target=_text(self.target))
+        """What the manager is told."""
+        host, cookies, key, origin, _ = self.carried.safe
+        return Visit(
+            host=host,
+            method=_text(self.method),
+            target=_text(self.target),
+            cookies=cookies,
+            origin=origin,
+            key=key,
+            accept=self.carried.accept,
+            address=self.carried.address,
+            is_upgrade=self.fields.is_web_socket,
+        )
 
     def write(self) -> bytes:
         """For the sandbox."""
@@ -124,20 +137,13 @@ def _read_fields(lines: bytes, is_http_1_0: bool, arrival: Arrival | None) -> Pr
         (b"", b"X-Forwarded-Host", fields.host),
         (b"", b"X-Forwarded-Proto", arrival.scheme.encode()),
     )
-    visit = Visit(
-        host=_text(fields.host),
-        method="",
-        target="",
-        # The others are no business of the manager's.
-        cookies="; ".join(own_cookies),
-        origin=_text(b"".join(told.get(b"origin", ()))),
-        key=_text(b"".join(told.get(_KEY, ()))),
-        accept=_text(b",".join(told.get(b"accept", ()))),
-        address=arrival.address,
-        is_upgrade=fields.is_web_socket,
+    # Of the cookies the others are no business of the manager's.
+    cookies, key, origin = "; ".join(own_cookies), told.get(_KEY, ()), told.get(b"origin", ())
+    asked = _text(fields.host), cookies, _text(b"".join(key)), _text(b"".join(origin))
+    accept = _text(b",".join(told.get(b"accept", ())))
+    return PreviewFields(
+        fields, write_request_fields(fields, headers), (*asked, False), (*asked, True), accept, arrival.address
     )
-    asked = visit.host, visit.cookies, visit.key, visit.origin
-    return PreviewFields(fields, write_request_fields(fields, headers), visit, (*asked, False), (*asked, True))
 
 
 _remembered_fields = lru_cache(_REMEMBERED)(_read_fields)
