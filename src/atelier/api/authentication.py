@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocket
 
 from atelier.api import errors
-from atelier.api.edge import EDGE_PATH, answer_edge
 from atelier.api.services import Services
 from atelier.model.errors import AccessDeniedError, AtelierError, AuthenticationError, InvalidRequestError
 from atelier.model.principal import Principal
@@ -61,9 +60,6 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
-            return
-        if scope["path"] == EDGE_PATH and scope["type"] == "http":
-            await answer_edge(self._services.preview_entry, self._services.edge_socket, scope, send)
             return
         state = scope.setdefault("state", {})
         with contextlib.ExitStack() as stack:
