@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,13 +55,7 @@ def test_any_request(case: Case, stage: DescribedApi) -> None:
         return
     stage.renew(case.operation.path)
     place(case, stage.names)
-    began = time.monotonic()
     ask(case, stage)
-    if time.monotonic() - began > 1:
-        with open("/tmp/guard_slow", "a") as f:
-            print("SLOW", time.monotonic() - began, case.as_curl_command()[:300], file=f)
-    with open("/tmp/guard_ops", "a") as f:
-        print(time.monotonic() - began, case.operation.label, file=f)
 
 
 def place(case: Case, names: dict[str, str]) -> None:

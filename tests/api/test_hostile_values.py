@@ -14,6 +14,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 from tests.api.described_api import DOCUMENT, DescribedApi, described_api, ends_the_manager
 from tests.api.described_places import Bodies
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 document = json.loads(DOCUMENT.read_text())
 OPERATIONS = [
@@ -115,6 +117,19 @@ def filled(path: str, names: dict[str, str], **others: str) -> str:
     return path
 
 
+def hostile_to(present: object) -> list[Any]:
+    """Values that may come where this one is expected, most of them of its type: others end at the door."""
+    match present:
+        case bool():
+            return [None, 2, "x"]
+        case str():
+            return [*TEXTS, None, 2**63, []]
+        case int() | float():
+            return [*NUMBERS, None, True, "²"]
+        case _:
+            return OTHERS
+
+
 def requests_of(
     method: str, path: str, operation: dict[str, Any], names: dict[str, str]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -131,7 +146,8 @@ def requests_of(
     for parameter in parameters:
         name = parameter["name"]
         if parameter["in"] == "path":
-            for value in RAW:
+            # A sandbox is looked up before all routes, in the same place.
+            for value in RAW[:5] if name == "sandbox" else RAW:
                 yield (
                     f"path {name} {value[:20]!r}",
                     f"{filled(path, names, **{name: quote(value, safe='')})}?{needed}",
@@ -148,10 +164,8 @@ def requests_of(
             yield f"range {value[:20]!r}", f"{target}?path=/etc/hostname", {"Range": value}
     if json_body is None:
         return
-    for value in [*TEXTS, *NUMBERS, *OTHERS]:
-        for place, body in bodies.with_value(json_body["schema"], value):
-            sent = json.dumps(body).encode()
-            yield f"body {place} {str(value)[:20]!r}", f"{target}?{needed}", {**least, "body": sent}
+    for place, value, body in bodies.with_values(json_body["schema"], hostile_to):
+        yield f"body {place} {str(value)[:20]!r}", f"{target}?{needed}", {**least, "body": json.dumps(body).encode()}
     for body in BODIES:
         yield f"body {body[:20]!r}", f"{target}?{needed}", {**least, "body": body}
 
@@ -171,6 +185,61 @@ def test_hostile_values(stage: DescribedApi, method: str, path: str, operation: 
         if told := judge(client.send(method, target, **sent)):
             wrong.append(f"{place}: {told}")
     assert not wrong, "\n".join(wrong)
+
+
+PAGES = [
+    ("GET", "/sign-in/first-run?secret="), ("GET", "/sign-in/oidc/callback?code=x&state="), ("GET", "/sign-in/oidc/callback?code="),
+    ("POST", "/sign-in/"), ("GET", "/sign-in/"), ("GET", "/previews/enter?host="), ("GET", "/previews/enter?host=a&next="),
+    ("GET", "/terminal-assets/"), ("GET", "/sandboxes/"), ("GET", "/docs/"), ("GET", "/"), ("HEAD", "/"), ("BREW", "/"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), PAGES)
+def test_pages_that_are_in_no_document(stage: DescribedApi, method: str, path: str) -> None:
+    client = Client(stage)
+    for value in RAW:
+        status, content, headers = client.send(method, path + quote(value), Origin=stage.manager.url.encode())
+        assert status < 500, (value, content)
+        assert "x-evil" not in headers, value
+        assert b"Traceback" not in content
+
+
+@pytest.mark.parametrize("path", ["pty?command=cat&{}=", "terminals/{terminal}/attach?{}="])
+def test_web_sockets_and_their_queries(stage: DescribedApi, path: str) -> None:
+    """They are refused, or say why they close, or serve."""
+    stage.renew("{sandbox}/{terminal}")
+    base = f"{stage.manager.url}/api/v1/sandboxes/{stage.names['sandbox']}/".replace("http", "ws")
+    path = path.replace("{terminal}", stage.names["terminal"])
+    for name in ("columns", "rows", "command", "user", "working_directory", "pid"):
+        for value in RAW:
+            try:
+                with connect(base + path.format(name) + quote(value), additional_headers=bearer(stage)) as socket:
+                    first = json.loads(socket.recv(timeout=30))
+                    assert first["type"] in ("started", "joined", "failed"), (name, value, first)
+                    assert first.get("code") != "internal", (name, value)
+            except InvalidStatus as refused:
+                assert refused.response.status_code in (400, 403, 404, 422), (name, value)
+
+
+def test_nonsense_in_a_web_socket(stage: DescribedApi) -> None:
+    """What is of no known form is passed over, and the terminal goes on."""
+    stage.renew("{sandbox}")
+    url = f"{stage.manager.url}/api/v1/sandboxes/{stage.names['sandbox']}/pty?command=cat".replace("http", "ws")
+    with connect(url, additional_headers=bearer(stage)) as socket:
+        assert json.loads(socket.recv(timeout=30))["type"] == "started"
+        for text in ["", "{", "[" * 100_000, "null", '"\\ud800"', '{"type":"resize"}', '{"type":"resize","columns":1e400,"rows":1}',
+                     '{"type":"resize","columns":0,"rows":99999999999999999999}', '{"type":"resize","columns":"²","rows":[]}']:  # fmt: skip
+            socket.send(text)
+        socket.send(b"still here\n")
+        shown = b""
+        while b"still here" not in shown:
+            piece = socket.recv(timeout=30)
+            assert isinstance(piece, bytes)
+            shown += piece
+
+
+def bearer(stage: DescribedApi) -> dict[str, str]:
+    return {"Authorization": f"Bearer {stage.manager.key}"}
 
 
 def parsed(body: bytes | None) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import signal
 from typing import Annotated, Any
 
@@ -76,7 +75,7 @@ def _input_of(body: RunRequest) -> bytes | None:
         return None if body.input is None else body.input.encode()
     try:
         return base64.b64decode(body.input_base64, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidRequestError("input_base64 is no base64", hint="or send text as input") from error
 
 
