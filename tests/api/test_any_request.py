@@ -69,8 +69,9 @@ def place(case: Case, names: dict[str, str]) -> None:
     for sent, most in ((case.query, {"timeout_seconds": SECONDS}), (case.body, {"count": 3, "size": 3})):
         if isinstance(sent, dict):
             for name, limit in most.items():
-                if isinstance(sent.get(name), int | float) and sent[name] > limit:
-                    sent[name] = limit
+                value = sent.get(name)
+                if isinstance(value, int | float):
+                    sent[name] = min(value, limit)
 
 
 def ask(case: Case, stage: DescribedApi) -> None:

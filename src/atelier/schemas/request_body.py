@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -18,17 +18,15 @@ class RequestBody(BaseModel):
     def _refuse_lone_surrogates(cls, sent: object) -> object:
         left = [sent]
         while left:
-            match left.pop():
-                case str(text):
-                    try:
-                        text.encode()
-                    except UnicodeEncodeError:
-                        raise ValueError("half a surrogate pair stands in it, which is no Unicode text") from None
-                case dict() as fields:
-                    left += cast("dict[Any, Any]", fields)
-                    left += cast("dict[Any, Any]", fields).values()
-                case list() as items:
-                    left += cast("list[Any]", items)
-                case _:
-                    pass
+            value = left.pop()
+            if isinstance(value, str):
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("half a surrogate pair stands in it, which is no Unicode text") from None
+            elif isinstance(value, dict):
+                fields = cast("dict[object, object]", value)
+                left += [*fields, *fields.values()]
+            elif isinstance(value, list):
+                left += cast("list[object]", value)
         return sent
