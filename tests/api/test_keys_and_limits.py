@@ -74,6 +74,17 @@ def list_keys(manager: RunningManager, key: str) -> list[dict[str, str]]:
     return answer.json()["items"]
 
 
+def test_a_key_of_somebody_removed_opens_nothing(manager: RunningManager) -> None:
+    person = add_person(manager, "zoe")
+    with manager.client() as admin:
+        for is_disabled, status in ((True, 401), (False, 200)):
+            path = f"/api/v1/users/{person.user_id}"
+            assert admin.patch(path, json={"is_disabled": is_disabled}).status_code == 200
+            answer = whoami(manager, X_API_Key=person.key)
+            assert answer.status_code == status
+            assert answer.json().get("code") == ("user_disabled" if is_disabled else None)
+
+
 def test_scopes_narrow_a_key(manager: RunningManager) -> None:
     person = add_person(manager, "dot", scopes=["read"])
     with person.client() as client:
@@ -191,6 +202,16 @@ def test_rates_and_numbers_are_limited() -> None:
                 with connect(url, additional_headers=headers), pytest.raises(InvalidStatus) as refused:
                     connect(url, additional_headers=headers)
                 assert refused.value.response.status_code == 429
+
+                def another() -> bool:
+                    try:
+                        with connect(url, additional_headers=headers):
+                            return True
+                    except InvalidStatus as still:
+                        assert still.response.status_code == 429
+                        return False
+
+                assert wait_until(another), "what was closed counts no more"
                 answers = [client.get("/api/v1/whoami") for _ in range(200)]
                 limited = [each for each in answers if each.status_code == 429]
                 assert limited

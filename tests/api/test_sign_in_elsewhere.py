@@ -124,3 +124,21 @@ def test_a_provider_that_cannot_be_reached_and_one_that_is_somebody_else() -> No
             refused(browser.post("/sign-in/oidc"), 503, "identity_provider_failed")
             log = stage.manager.log.read_text()
             assert log.count("sign-in: Example does not answer") == told + 1
+
+
+def test_a_second_first_run_link_is_the_only_good_one() -> None:
+    with manager_with({}, None) as stage, stage.browser() as browser, stage.manager.client() as admin:
+
+        def enter(secret: str) -> httpx.Response:
+            return browser.post("/sign-in/first-run", data={"secret": secret})
+
+        printed = stage.manager.log.read_text().partition("/sign-in/first-run?secret=")[2].split()[0]
+        first, second = (admin.post("/api/v1/first-run-link").json()["url"].partition("secret=")[2] for _ in range(2))
+        for old in (printed, first):
+            refused(enter(old), 401, "first_run_link_invalid")
+        assert enter(second).status_code == 303
+        assert browser.get("/api/v1/whoami").json()["role"] == "admin"
+        refused(enter(second), 409, "first_run_over")
+        # Who lost their browser gets another from the manager's machine, as long as nobody else is an admin.
+        third = admin.post("/api/v1/first-run-link").json()["url"].partition("secret=")[2]
+        assert enter(third).status_code == 303
