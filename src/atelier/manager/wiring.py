@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
-from atelier.config.settings import ServerMode, Settings, SignInSettings, TemplateChoice
+from atelier.config.settings import GuestKernelChoice, ServerMode, Settings, SignInSettings, TemplateChoice
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -218,7 +218,12 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
         storage=Qcow2Storage(data.volumes),
         network=network,
-        images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
+        images=DebianImages(
+            settings.cache_dir,
+            settings.recipes_dir,
+            package,
+            own_kernel=settings.guest_kernel is GuestKernelChoice.OWN,
+        ),
         guests=guests,
         gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
         network_holder=holder,
