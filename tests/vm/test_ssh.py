@@ -304,7 +304,7 @@ def test_what_vs_code_does(visitor: Visitor, tmp_path: Path) -> None:
                 assert fetched.stdout == content, name
         finally:
             session.kill()
-    visitor.run("box", "pkill -f 'http.server 8125'; rm -r vs")
+    visitor.run("box", "pkill -f 'http.server 812[5]'; rm -r vs")
 
 
 def test_a_jump_ends_in_the_guest_itself(visitor: Visitor) -> None:
