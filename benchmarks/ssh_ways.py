@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from benchmarks.figure import Figure, at_least, median
 from benchmarks.stage import Stage
@@ -69,17 +71,26 @@ def _megabytes_per_second(way: list[str]) -> float:
     return (received - first) / 1e6 / seconds
 
 
-def echo_ms(way: list[str], keys: int) -> list[float]:
-    """How long each of ``keys`` bytes takes to the guest and back."""
-    found: list[float] = []
-    with subprocess.Popen([*way, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+def echo_ms(ways: Sequence[list[str]], keys: int) -> list[list[float]]:
+    """How long each of ``keys`` bytes takes to the guest and back, by each of the ways in turn."""
+    found: list[list[float]] = [[] for _ in ways]
+    with contextlib.ExitStack() as stack:
+        open_ways = [
+            stack.enter_context(
+                subprocess.Popen([*way, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            )
+            for way in ways
+        ]
         for _ in range(keys):
-            began = time.perf_counter()
-            process.stdin.write(b"x")
-            if process.stdout.read(1) != b"x":
-                raise RuntimeError("the echo was lost")
-            found.append((time.perf_counter() - began) * 1000)
-        process.stdin.close()
+            for process, samples in zip(open_ways, found, strict=True):
+                assert process.stdin is not None
+                assert process.stdout is not None
+                began = time.perf_counter()
+                process.stdin.write(b"x")
+                if process.stdout.read(1) != b"x":
+                    raise RuntimeError("the echo was lost")
+                samples.append((time.perf_counter() - began) * 1000)
+        for process in open_ways:
+            assert process.stdin is not None
+            process.stdin.close()
     return found

@@ -1,4 +1,9 @@
-"""A real OpenID Connect provider on a port of this machine, which insists on PKCE and can be made to lie."""
+"""``python -m tests.api.identity_provider``: a real OpenID Connect provider on a port of this machine, which insists on PKCE
+and a nonce, and can be made to lie.
+
+Its lies are those of ``provider_process``, and: ``nonce`` (ID tokens for another than was sent), ``challenge`` (as though the
+browser had brought that of another attempt), those of ``TOKENS`` (about the ID token), and ``another issuer``.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,31 @@ import base64
 import hashlib
 import io
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 from urllib.parse import parse_qs
 
 import oidc_provider_mock
+from joserfc import jwt
+from joserfc.jwk import RSAKey
 from oidc_provider_mock import User
-from werkzeug.serving import make_server
+from tests.api.provider_process import Environ, LyingApplication, StartResponse, respond, serve
+from werkzeug.test import run_wsgi_app
 
-StartResponse = Callable[..., Any]
+TOKENS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "no nonce": lambda claims: {name: value for name, value in claims.items() if name != "nonce"},
+    "another audience": lambda claims: {**claims, "aud": "somebody-else"},
+    "an expired token": lambda claims: {**claims, "iat": int(time.time()) - 7200, "exp": int(time.time()) - 3600},
+    "a token of another issuer": lambda claims: {**claims, "iss": "http://evil.example"},
+    "a token for another program": lambda claims: {**claims, "azp": "somebody-else"},
+    "an unknown key": dict,
+    "no signature": dict,
+}
+"""What becomes of an ID token's claims; but for the last two it is signed by a key that the provider names as its own."""
 
 
-class Provider:
-    """``break_nonce``: ID tokens are made for another nonce than the one that was sent. ``break_challenge``: as though the
-    browser had brought the challenge of another attempt. ``is_down``: it answers with errors."""
-
+class IdentityProvider(LyingApplication):
     def __init__(self) -> None:
         people = [
             User(sub="ada", claims={"name": "Ada", "email": "ada@example.org", "email_verified": True}),
@@ -32,32 +45,26 @@ class Provider:
         ]
         self._application = oidc_provider_mock.app(user_claims=people, require_nonce=True)
         self._challenges: dict[str, str] = {}
-        self.break_nonce = self.break_challenge = self.is_down = False
-        self.port = 0
+        self._key = RSAKey.generate_key(2048, {"kid": "another"}, auto_kid=False)
 
-    @property
-    def issuer(self) -> str:
-        return f"http://localhost:{self.port}"
-
-    def __call__(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        if self.is_down:
-            return _answer(start_response, "500 Internal Server Error", {"error": "down"})
-        if environ["PATH_INFO"] == "/oauth2/authorize" and environ["REQUEST_METHOD"] == "POST":
+    def answer(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/oauth2/authorize" and environ["REQUEST_METHOD"] == "POST":
             return self._authorize(environ, start_response)
-        if environ["PATH_INFO"] == "/oauth2/token":
-            body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-            environ["wsgi.input"] = io.BytesIO(body)
-            sent = {name: values[0] for name, values in parse_qs(body.decode()).items()}
-            digest = hashlib.sha256(sent.get("code_verifier", "").encode()).digest()
-            challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
-            if self.break_challenge or self._challenges.get(sent["code"]) != challenge:
-                return _answer(start_response, "400 Bad Request", {"error": "invalid_grant"})
+        if path == "/oauth2/token":
+            return self._give_token(environ, start_response)
+        if path == "/jwks" and self.lie in TOKENS and self.lie != "an unknown key":
+            return respond(start_response, "200 OK", {"keys": [self._key.as_dict(private=False)]})
+        if path == "/.well-known/openid-configuration" and self.lie == "another issuer":
+            return respond(
+                start_response, "200 OK", {"issuer": "http://evil.example", "token_endpoint": "http://evil.example"}
+            )
         return self._application(environ, start_response)
 
-    def _authorize(self, environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    def _authorize(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         query = {name: values[0] for name, values in parse_qs(environ["QUERY_STRING"]).items()}
         assert query["code_challenge_method"] == "S256"
-        if self.break_nonce:
+        if self.lie == "nonce":
             environ["QUERY_STRING"] = environ["QUERY_STRING"].replace(query["nonce"], "another")
 
         def noting(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
@@ -68,22 +75,33 @@ class Provider:
 
         return self._application(environ, noting)
 
+    def _give_token(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+        environ["wsgi.input"] = io.BytesIO(body)
+        sent = {name: values[0] for name, values in parse_qs(body.decode()).items()}
+        digest = hashlib.sha256(sent.get("code_verifier", "").encode()).digest()
+        if self.lie == "challenge" or self._challenges.get(sent["code"]) != _encoded(digest):
+            return respond(start_response, "400 Bad Request", {"error": "invalid_grant"})
+        if self.lie not in TOKENS:
+            return self._application(environ, start_response)
+        pieces, _, _ = run_wsgi_app(self._application, environ)
+        given = json.loads(b"".join(pieces))
+        claims = TOKENS[self.lie](json.loads(_decoded(given["id_token"].split(".")[1])))
+        if self.lie == "no signature":
+            header = _encoded(json.dumps({"alg": "none", "typ": "JWT"}).encode())
+            given["id_token"] = f"{header}.{_encoded(json.dumps(claims).encode())}."
+        else:
+            given["id_token"] = jwt.encode({"alg": "RS256", "kid": "another"}, claims, self._key)
+        return respond(start_response, "200 OK", given)
 
-def _answer(start_response: StartResponse, status: str, body: dict[str, str]) -> list[bytes]:
-    start_response(status, [("Content-Type", "application/json")])
-    return [json.dumps(body).encode()]
+
+def _encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
-@contextmanager
-def identity_provider() -> Iterator[Provider]:
-    provider = Provider()
-    server = make_server("localhost", 0, provider, threaded=True)
-    provider.port = server.server_port
-    thread = threading.Thread(target=server.serve_forever, args=(0.1,))
-    thread.start()
-    try:
-        yield provider
-    finally:
-        server.shutdown()
-        thread.join(10)
-        server.server_close()
+def _decoded(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+if __name__ == "__main__":
+    serve(IdentityProvider())

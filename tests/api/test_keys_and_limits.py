@@ -74,6 +74,17 @@ def list_keys(manager: RunningManager, key: str) -> list[dict[str, str]]:
     return answer.json()["items"]
 
 
+def test_a_key_of_somebody_removed_opens_nothing(manager: RunningManager) -> None:
+    person = add_person(manager, "zoe")
+    with manager.client() as admin:
+        for is_disabled, status in ((True, 401), (False, 200)):
+            path = f"/api/v1/users/{person.user_id}"
+            assert admin.patch(path, json={"is_disabled": is_disabled}).status_code == 200
+            answer = whoami(manager, X_API_Key=person.key)
+            assert answer.status_code == status
+            assert answer.json().get("code") == ("user_disabled" if is_disabled else None)
+
+
 def test_scopes_narrow_a_key(manager: RunningManager) -> None:
     person = add_person(manager, "dot", scopes=["read"])
     with person.client() as client:

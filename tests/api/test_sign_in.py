@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
-from tests.api.identity_provider import Provider, identity_provider
+from tests.api.identity_provider import TOKENS
+from tests.api.provider_process import EVERYWHERE, Provider, provider_process
 from tests.running_manager import RunningManager, start_manager, stop_manager
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -47,9 +48,12 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
-    with tempfile.TemporaryDirectory(prefix="atl-") as folder, identity_provider() as provider:
+    with (
+        tempfile.TemporaryDirectory(prefix="atl-") as folder,
+        provider_process("tests.api.identity_provider") as provider,
+    ):
         variables = {
-            "ATELIER_OIDC_ISSUER": provider.issuer,
+            "ATELIER_OIDC_ISSUER": provider.url,
             "ATELIER_OIDC_CLIENT_ID": "atelier",
             "ATELIER_OIDC_CLIENT_SECRET": "secret",
             "ATELIER_OIDC_TITLE": "Example",
@@ -140,26 +144,25 @@ def test_state_code_and_browser_must_be_those_of_the_attempt(stage: Stage) -> No
     refused(browser.get(callback), 401, "sign_in_expired")
 
 
-@pytest.mark.parametrize("lie", ["break_nonce", "break_challenge"])
+@pytest.mark.parametrize("lie", ["nonce", "challenge", *TOKENS])
 def test_an_answer_to_another_question_is_refused(stage: Stage, lie: str) -> None:
-    setattr(stage.provider, lie, True)
-    try:
-        _, answer = stage.sign_in("ada")
-    finally:
-        setattr(stage.provider, lie, False)
+    with stage.provider.lying(lie):
+        browser, answer = stage.sign_in("ada")
     refused(answer, 401, "sign_in_refused")
+    assert browser.get("/api/v1/whoami").status_code == 401
 
 
-def test_a_provider_that_is_down(stage: Stage) -> None:
+@pytest.mark.parametrize("lie", EVERYWHERE)
+def test_a_provider_that_is_down_or_answers_nonsense(stage: Stage, lie: str) -> None:
     browser = stage.browser()
     back = stage.agree(stage.begin(browser), "ada")
-    stage.provider.is_down = True
-    try:
+    told = stage.manager.log.read_text().count("sign-in: Example does not answer")
+    with stage.provider.lying(lie):
         answer = browser.get(back)
-    finally:
-        stage.provider.is_down = False
-    refused(answer, 503, "identity_provider_failed")
-    assert stage.manager.log.read_text().count("sign-in: Example does not answer") == 1
+    assert answer.status_code in (401, 503), answer.text
+    refused(answer, answer.status_code, "identity_provider_failed" if answer.status_code == 503 else "sign_in_refused")
+    is_told = stage.manager.log.read_text().count("sign-in: Example does not answer") - told
+    assert is_told == (answer.status_code == 503)
 
 
 def test_unknown_providers_and_odd_paths(stage: Stage) -> None:
@@ -272,3 +275,10 @@ def test_signing_out_ends_the_session(stage: Stage) -> None:
         entries = admin.get("/api/v1/audit").json()["items"]
     newest = [(each["operation"], each["user_name"]) for each in entries if each["user_name"] == "Ada"][:2]
     assert newest == [("sign_out", "Ada"), ("sign_in", "Ada")]
+
+
+def test_somebody_who_does_not_agree(stage: Stage) -> None:
+    browser = stage.browser()
+    state = parse_qs(urlsplit(stage.begin(browser)).query)["state"][0]
+    answer = browser.get("/sign-in/oidc/callback", params={"error": "access_denied", "state": state})
+    refused(answer, 401, "sign_in_refused")

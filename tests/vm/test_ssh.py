@@ -10,13 +10,17 @@ import select
 import socket
 import struct
 import subprocess
+import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
+
+from atelier.host.checks.local import CheckStatus
+from atelier.host.checks.ssh import check_ssh
 
 SECONDS = 240
 
@@ -48,9 +52,10 @@ class Visitor:
         return subprocess.Popen(["ssh", *self.options, *options, "box"], stderr=subprocess.PIPE)
 
 
-def new_visitor(installation: LocalInstallation, folder: Path) -> Visitor:
+def new_visitor(installation: LocalInstallation, folder: Path, kind: Sequence[str] = ("ed25519",)) -> Visitor:
+    """``kind``: what ssh-keygen is to make, its type first."""
     folder.mkdir(exist_ok=True)
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
+    subprocess.run(["ssh-keygen", "-q", "-N", "", "-f", str(folder / "key"), "-t", *kind], check=True)
     address = installation.call("GET", "/ssh")
     assert address["problem"] == ""
     (folder / "known").write_text(f"gateway {' '.join(address['host_key'].split()[:2])}\n")
@@ -71,10 +76,10 @@ def new_visitor(installation: LocalInstallation, folder: Path) -> Visitor:
     return Visitor(installation, folder, address["port"])
 
 
-def register(visitor: Visitor) -> str:
+def register(visitor: Visitor, **wishes: str) -> str:
     """Its id."""
     line = (visitor.folder / "key.pub").read_text()
-    return visitor.installation.call("POST", "/ssh-keys", {"public_key": line}, expected=201)["id"]
+    return visitor.installation.call("POST", "/ssh-keys", {"public_key": line, **wishes}, expected=201)["id"]
 
 
 @pytest.fixture(scope="module")
@@ -261,15 +266,45 @@ def test_several_sessions_over_one_connection(visitor: Visitor) -> None:
         master.wait()
 
 
-def test_what_vs_code_does(visitor: Visitor) -> None:
-    """``ssh -T -D PORT host bash`` with a script on its input, which unpacks what comes after it."""
+def test_what_vs_code_does(visitor: Visitor, tmp_path: Path) -> None:
+    """``ssh -T -D PORT host bash`` with a script on its input, which unpacks what comes after it, starts it, and says where it
+    listens; that is then spoken to through the same connection, and files are copied beside it."""
     dynamic = free_port()
     payload = os.urandom(2_000_000)
     # One line: what comes after it is not bash's to read.
-    script = f"head -c {len(payload)} >server.bin; sha256sum <server.bin; echo listeningOn==8123==\n".encode()
-    out = visitor.run("-T", "-D", str(dynamic), "box", "bash", stdin=script + payload)
-    assert out.split()[0].decode() == hashlib.sha256(payload).hexdigest()
-    assert out.endswith(b"listeningOn==8123==\n")
+    script = (
+        f"mkdir -p vs; head -c {len(payload)} >vs/server.bin; cd vs; python3 -m http.server 8125 --bind 127.0.0.1"
+        " >log 2>&1 & until curl -s http://127.0.0.1:8125 >/dev/null; do sleep 0.2; done;"
+        " echo listeningOn==8125==; wait\n"
+    )
+    with subprocess.Popen(
+        ["ssh", *visitor.options, "-T", "-D", str(dynamic), "box", "bash"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as session:
+        assert session.stdin is not None
+        assert session.stdout is not None
+        try:
+            session.stdin.write(script.encode().replace(b"& until", b"<&- & until"))
+            sent = 0
+            while sent < len(payload):
+                sent += session.stdin.write(payload[sent:]) or 0
+            assert session.stdout.readline() == b"listeningOn==8125==\n"
+            (tmp_path / "extension").write_bytes(payload[:1000])
+            subprocess.run(
+                ["scp", "-q", *visitor.options, str(tmp_path / "extension"), "box:vs/"], check=True, timeout=SECONDS
+            )
+            for name, content in (("server.bin", payload), ("extension", payload[:1000])):
+                fetched = subprocess.run(
+                    ["curl", "-s", "--socks5-hostname", f"127.0.0.1:{dynamic}", f"http://127.0.0.1:8125/{name}"],
+                    capture_output=True,
+                    timeout=SECONDS,
+                )
+                assert fetched.stdout == content, name
+        finally:
+            session.kill()
+    visitor.run("box", "pkill -f 'http.server 812[5]'; rm -r vs")
 
 
 def test_a_jump_ends_in_the_guest_itself(visitor: Visitor) -> None:
@@ -290,6 +325,67 @@ def test_who_is_kept_out(visitor: Visitor, installation: LocalInstallation, tmp_
     assert stranger.run("box", "echo in") == b"in\n"
     installation.call("DELETE", f"/ssh-keys/{key_id}", expected=204)
     assert b"Permission denied" in stranger.ssh("box", "true").stderr
+
+
+def test_people_enter_their_own_sandboxes_and_those_shared_with_them(
+    visitor: Visitor, installation: LocalInstallation, tmp_path: Path
+) -> None:
+    """And nobody whom an admin has removed."""
+    email = "member@example.org"
+    installation.call("POST", "/users", {"email": email}, expected=201)
+    member = new_visitor(installation, tmp_path / "member")
+    register(member, user=email)
+
+    def is_refused() -> bool:
+        done = member.ssh("box", "true")
+        assert done.returncode in (0, 255), done.stderr
+        assert (b"Permission denied (publickey)" in done.stderr) is (done.returncode == 255)
+        return done.returncode == 255
+
+    assert is_refused()
+    jump = member.ssh("box.atelier", "true")
+    assert jump.returncode == 255
+    installation.call("POST", "/sandboxes/box/shares", {"user": email})
+    assert not is_refused()
+    assert member.run("box.atelier", "echo by a jump") == b"by a jump\n"
+    installation.call("PATCH", f"/users/{email}", {"is_disabled": True})
+    assert is_refused()
+    installation.call("PATCH", f"/users/{email}", {"is_disabled": False})
+    assert not is_refused()
+    installation.call("DELETE", f"/sandboxes/box/shares/{email}", expected=204)
+    assert is_refused()
+
+
+@pytest.mark.parametrize("kind", [("rsa", "-b", "3072"), ("ecdsa", "-b", "256")], ids=["rsa", "ecdsa"])
+def test_keys_of_other_types(installation: LocalInstallation, tmp_path: Path, kind: tuple[str, ...]) -> None:
+    other = new_visitor(installation, tmp_path / "other", kind)
+    assert b"Permission denied" in other.ssh("box", "true").stderr
+    register(other)
+    assert other.run("box", "echo in") == b"in\n"
+    assert other.run("box.atelier", "echo by a jump") == b"by a jump\n"
+
+
+def test_the_configuration_that_atelier_writes(
+    visitor: Visitor, installation: LocalInstallation, tmp_path: Path
+) -> None:
+    environment = {**installation.manager.environment, "HOME": str(tmp_path)}
+    written = subprocess.run(
+        [sys.executable, "-m", "atelier.cli", "ssh-config"], env=environment, capture_output=True, check=True
+    )
+    own = (
+        f"Host *\n    IdentityFile {visitor.folder}/key\n    IdentitiesOnly yes\n    StrictHostKeyChecking accept-new\n"
+    )
+    own += f"    UserKnownHostsFile {tmp_path}/known\n    BatchMode yes\n    LogLevel ERROR\n"
+    (tmp_path / "config").write_bytes(written.stdout + own.encode())
+    done = subprocess.run(
+        ["ssh", "-F", str(tmp_path / "config"), "box.atelier", "id -un"], capture_output=True, timeout=SECONDS
+    )
+    assert done.stdout == b"user\n", (done.stderr, written.stdout)
+
+
+def test_doctor_sees_the_gateway(visitor: Visitor) -> None:
+    found = check_ssh(("127.0.0.1", visitor.port), is_reached_from_elsewhere=False)
+    assert found.status is CheckStatus.OK, found
 
 
 def test_a_manager_that_is_restarted_cuts_nobody_off(visitor: Visitor, installation: LocalInstallation) -> None:
@@ -314,4 +410,12 @@ def test_a_manager_that_is_restarted_cuts_nobody_off(visitor: Visitor, installat
 def test_a_stopped_sandbox_is_started(visitor: Visitor, installation: LocalInstallation) -> None:
     installation.call("POST", "/sandboxes/box/stop?wait=true&timeout_seconds=300")
     assert visitor.run("box", "echo awake") == b"awake\n"
+    assert installation.call("GET", "/sandboxes/box")["state"] == "running"
+
+
+def test_a_paused_sandbox_goes_on(visitor: Visitor, installation: LocalInstallation) -> None:
+    visitor.run("box", "echo kept >/dev/shm/in-memory")
+    installation.call("POST", "/sandboxes/box/pause?wait=true&timeout_seconds=300")
+    assert installation.call("GET", "/sandboxes/box")["state"] == "paused"
+    assert visitor.run("box", "cat /dev/shm/in-memory") == b"kept\n"
     assert installation.call("GET", "/sandboxes/box")["state"] == "running"

@@ -46,6 +46,7 @@ _STATUS_BY_CODE = {
     "quiesce_failed": 502,
     "guest_unreachable": 503,
     "sandbox_destroyed": 409,
+    "disk_chain_too_long": 409,
 }
 """Where HTTP has a more exact word than the class."""
 
@@ -92,7 +93,9 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         code = _HTTP_CODES.get(error.status_code, "http_error")
         hint = "see the list of routes at /docs" if error.status_code in (404, 405) else ""
-        return respond(error.status_code, ErrorBody(code=code, message=str(error.detail), hint=hint))
+        response = respond(error.status_code, ErrorBody(code=code, message=str(error.detail), hint=hint))
+        response.headers.update(error.headers or {})
+        return response
 
     async def on_disconnect(_: Request, __: Exception) -> JSONResponse:
         # Nobody reads this answer; the handler was unwound, which is what matters.
@@ -121,6 +124,7 @@ def _describe(error: RequestValidationError) -> ErrorBody:
     place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
     return ErrorBody(
         code="invalid_request",
-        message=f"{place}: {first['msg']}",
+        # Names of fields are the sender's, as long as they like.
+        message=f"{place[:200]}: {first['msg']}",
         hint="the expected form is at /docs",
     )

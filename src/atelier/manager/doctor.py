@@ -11,6 +11,7 @@ from atelier.config.settings import ServerMode, Settings
 from atelier.db.closed_files import read_stuck_sandboxes
 from atelier.host.checks.edge import check_edge
 from atelier.host.checks.local import CheckResult, CheckStatus, check_machine
+from atelier.host.checks.ssh import check_ssh
 from atelier.manager.network_choice import explain_network
 from atelier.model.errors import AtelierError
 from atelier.model.layout import DataLayout
@@ -38,7 +39,10 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
         results += explain_network(settings.network)
-        if settings.public_url.startswith("https:"):
+        is_public = settings.public_url.startswith("https:")
+        ssh = settings.ssh_listen
+        results.append(check_ssh((ssh.host, ssh.port) if ssh else None, is_reached_from_elsewhere=is_public))
+        if is_public:
             results += check_edge(settings.public_url, settings.previews.domain, settings.previews.port)
     results += check_sandboxes(DataLayout(settings.data_dir).database)
     if as_json:

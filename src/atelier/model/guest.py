@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
+from atelier.model.errors import InvalidRequestError
 from atelier.model.machine import GuestAddress
 
 
@@ -60,6 +61,14 @@ class ProcessSpec:
     terminal: TerminalSize | None = None
     timeout_seconds: float | None = None
     tag: str = ""
+
+    def __post_init__(self) -> None:
+        words = (*self.arguments, *self.environment, *self.environment.values(), self.working_directory, self.user)
+        if any("\0" in word for word in words):
+            raise InvalidRequestError(
+                "a word of the command, its environment, its folder or its user has a NUL byte",
+                hint="no program can receive one",
+            )
 
 
 @dataclass(frozen=True, slots=True)

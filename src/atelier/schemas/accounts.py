@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, Field, StrictBool, StringConstraints
 
 from atelier.model.principal import Role, Scope
+from atelier.schemas.request_body import RequestBody
 
 ShownName = Annotated[str, StringConstraints(min_length=1, max_length=100, strip_whitespace=True)]
 EmailText = Annotated[str, StringConstraints(min_length=3, max_length=254)]
@@ -40,24 +41,20 @@ class UserList(BaseModel):
     items: list[User]
 
 
-class AddUserRequest(BaseModel):
+class AddUserRequest(RequestBody):
     """Somebody who may sign in with this address, once a provider vouches that it is theirs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     email: EmailText
     name: ShownName | None = None
     role: Role = Role.MEMBER
 
 
-class ChangeUserRequest(BaseModel):
+class ChangeUserRequest(RequestBody):
     """What is absent stays as it is."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: ShownName | None = None
     role: Role | None = None
-    is_disabled: bool | None = None
+    is_disabled: StrictBool | None = None
 
 
 class FirstRunLink(BaseModel):
@@ -83,11 +80,9 @@ class ApiKeyList(BaseModel):
     items: list[ApiKey]
 
 
-class CreateApiKeyRequest(BaseModel):
+class CreateApiKeyRequest(RequestBody):
     """``scopes`` absent: all that the key or session has that asks. ``expires_at`` absent: never.
     ``user``: whose it is to be, by id or e-mail address, which admins may say; absent: one's own."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: ShownName
     scopes: Annotated[list[Scope], Field(min_length=1, max_length=len(Scope))] | None = None
@@ -116,10 +111,8 @@ class BrowserSessionList(BaseModel):
     items: list[BrowserSession]
 
 
-class ShareRequest(BaseModel):
+class ShareRequest(RequestBody):
     """``user``: id or e-mail address."""
-
-    model_config = ConfigDict(extra="forbid")
 
     user: EmailText
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from atelier.model.guest import EntryType
+from atelier.schemas.request_body import RequestBody
 
 
 class FileEntry(BaseModel):
@@ -29,9 +30,7 @@ class FileList(BaseModel):
     items: list[FileEntry]
 
 
-class MoveRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class MoveRequest(RequestBody):
     source: str
     destination: str
     user: str = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from atelier.model.orphan import OrphanKind
+from atelier.schemas.request_body import RequestBody
 
 
 class Orphan(BaseModel):
@@ -22,10 +23,8 @@ class OrphanList(BaseModel):
     items: list[Orphan]
 
 
-class ShutdownRequest(BaseModel):
+class ShutdownRequest(RequestBody):
     """``sandboxes``: whether they go on (``keep``), are stopped, or are destroyed."""
-
-    model_config = ConfigDict(extra="forbid")
 
     sandboxes: Literal["keep", "stop", "destroy"] = "stop"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, StrictBool
 
 from atelier.schemas.processes import FailedEvent
+from atelier.schemas.request_body import RequestBody
 
 
 class Image(BaseModel):
@@ -25,12 +26,10 @@ class ImageList(BaseModel):
     recipes: list[str]
 
 
-class BuildImageRequest(BaseModel):
+class BuildImageRequest(RequestBody):
     """``refresh`` builds again although the recipe is unchanged, to take in newer packages."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    refresh: bool = False
+    refresh: StrictBool = False
 
 
 class BuildProgressEvent(BaseModel):

@@ -4,43 +4,38 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictInt, StringConstraints
 
 from atelier.model.network_policy import MAX_ENTRIES, MAX_RATE_KBIT, MIN_RATE_KBIT, EgressMode
+from atelier.schemas.request_body import RequestBody
 
 Entry = Annotated[str, StringConstraints(max_length=1000)]
 # Too many are counted by the model, in its words; this bounds what one request can make it read.
 Entries = Annotated[list[Entry], Field(default_factory=list[Entry], max_length=10 * MAX_ENTRIES)]
-Rate = Annotated[int, Field(ge=MIN_RATE_KBIT, le=MAX_RATE_KBIT)]
+Rate = Annotated[StrictInt, Field(ge=MIN_RATE_KBIT, le=MAX_RATE_KBIT)]
 
 
-class Egress(BaseModel):
+class Egress(RequestBody):
     """``mode``: ``all`` (the internet; private networks only where they are listed), ``list`` (what is listed and nothing
     else) or ``none``. ``networks``: IPv4 in CIDR notation, or single addresses. ``domains``: ``example.com``, or
     ``*.example.com`` for every name below it. At most 1,000 entries."""
-
-    model_config = ConfigDict(extra="forbid")
 
     mode: EgressMode
     networks: Entries
     domains: Entries
 
 
-class NetworkPolicy(BaseModel):
+class NetworkPolicy(RequestBody):
     """Rates in 1,000 bits a second, from the sandbox's view; absent or ``null``: as fast as it goes."""
-
-    model_config = ConfigDict(extra="forbid")
 
     egress: Egress
     download_kbit_per_second: Rate | None = None
     upload_kbit_per_second: Rate | None = None
 
 
-class ChangeNetworkRequest(BaseModel):
+class ChangeNetworkRequest(RequestBody):
     """What is absent stays as it is. ``egress_mode`` is changed first, then ``deny`` takes entries away, then ``allow``
     adds some. An entry is a network (``10.1.0.0/16``) or a domain (``github.com``). A rate that is ``null`` is lifted."""
-
-    model_config = ConfigDict(extra="forbid")
 
     egress_mode: EgressMode | None = None
     deny: Entries

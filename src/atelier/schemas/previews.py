@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from atelier.model.preview import Visibility
+from atelier.schemas.request_body import RequestBody
 
 DEFAULT_LINK_SECONDS = 7 * 86400
 
@@ -27,18 +28,14 @@ class PortList(BaseModel):
     items: list[Port]
 
 
-class SetVisibilityRequest(BaseModel):
+class SetVisibilityRequest(RequestBody):
     """`private`: who may use the sandbox; `link`: they, and who has a link; `public`: everybody."""
-
-    model_config = ConfigDict(extra="forbid")
 
     visibility: Visibility
 
 
-class PreviewLinkRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    expires_in_seconds: Annotated[int, Field(ge=1, le=365 * 86400)] = DEFAULT_LINK_SECONDS
+class PreviewLinkRequest(RequestBody):
+    expires_in_seconds: Annotated[StrictInt, Field(ge=1, le=365 * 86400)] = DEFAULT_LINK_SECONDS
 
 
 class PreviewLink(BaseModel):
@@ -46,10 +43,8 @@ class PreviewLink(BaseModel):
     expires_at: datetime
 
 
-class PreviewVisitRequest(BaseModel):
+class PreviewVisitRequest(RequestBody):
     """``path``: where it leads in the preview, with the query."""
-
-    model_config = ConfigDict(extra="forbid")
 
     path: Annotated[str, Field(max_length=2000)] = "/"
 

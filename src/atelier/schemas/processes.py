@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictInt, StringConstraints
 
-from atelier.schemas.sandboxes import EnvironmentName
+from atelier.schemas.request_body import RequestBody
+from atelier.schemas.sandboxes import EnvironmentName, EnvironmentValue
 
 
-class ExecRequest(BaseModel):
+class ExecRequest(RequestBody):
     """A program to start. ``command[0]`` is the program, found in the guest's PATH: no shell is added.
 
     ``user`` empty: the image's default user. ``timeout_seconds`` ends the whole process group.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     command: list[str] = Field(min_length=1, max_length=4096)
-    environment: dict[EnvironmentName, str] = Field(default_factory=dict[str, str], max_length=1000)
+    environment: dict[EnvironmentName, EnvironmentValue] = Field(default_factory=dict[str, str], max_length=1000)
     working_directory: str = ""
     user: Annotated[str, StringConstraints(max_length=32)] = ""
-    timeout_seconds: float | None = Field(None, gt=0, le=30 * 24 * 3600)
-    stdin: bool = False
+    timeout_seconds: StrictFloat | None = Field(None, gt=0, le=30 * 24 * 3600)
+    stdin: StrictBool = False
     """Keep stdin open for ``POST .../processes/{pid}/stdin``; else the program reads end-of-file at once."""
 
 
@@ -30,12 +29,12 @@ class RunRequest(ExecRequest):
     """As exec, but the answer comes when the program has ended, with all that it wrote, up to ``output_limit_bytes``
     of each stream (the rest is dropped and marked)."""
 
-    stdin: bool = Field(False, exclude=True)
+    stdin: StrictBool = Field(False, exclude=True)
     input: str | None = None
     input_base64: str | None = None
     encoding: Literal["utf-8", "base64"] = "utf-8"
     """How stdout and stderr are written in the answer; with utf-8, bytes that are none become U+FFFD."""
-    output_limit_bytes: int = Field(4 * 1024 * 1024, ge=0, le=64 * 1024 * 1024)
+    output_limit_bytes: StrictInt = Field(4 * 1024 * 1024, ge=0, le=64 * 1024 * 1024)
 
 
 class RunResult(BaseModel):
@@ -94,9 +93,7 @@ class ProcessList(BaseModel):
     items: list[Process]
 
 
-class SignalRequest(BaseModel):
+class SignalRequest(RequestBody):
     """``signal``: a name (``SIGTERM``, ``TERM``) or a number from 1 to 64."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    signal: str | int = "SIGTERM"
+    signal: str | StrictInt = "SIGTERM"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AwareDatetime, BaseModel, Field, StrictBool, StrictFloat, StrictInt, StringConstraints
 
 from atelier.model.ids import NAME_MAX_LENGTH
 from atelier.model.sandbox import (
@@ -24,76 +24,66 @@ from atelier.model.sandbox import (
 from atelier.model.states import SandboxState, StopReason
 from atelier.schemas.errors import ErrorBody
 from atelier.schemas.networks import NetworkPolicy
+from atelier.schemas.request_body import RequestBody
 
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=256)]
+EnvironmentValue = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
-IdleSeconds = Annotated[int, Field(ge=10, le=365 * 86400)]
+IdleSeconds = Annotated[StrictInt, Field(ge=10, le=365 * 86400)]
 LabelValue = Annotated[str, StringConstraints(max_length=255)]
 
 
-class CreateSandboxRequest(BaseModel):
+class CreateSandboxRequest(RequestBody):
     """``name``: a DNS label of at most 40 characters, unique; generated if absent. ``network``: if absent, the internet,
     and nothing else. ``snapshot``: id or name of one to go on from; image, vCPUs and memory are then the snapshot's, its
     disk's size the least, and its environment stands below this one. ``disk_only``: boot from the snapshot's disk, and
     leave its memory."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str | None = None
     image: Annotated[str, StringConstraints(min_length=1, max_length=100)] = DEFAULT_IMAGE
-    vcpu_count: int = Field(DEFAULT_VCPU_COUNT, ge=MIN_VCPU_COUNT, le=MAX_VCPU_COUNT)
-    memory_mib: int = Field(DEFAULT_MEMORY_MIB, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
-    disk_mib: int = Field(DEFAULT_DISK_MIB, ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
-    environment: dict[EnvironmentName, str] = Field(default_factory=dict[str, str], max_length=200)
+    vcpu_count: StrictInt = Field(DEFAULT_VCPU_COUNT, ge=MIN_VCPU_COUNT, le=MAX_VCPU_COUNT)
+    memory_mib: StrictInt = Field(DEFAULT_MEMORY_MIB, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
+    disk_mib: StrictInt = Field(DEFAULT_DISK_MIB, ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
+    environment: dict[EnvironmentName, EnvironmentValue] = Field(default_factory=dict[str, str], max_length=200)
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
     auto_stop_after_idle_seconds: IdleSeconds | None = None
     expires_at: AwareDatetime | None = None
     network: NetworkPolicy | None = None
     snapshot: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
-    disk_only: bool = False
+    disk_only: StrictBool = False
 
 
-class ForkRequest(BaseModel):
+class ForkRequest(RequestBody):
     """``count`` sandboxes, named ``<name_prefix>-1`` and so on (absent: after the one that is forked; numbers that are
     taken are passed over). ``labels``: beside those of the one that is forked."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    count: int = Field(1, ge=1, le=MAX_FORK_COUNT)
+    count: StrictInt = Field(1, ge=1, le=MAX_FORK_COUNT)
     name_prefix: Annotated[str, StringConstraints(min_length=1, max_length=NAME_MAX_LENGTH)] | None = None
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
 
 
-class ChangeSandboxRequest(BaseModel):
+class ChangeSandboxRequest(RequestBody):
     """A field that is absent stays as it is; ``null`` takes a limit away. ``expires_at``: destroyed then;
     ``auto_stop_after_idle_seconds``: stopped when nobody has used it for so long."""
-
-    model_config = ConfigDict(extra="forbid")
 
     auto_stop_after_idle_seconds: IdleSeconds | None = None
     expires_at: AwareDatetime | None = None
 
 
-class StopRequest(BaseModel):
+class StopRequest(RequestBody):
     """``grace_seconds``: how long the guest may take to shut down before it is cut off; absent: half a minute."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    grace_seconds: float | None = Field(None, ge=0, le=3600)
+    grace_seconds: StrictFloat | None = Field(None, ge=0, le=3600)
 
 
-class ResumeRequest(BaseModel):
+class ResumeRequest(RequestBody):
     """``from_disk``: boot it from its disk, and give its memory up."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    from_disk: bool = False
+    from_disk: StrictBool = False
 
 
-class ResizeRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    disk_mib: int = Field(ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
+class ResizeRequest(RequestBody):
+    disk_mib: StrictInt = Field(ge=MIN_DISK_MIB, le=MAX_DISK_MIB)
 
 
 class Sandbox(BaseModel):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from atelier.model.snapshot import SnapshotPurpose, SnapshotState
 from atelier.schemas.errors import ErrorBody
+from atelier.schemas.request_body import RequestBody
 from atelier.schemas.sandboxes import LabelKey, LabelValue
 
 
-class TakeSnapshotRequest(BaseModel):
+class TakeSnapshotRequest(RequestBody):
     """``name``: a DNS label of at most 40 characters, unique among snapshots; generated if absent. ``keep_last``: once it
     is ready, older ones of this sandbox are deleted until so many are left; what something needs stays."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str | None = None
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict[str, str], max_length=64)
-    keep_last: int | None = Field(None, ge=1, le=1000)
+    keep_last: StrictInt | None = Field(None, ge=1, le=1000)
 
 
 class Snapshot(BaseModel):

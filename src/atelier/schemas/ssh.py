@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from atelier.model.ssh_key import MAX_LINE_LENGTH
 from atelier.schemas.accounts import EmailText, ShownName
+from atelier.schemas.request_body import RequestBody
 
 
 class SshKey(BaseModel):
@@ -27,11 +28,9 @@ class SshKeyList(BaseModel):
     items: list[SshKey]
 
 
-class AddSshKeyRequest(BaseModel):
+class AddSshKeyRequest(RequestBody):
     """``public_key``: the content of a ``.pub`` file. ``name`` absent: its comment. ``user``: whose it is to be, by id or
     e-mail address, which admins may say; absent: one's own."""
-
-    model_config = ConfigDict(extra="forbid")
 
     public_key: Annotated[str, Field(min_length=1, max_length=MAX_LINE_LENGTH)]
     name: ShownName | None = None

@@ -5,22 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StrictInt, StringConstraints
+
+from atelier.schemas.request_body import RequestBody
 
 Title = Annotated[str, StringConstraints(max_length=200)]
 
 
-class WindowSize(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    columns: int = Field(ge=1, le=1000)
-    rows: int = Field(ge=1, le=1000)
+class WindowSize(RequestBody):
+    columns: StrictInt = Field(ge=1, le=1000)
+    rows: StrictInt = Field(ge=1, le=1000)
 
 
-class OpenTerminalRequest(BaseModel):
+class OpenTerminalRequest(RequestBody):
     """``command`` empty: a login shell. ``title`` empty: what its program calls it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     command: list[str] = Field(default_factory=list[str], max_length=4096)
     title: Title = ""
@@ -29,10 +27,8 @@ class OpenTerminalRequest(BaseModel):
     size: WindowSize = WindowSize(columns=80, rows=24)
 
 
-class ChangeTerminalRequest(BaseModel):
+class ChangeTerminalRequest(RequestBody):
     """What is absent stays. ``title`` empty: what its program calls it. ``size`` holds while no viewer has a window."""
-
-    model_config = ConfigDict(extra="forbid")
 
     title: Title | None = None
     size: WindowSize | None = None

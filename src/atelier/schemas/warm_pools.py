@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from atelier.model.sandbox import (
     DEFAULT_MEMORY_MIB,
@@ -14,16 +14,15 @@ from atelier.model.sandbox import (
 )
 from atelier.model.warm_pool import MAX_POOL_SIZE
 from atelier.schemas.errors import ErrorBody
+from atelier.schemas.request_body import RequestBody
 
 
-class SetWarmPoolRequest(BaseModel):
+class SetWarmPoolRequest(RequestBody):
     """``size`` sandboxes with so many vCPUs and so much memory are to stand ready; 0 drains that pool."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    size: int = Field(ge=0, le=MAX_POOL_SIZE)
-    vcpu_count: int = Field(DEFAULT_VCPU_COUNT, ge=MIN_VCPU_COUNT, le=MAX_VCPU_COUNT)
-    memory_mib: int = Field(DEFAULT_MEMORY_MIB, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
+    size: StrictInt = Field(ge=0, le=MAX_POOL_SIZE)
+    vcpu_count: StrictInt = Field(DEFAULT_VCPU_COUNT, ge=MIN_VCPU_COUNT, le=MAX_VCPU_COUNT)
+    memory_mib: StrictInt = Field(DEFAULT_MEMORY_MIB, ge=MIN_MEMORY_MIB, le=MAX_MEMORY_MIB)
 
 
 class WarmPool(BaseModel):

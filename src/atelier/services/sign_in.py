@@ -102,6 +102,12 @@ class SignInService:
                 code="sign_in_expired",
                 hint="begin again, at /sign-in",
             )
+        if not code:
+            raise AuthenticationError(
+                f"the sign-in was not agreed to at {chosen.title}",
+                code="sign_in_refused",
+                hint="begin again, at /sign-in",
+            )
         person = await chosen.find_person(begun.attempt, code)
         user = await self._database.write(lambda connection: self._admit(connection, person))
         if user.is_disabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
@@ -13,6 +14,9 @@ from atelier.api.streams import server_sent_events
 from atelier.model.errors import InvalidRequestError
 
 router = APIRouter(tags=["events"])
+
+_EVENT_ID = re.compile("[0-9]{1,18}")
+"""As large as the database's numbers are."""
 
 
 @router.get(
@@ -31,7 +35,7 @@ async def stream_events(
     for seven days, and at most 100,000. Where some are missing, `stream.gap` stands in their place, with
     `first_lost_id`, `last_lost_id` and a `reason`: `trimmed`, or `unknown_id` if this manager never gave out the id that
     was sent (its database began anew, or is an older one brought back). List the sandboxes again then."""
-    if last_event_id and not last_event_id.isdigit():
-        raise InvalidRequestError(f"Last-Event-ID is {last_event_id!r}", hint="send the id of an event, a number")
+    if last_event_id and not _EVENT_ID.fullmatch(last_event_id):
+        raise InvalidRequestError(f"Last-Event-ID is {last_event_id[:40]!r}", hint="send the id of an event, a number")
     after = int(last_event_id) if last_event_id else None
     return server_sent_events(services_of(request).events.follow(after, sandbox, caller.viewer_id))

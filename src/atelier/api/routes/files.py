@@ -22,7 +22,8 @@ router = APIRouter(prefix="/sandboxes/{sandbox}/files", tags=["files"])
 Session = Annotated[GuestSession, Depends(session_of)]
 GuestPath = Annotated[bytes, Depends(guest_path)]
 _OCTETS = "application/octet-stream"
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})")
+"""What is of another form is passed over, as HTTP has it; so is what no file could have."""
 _RAW_BODY = {
     "requestBody": {"required": True, "content": {_OCTETS: {"schema": {"type": "string", "format": "binary"}}}}
 }

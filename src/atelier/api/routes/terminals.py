@@ -30,7 +30,7 @@ async def open_terminal(
     command: Annotated[list[str] | None, Query(max_length=4096)] = None,
     user: GuestUser = "",
     working_directory: str = "",
-    pid: Annotated[int, Query(ge=0, description="attach to this terminal instead of starting one")] = 0,
+    pid: Annotated[int, Query(ge=0, le=2**31 - 1, description="attach to this terminal instead of starting one")] = 0,
 ) -> None:
     """Open a terminal, or attach to one by ``pid``. Closing the socket leaves the program running."""
     await socket.accept()

@@ -47,7 +47,16 @@ async def oauth_client(
         raise AuthenticationError(
             f"{title} refuses the sign-in: {error.error}", code="sign_in_refused", hint="begin again, at /sign-in"
         ) from error
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+    # What is nonsense fails wherever it is first taken for what it should be.
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise IdentityProviderError(
             f"{title} does not answer as an identity provider does ({type(error).__name__})",
             hint="try again in a while; an admin can check the provider's address in the manager's settings",
