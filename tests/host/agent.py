@@ -25,7 +25,11 @@ def carry_out(request: dict[str, object]) -> dict[str, object]:
         stderr=subprocess.PIPE,
         start_new_session=True,
         cwd="/root",
-        env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"},
+        env={
+            "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": "/root",
+            "LC_ALL": "C.UTF-8",
+        },
     )
     late = False
     try:

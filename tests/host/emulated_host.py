@@ -63,7 +63,18 @@ class EmulatedHost:
         self._numbers = itertools.count(1)
         self._received = b""
         self._words = [
-            *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC-Rome"),
+            *(
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                "qemu-system-x86_64",
+                "-M",
+                "q35",
+                "-accel",
+                "tcg,thread=multi,tb-size=512",
+                "-cpu",
+                "EPYC-Rome",
+            ),
             *("-smp", "2", "-m", _MEMORY, "-nodefaults", "-nographic", "-monitor", "none"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             "-append",
@@ -114,14 +125,15 @@ class EmulatedHost:
 
     def reboot(self) -> None:
         """In order, by systemd; returns when it carries out commands again."""
-        before = self.run("cat /proc/sys/kernel/random/boot_id").out
+        ask_boot = {"words": ["cat", "/proc/sys/kernel/random/boot_id"], "input": "", "seconds": 60}
+        before = self._ask(ask_boot, 60)["out"]
         self.run("systemctl --no-block reboot")
         limit = time.monotonic() + _BOOT_SECONDS
         while time.monotonic() < limit:
-            self._greet()
-            if self.run("cat /proc/sys/kernel/random/boot_id").out != before:
-                return
-            time.sleep(0.5)
+            # A question that the end comes in between to is answered by nobody.
+            with contextlib.suppress(TimeoutError):
+                if self._ask(ask_boot, 5)["out"] != before:
+                    return
         raise TimeoutError(f"the emulated host did not come back: {self.console_tail()}")
 
     def pull_the_plug(self) -> None:

