@@ -147,12 +147,13 @@ def test_nothing_is_done_for_a_manager_that_has_gone(settings_file: Path, lvm: P
     assert helper.stdin is not None and helper.stdout is not None
     helper.stdout.readline()
     helper.stdin.write(b'{"verb": "look"}\n' * 5)
-    helper.stdin.close()
+    helper.stdin.flush()
     while not (lvm / "called").exists():
         time.sleep(0.02)
+    helper.stdin.close()
     (lvm / "wait").unlink()
-    helper.wait()
-    assert (lvm / "called").read_text().count("lvs") <= 1
+    helper.communicate()
+    assert (lvm / "called").read_text().count("lvs") == 1, "what was begun is ended, the rest is not begun"
 
 
 @as_root

@@ -14,7 +14,7 @@ from atelier.host.privilege import Privileges
 from atelier.model.errors import DiskFullError, HostError, MissingProgramError, NotFoundError
 
 SUDO = """#!/bin/sh
-echo "$@" >>{folder}/asked
+printf '%s\n' "$*" >>{folder}/asked
 [ ! -e {folder}/refuses ] || {{ cat {folder}/refuses >&2; exit 1; }}
 [ "$1 $2" = "-n --" ] || exit 1
 shift 2
