@@ -2,8 +2,8 @@
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
-``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
-``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``,
+``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
 Those of signing in stand in ``sign_in``, those of previews in ``previews``. Nothing defaults into a source checkout.
 """
 
@@ -79,6 +79,14 @@ class TemplateChoice(StrEnum):
     OFF = "off"
 
 
+class GuestKernelChoice(StrEnum):
+    """``debian``: Debian's, unpacked, unless one of our own has been built before; ``own``: compiled from Debian's source,
+    some ten processor minutes, once."""
+
+    DEBIAN = "debian"
+    OWN = "own"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     mode: ServerMode
@@ -97,6 +105,7 @@ class Settings:
     disk_overcommit: float
     storage: StorageChoice
     templates: TemplateChoice
+    guest_kernel: GuestKernelChoice
     log_level: str
     public_url: str
     """Where people reach this manager; empty: where it listens."""
@@ -144,6 +153,9 @@ def load_settings(
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         storage=_choice(StorageChoice, variables.get("ATELIER_STORAGE", StorageChoice.QCOW2), "ATELIER_STORAGE"),
         templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
+        guest_kernel=_choice(
+            GuestKernelChoice, variables.get("ATELIER_GUEST_KERNEL", GuestKernelChoice.DEBIAN), "ATELIER_GUEST_KERNEL"
+        ),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
         public_url=public_url,
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
