@@ -56,7 +56,8 @@ async def install_sudo_access(user: str, python: Path, *, program: Path = PROGRA
 
 def check_roots_own(path: Path) -> None:
     """That nobody but root can change what ``path`` leads to. Raises HostError (``program_not_roots``)."""
-    for part in (path.resolve(), *path.resolve().parents):
+    # Both ways: a link, as a virtual environment's Python is, lies where somebody could put another.
+    for part in (*path.parents, path.resolve(), *path.resolve().parents):
         found = part.stat()
         # In a sticky folder nobody removes what is another's.
         if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & 0o1000):
