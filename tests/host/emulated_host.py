@@ -310,5 +310,7 @@ def _pack_checkout() -> bytes:
         # The bytecode of one minor version of Python is that of another machine's too.
         compiling = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", folder, f"{folder}/src"]
         subprocess.run([sys.executable, *compiling], check=True)
+        # Users inside read it too.
+        Path(folder).chmod(0o755)
         archive.add(folder, ".")
     return packed.getvalue()

@@ -47,14 +47,16 @@ except AtelierError as error:
 
 @pytest.fixture(scope="module")
 def host(shared_host: EmulatedHost) -> EmulatedHost:
-    shared_host.run("useradd --system --user-group --create-home atelier && useradd --system --user-group somebody")
+    shared_host.run(
+        "useradd --system --user-group --create-home --home-dir /srv/atelier atelier && useradd --system --user-group somebody"
+    )
     shared_host.run(f"vgs {GROUP} || (pvcreate -q {LVM_DISK} && vgcreate -q {GROUP} {LVM_DISK})")
     shared_host.run(f"{PYTHON} -", given=_INSTALL.encode())
     return shared_host
 
 
 def ask(host: EmulatedHost, before: str = "") -> str:
-    return host.run(f"cd /home/atelier && {before} {PYTHON} -", user="atelier", given=_AS_USER.encode()).out
+    return host.run(f"cd /srv/atelier && {before} {PYTHON} -", user="atelier", given=_AS_USER.encode()).out
 
 
 def test_as_an_ordinary_user_a_volume_is_made_and_is_that_users_alone(host: EmulatedHost) -> None:
@@ -77,7 +79,7 @@ def test_as_an_ordinary_user_a_volume_is_made_and_is_that_users_alone(host: Emul
         "/usr/sbin/lvremove -y vg-test/pool",
         "/bin/sh -c id",
         f"-u somebody {PROGRAM} storage",
-        f"PYTHONPATH=/home/atelier {PROGRAM} storage",
+        f"PYTHONPATH=/srv/atelier {PROGRAM} storage",
     ],
 )
 def test_sudo_starts_nothing_else(host: EmulatedHost, words: str) -> None:
@@ -87,12 +89,12 @@ def test_sudo_starts_nothing_else(host: EmulatedHost, words: str) -> None:
 
 
 def test_nobody_elses_python_is_imported_by_root(host: EmulatedHost) -> None:
-    host.run('mkdir -p /home/atelier/atelier && echo \'open("/tmp/harm", "w")\' >/home/atelier/atelier/__init__.py')
+    host.run('mkdir -p /srv/atelier/atelier && echo \'open("/tmp/harm", "w")\' >/srv/atelier/atelier/__init__.py')
     try:
-        host.run(f"cd /home/atelier && PYTHONPATH=/home/atelier sudo -n {PROGRAM} storage </dev/null", user="atelier")
+        host.run(f"cd /srv/atelier && PYTHONPATH=/srv/atelier sudo -n {PROGRAM} storage </dev/null", user="atelier")
         assert host.run("test ! -e /tmp/harm").status == 0
     finally:
-        host.run("rm -r /home/atelier/atelier")
+        host.run("rm -r /srv/atelier/atelier")
 
 
 def test_a_missing_entry_is_told_with_what_mends_it(host: EmulatedHost) -> None:

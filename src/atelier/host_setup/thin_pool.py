@@ -44,8 +44,19 @@ async def ensure_thin_pool(group: str, pool: str, *, size_percent: int = 90) -> 
         # -Zy: a block that is handed out has nothing in it of whose it was before.
         making = ["lvcreate", "--type", "thin-pool", "-Zy", "--chunksize", _CHUNK, "--profile", PROFILE]
         await _run([*making, "-l", f"{size_percent}%FREE", "-n", pool, group])
-    # A guest whose write finds no room is halted and goes on later; one that hung instead would be taken for dead.
-    await _run(["lvchange", "--errorwhenfull", "y", "--metadataprofile", PROFILE, "--monitor", "y", name])
+    reported = await command.run(
+        ["lvs", "--noheadings", "--separator", "|", "-o", "lv_when_full,lv_profile,seg_monitor", name],
+        package_hint="lvm2",
+    )
+    when_full, profile, monitor = (word.strip() for word in reported.stdout.decode().strip().split("|"))
+    # LVM refuses to set what is set.
+    if when_full != "error":
+        # A guest whose write finds no room is halted and goes on later; one that hung instead would be taken for dead.
+        await _run(["lvchange", "--errorwhenfull", "y", name])
+    if profile != PROFILE:
+        await _run(["lvchange", "--metadataprofile", PROFILE, name])
+    if monitor != "monitored":
+        await _run(["lvchange", "--monitor", "y", name])
 
 
 async def _exists(group: str, name: str) -> bool:
