@@ -7,7 +7,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests import caddy as front
@@ -80,7 +80,7 @@ def edge_stage(folder: Path) -> Generator[EdgeStage]:
             )
         )
         stack.callback(static.terminate)
-        beside = front.Caddy(static_port, certificate)
+        beside = replace(caddy, port=static_port)
         host = f"8000-{sandbox}.{front.SANDBOX_DOMAIN}"
 
         def listens() -> bool:

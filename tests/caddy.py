@@ -21,6 +21,7 @@ from tests.real_machines import REPOSITORY
 from tests.running_manager import wait_until
 
 DOMAIN, SANDBOX_DOMAIN = "manager.test", "boxes.test"
+CONFIG = REPOSITORY / "deploy" / "caddy" / "Caddyfile"
 NO_CADDY = "" if shutil.which("caddy") else "Caddy is not installed: scripts/setup development"
 
 
@@ -28,12 +29,16 @@ NO_CADDY = "" if shutil.which("caddy") else "Caddy is not installed: scripts/set
 class Caddy:
     port: int
     certificate: Path
+    socket: Path
+    """Where it finds the gateway."""
+    tls: str = "tls-own-certificate"
 
     def variables(self) -> dict[str, str]:
         """The settings of a manager behind it."""
         return {
             "ATELIER_PUBLIC_URL": f"https://{DOMAIN}:{self.port}",
             "ATELIER_SANDBOX_DOMAIN": f"{SANDBOX_DOMAIN}:{self.port}",
+            "ATELIER_PREVIEWS_LISTEN": f"unix:{self.socket}",
         }
 
     def connect(self, host: str) -> ssl.SSLSocket:
@@ -75,25 +80,30 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
 
 def prepare(folder: Path) -> Caddy:
     """What a manager has to know before Caddy runs."""
-    return Caddy(free_port(), make_certificate(folder)[0])
+    return Caddy(free_port(), make_certificate(folder)[0], folder / "previews.sock")
 
 
-@contextlib.contextmanager
-def running(caddy: Caddy, folder: Path, manager_url: str) -> Iterator[subprocess.Popen[bytes]]:
-    environment = {
+def variables(caddy: Caddy, folder: Path) -> dict[str, str]:
+    """The environment of Caddy's own, which keeps what it has to keep in ``folder``."""
+    return {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "ATELIER_DOMAIN": DOMAIN,
         "ATELIER_SANDBOX_DOMAIN": SANDBOX_DOMAIN,
         "ATELIER_HTTPS_PORT": str(caddy.port),
-        "ATELIER_MANAGER": manager_url.removeprefix("http://"),
+        "ATELIER_PREVIEWS_SOCKET": str(caddy.socket),
+        "ATELIER_TLS": caddy.tls,
         "ATELIER_CERTIFICATE": str(caddy.certificate),
         "ATELIER_CERTIFICATE_KEY": str(caddy.certificate.with_suffix(".key")),
     }
-    config = REPOSITORY / "deploy" / "caddy" / "Caddyfile"
+
+
+@contextlib.contextmanager
+def running(caddy: Caddy, folder: Path, manager_url: str) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {"ATELIER_MANAGER": manager_url.removeprefix("http://"), **variables(caddy, folder)}
     with (folder / "caddy.log").open("wb") as log:
         process = subprocess.Popen(
-            ["caddy", "run", "--config", str(config)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            ["caddy", "run", "--config", str(CONFIG)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
 

@@ -113,8 +113,9 @@ class FirecrackerStand:
         images = self.folder / "images"
         images.mkdir(mode=0o700, exist_ok=True)
         for name, content in (("kernel", _KERNEL), ("initramfs", b"initramfs"), ("tools", bytes(4096))):
-            (images / name).write_bytes(content)
-            (images / name).chmod(0o444)
+            if not (images / name).exists():
+                (images / name).write_bytes(content)
+                (images / name).chmod(0o444)
         boot = BootFiles(images / "kernel", images / "initramfs", images / "tools", "6.1", "tools")
         return MachineSpec(
             sandbox_id=sandbox_id,

@@ -60,12 +60,12 @@ def left_of(manager: RunningManager, sandbox_id: str) -> list[str]:
     return processes_naming(sandbox_id) + [str(path) for path in files]
 
 
-def ask_gateway(manager: RunningManager, operation: str) -> dict:
+def ask_gateway(manager: RunningManager, operation: str, **fields: str) -> dict:
     (control,) = manager.run_dir.glob("*/gateway.sock")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(30)
         connection.connect(str(control))
-        connection.sendall(json.dumps({"operation": operation}).encode() + b"\n")
+        connection.sendall(json.dumps({"operation": operation, **fields}).encode() + b"\n")
         return json.loads(connection.makefile().readline())
 
 

@@ -105,13 +105,6 @@ class PreviewStage:
         gateway = self.manager.data_dir / "logs" / "gateway.log"
         return self.manager.log.read_text() + gateway.read_text()
 
-    def gateway(self, operation: str) -> dict[str, Any]:
-        """The answer of the gateway's control socket."""
-        with socket.socket(socket.AF_UNIX) as connected:
-            connected.connect(str(self.run.gateway_socket))
-            connected.sendall(json.dumps({"operation": operation}).encode() + b"\n")
-            return json.loads(connected.makefile().readline())
-
     def raw(self, url: str, request: bytes, *, until: bytes = b"", seconds: float = 30) -> bytes:
         """What is answered to these bytes, until the connection's end or until ``until`` came."""
         port = urlsplit(url).port

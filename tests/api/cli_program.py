@@ -48,6 +48,8 @@ _QUICK = (
     "key",
     "share",
     "audit",
+    "terminals",
+    "terminal-close",
 )
 PROGRAM = [sys.executable, "-m", "atelier.cli"]
 

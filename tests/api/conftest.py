@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.preview_stage import PreviewStage, echo_request, preview_stage
 from tests.running_manager import RunningManager, start_manager, stop_manager
 
 from .manager_inside import ManagerInside, open_manager_inside
@@ -41,6 +42,15 @@ def sandbox(api: httpx.Client) -> str:
     assert answer.status_code == 201, answer.text
     assert answer.json()["state"] == "running", answer.text
     return answer.json()["id"]
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[PreviewStage]:
+    """Of the tests of previews: with a server on port 8000 of each sandbox that says what it was sent."""
+    with tempfile.TemporaryDirectory(prefix="atl-") as folder, preview_stage(Path(folder)) as made:
+        made.channels.servers[8000] = echo_request
+        yield made
+        assert "Traceback" not in made.logs()
 
 
 @pytest.fixture

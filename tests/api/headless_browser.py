@@ -106,3 +106,9 @@ def headless_browser() -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def skip_without_packages(answer: httpx.Response) -> None:
+    """``answer``: the manager's, when it was asked for a page. Skips the test where its npm packages cannot be had."""
+    if answer.status_code == 503 and answer.json()["code"] == "missing_package":
+        pytest.skip(f"no npm packages for the page here: {answer.json()['message']}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.running_manager import RunningManager
+from tests.running_manager import RunningManager, wait_until
 
 from .cli_program import Cli
 
@@ -317,6 +317,80 @@ def test_a_closed_window_hangs_the_program_up(cli: Cli, box: str, api: httpx.Cli
     finally:
         session.close()
     assert api.get(f"/api/v1/sandboxes/{box}/processes").json()["items"] == []
+
+
+def test_a_terminal_that_lives_on(cli: Cli, box: str, api: httpx.Client) -> None:
+    assert cli.run("terminals", box).stdout.startswith(b"no terminals; ")
+    session = cli.open_terminal("shell", "--session", "work", box, "cat", columns=100, rows=30)
+    try:
+        identity = session.expect(rb"\[atelier: terminal ([0-9a-f]{12}) 'work' with cat; Ctrl-\] three times")[
+            1
+        ].decode()
+        session.wait_raw()
+        session.type(b"kept\r")
+        session.expect(b"kept\r\nkept\r\n")
+        (listed,) = as_json(cli.run("terminals", box, "--json"))
+        assert (listed["id"], listed["title"], listed["columns"], listed["rows"]) == (identity, "work", 100, 30)
+        assert (listed["viewers"], listed["command"], listed["exit_code"]) == (1, ["cat"], None)
+        session.resize(90, 20)
+        assert wait_until(lambda: as_json(cli.run("terminals", box, "--json"))[0]["columns"] == 90)
+        session.type(b"\x1d\x1d\x1d")
+        session.expect(f"atelier shell --session {identity} box".encode())
+        assert session.wait() == 0
+        assert not session.is_raw()
+    finally:
+        session.close()
+    shown = cli.run("terminals", box).stdout.decode().splitlines()[1].split()
+    assert (shown[0], shown[1], shown[2], shown[3], shown[6]) == (identity, "work", "90x20", "0", "runs")
+    for name in ("work", identity):
+        session = cli.open_terminal("shell", "--session", name, box)
+        try:
+            session.expect(b"kept\r\nkept\r\n")
+            session.type(f"by {name}\r".encode())
+            session.expect(f"by {name}\r\nby {name}\r\n".encode())
+            session.process.send_signal(signal.SIGHUP)  # the end of the user's own terminal
+            assert session.wait() == 129
+        finally:
+            session.close()
+    session = cli.open_terminal("shell", "--session", "work", box)
+    try:
+        session.expect(f"by {identity}\r\n".encode())
+        session.type(b"\x04")
+        assert session.wait() == 0
+    finally:
+        session.close()
+    assert as_json(cli.run("terminals", box, "--json"))[0]["exit_code"] == 0
+
+
+def test_terminals_are_closed_by_title_or_id(cli: Cli, box: str, api: httpx.Client) -> None:
+    made = [
+        api.post(f"/api/v1/sandboxes/{box}/terminals", json={"command": ["cat"], "title": title}).json()["id"]
+        for title in ("one", "two", "two")
+    ]
+    assert cli.run("terminals", "-q", box).stdout.decode().split() == made
+    ambiguous = cli.run("terminal-close", box, "one", "two", "absent", status=1)
+    assert ambiguous.stdout.decode().split() == [made[0]]
+    assert made[1].encode() in ambiguous.stderr and made[2].encode() in ambiguous.stderr
+    assert b"no terminal absent" in ambiguous.stderr and b"atelier terminals box" in ambiguous.stderr
+    assert as_json(cli.run("terminal-close", box, *made[1:], "--json")) == {"closed": made[1:], "failed": []}
+    assert as_json(cli.run("terminals", box, "--json")) == []
+    for wrong in (("--session", " ", box), ("--session", "x", "--attach", "1", box)):
+        assert cli.run("shell", *wrong, status=2).stderr
+    session = cli.open_terminal("shell", "--session", "0123456789ab", box)
+    try:
+        assert session.wait() == 125
+        assert b"no terminal 0123456789ab" in session.output
+    finally:
+        session.close()
+
+
+def test_a_title_obeys_nothing_in_the_users_terminal(cli: Cli, box: str, api: httpx.Client) -> None:
+    hostile = ["printf", "\x1b]2;a\u202eb\x9b31m\x07"]
+    api.post(f"/api/v1/sandboxes/{box}/terminals", json={"command": hostile})
+    shown = cli.run("terminals", box).stdout
+    assert b"\x1b" not in shown
+    assert "\u202e".encode() not in shown
+    assert b"\\x1b]2;a" in shown, "its command is shown, and harmless"
 
 
 # -- files --------------------------------------------------------------------------------------------------------

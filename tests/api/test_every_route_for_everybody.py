@@ -215,6 +215,18 @@ def test_the_terminal_for_everybody(stage: Stage, operation: str, tail: str, fir
             assert due[1].encode() in bytes(refused.value.response.body or b"")
 
 
+def test_the_terminals_page_for_everybody(stage: Stage) -> None:
+    sandbox, _ = stage.make()
+    for operation, path in (
+        ("show_terminal_page", f"/sandboxes/{sandbox}/terminal"),
+        ("get_terminal_asset", "/terminal-assets/terminal.js"),
+    ):
+        for who in NAMES:
+            due = expected(operation, who, path.replace(sandbox, "{sandbox}"))
+            status, code = ask(stage.people[who], stage.manager.url, "GET", path, None)
+            assert (status, code) in ((due,) if due else ((200, ""), (503, "missing_package"))), (operation, who)
+
+
 def test_lists_show_what_one_may_see(stage: Stage) -> None:
     sandbox, snapshot = stage.make()
     seen: dict[str, tuple[bool, bool]] = {}

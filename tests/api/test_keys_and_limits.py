@@ -191,6 +191,27 @@ def test_rates_and_numbers_are_limited() -> None:
                 with connect(url, additional_headers=headers), pytest.raises(InvalidStatus) as refused:
                     connect(url, additional_headers=headers)
                 assert refused.value.response.status_code == 429
+                # Those who look at a terminal that lives on count with them.
+                terminals = f"/api/v1/sandboxes/{sandbox}/terminals"
+                terminal = client.post(terminals, json={"command": ["cat"]}).json()["id"]
+                attached = f"{manager.url}{terminals}/{terminal}/attach".replace("http", "ws")
+                with connect(attached, additional_headers=headers) as viewer:
+                    assert "joined" in str(viewer.recv(timeout=20))
+                    for another in (attached, url):
+                        with pytest.raises(InvalidStatus) as refused:
+                            connect(another, additional_headers=headers)
+                        assert refused.value.response.status_code == 429
+                        assert b"too_many_web_sockets" in bytes(refused.value.response.body or b"")
+                    assert client.get(terminals).json()["items"][0]["viewers"] == 1
+
+                def come_back() -> bool:
+                    try:
+                        with connect(attached, additional_headers=headers) as viewer:
+                            return "joined" in str(viewer.recv(timeout=20))
+                    except InvalidStatus:
+                        return False
+
+                assert wait_until(come_back), "who has gone counts no more"
                 answers = [client.get("/api/v1/whoami") for _ in range(200)]
                 limited = [each for each in answers if each.status_code == 429]
                 assert limited

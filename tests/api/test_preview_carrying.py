@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import socket
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from tests.preview_stage import Browser, PreviewStage, Serving, echo_request, preview_stage
+from tests.footprint import gateway_pid
+from tests.preview_stage import Browser, PreviewStage, Serving
 from tests.running_manager import wait_until
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Request
@@ -22,14 +22,6 @@ from websockets.server import ServerProtocol
 from websockets.sync.client import connect
 
 from atelier.gateway.preview_exchange import WEB_SOCKETS_PER_SANDBOX
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[PreviewStage]:
-    with tempfile.TemporaryDirectory(prefix="atl-") as folder, preview_stage(Path(folder)) as made:
-        made.channels.servers[8000] = echo_request
-        yield made
-        assert "Traceback" not in made.logs()
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +222,7 @@ def test_large_bodies_both_ways_gather_nowhere(stage: PreviewStage, box: str) ->
 
 
 def gateway_peak_mib(stage: PreviewStage) -> float:
-    pid = int(stage.gateway("ping")["pid"])
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{gateway_pid(stage.manager)}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 

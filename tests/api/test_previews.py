@@ -8,29 +8,18 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from tests.api.people import Person, add_person
-from tests.preview_stage import Browser, PreviewStage, echo_request, preview_stage
+from tests.preview_stage import Browser, PreviewStage, echo_request
 from tests.running_manager import wait_until
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from atelier import AsyncSandbox, Sandbox
-
-
-@pytest.fixture(scope="module")
-def stage() -> Iterator[PreviewStage]:
-    with tempfile.TemporaryDirectory(prefix="atl-") as folder, preview_stage(Path(folder)) as made:
-        made.channels.servers[8000] = echo_request
-        yield made
-        assert "Traceback" not in made.logs()
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import pytest
 from tests import caddy as front
@@ -52,7 +54,15 @@ def edge() -> Iterator[Edge]:
     with tempfile.TemporaryDirectory(prefix="atl-") as name:
         folder = Path(name)
         caddy = front.prepare(folder)
-        with preview_stage(folder, **caddy.variables()) as stage, front.running(caddy, folder, stage.manager.url):
+        nobody = {
+            "ATELIER_OIDC_ISSUER": f"http://127.0.0.1:{front.free_port()}",
+            "ATELIER_OIDC_CLIENT_ID": "atelier",
+            "ATELIER_OIDC_CLIENT_SECRET": "secret",
+        }
+        with (
+            preview_stage(folder, **caddy.variables(), **nobody) as stage,
+            front.running(caddy, folder, stage.manager.url),
+        ):
             stage.channels.servers[8000] = echo_request
             stage.channels.servers[8008] = web_socket_echo
             yield Edge(stage, caddy)
@@ -67,7 +77,6 @@ def box(edge: Edge) -> str:
 def test_the_manager_and_what_is_nobodys(edge: Edge, box: str) -> None:
     manager = f"https://{front.DOMAIN}"
     assert edge.ask("GET", f"{manager}/health")[0].status == 200
-    assert edge.ask("GET", f"{manager}/edge/authorise")[0].status == 404
     for name in ("8000-nothere", "nonsense", "0-box", "70000-box"):
         answer, body = edge.ask("GET", f"https://{name}.{front.SANDBOX_DOMAIN}:{edge.caddy.port}")
         assert (answer.status, b"There is no such sandbox" in body) == (404, True), name
@@ -77,7 +86,7 @@ def test_a_public_port_and_forged_headers(edge: Edge, box: str) -> None:
     url = edge.stage.share(box, 8000)
     assert url == f"https://8000-{box}.{front.SANDBOX_DOMAIN}:{edge.caddy.port}"
     forged = {
-        "X-Atelier-Upstream": "/etc/passwd", "X-Atelier-Sandbox": "aaaaaaaaaaaa", "X-Atelier-Port": "1",
+        "X-Atelier-Sandbox": "aaaaaaaaaaaa", "X-Atelier-Port": "1", "X-Atelier-Anything": "passwd",
         "X-Forwarded-For": "6.6.6.6", "X-Forwarded-Host": "evil", "X-Forwarded-Proto": "http",
         "X-Forwarded-Uri": "/evil", "X-Forwarded-Method": "GET", "Forwarded": "for=6.6.6.6",
         "Cookie": "a=1; __Host-atelier=secret; __Host-atelier-preview=x",
@@ -88,7 +97,8 @@ def test_a_public_port_and_forged_headers(edge: Edge, box: str) -> None:
     assert '"POST /a?b=c HTTP/1.1"' in text
     for word in ("6.6.6.6", "evil", "passwd", "x-atelier", "secret", "atelier-preview"):
         assert word not in text.lower(), word
-    assert '"X-Forwarded-Proto", "https"' in text
+    assert '["X-Forwarded-For", "127.0.0.1"]' in text
+    assert '["X-Forwarded-Proto", "https"]' in text
     assert '["Host", "8000-' in text
 
 
@@ -119,6 +129,43 @@ def test_a_private_port(edge: Edge, box: str) -> None:
     assert refused.value.response.status_code == 403
 
 
+def test_who_comes_to_the_gateways_socket_by_another_way(edge: Edge, box: str) -> None:
+    """There nobody believes anything but whose a request is, and that one proxy has said it."""
+    url = urlsplit(edge.stage.share(box, 8000))
+    true = ("X-Forwarded-For: 127.0.0.1", "X-Forwarded-Proto: https")
+    for lines, status in (
+        (true, 200),
+        (("X-Forwarded-For: ::1", "X-Forwarded-Proto: https", "X-Forwarded-Host: other"), 200),
+        ((), 502),
+        (true[:1], 502),
+        (true[1:], 502),
+        ((*true, "X-Forwarded-For: 127.0.0.2"), 502),
+        (("X-Forwarded-For: 127.0.0.1, 127.0.0.2", true[1]), 502),
+        (("X-Forwarded-For: <script>", true[1]), 502),
+        ((true[0], "X-Forwarded-Proto: gopher"), 502),
+    ):
+        request = "\r\n".join(["GET / HTTP/1.1", f"Host: {url.netloc}", "Connection: close", *lines, "", ""])
+        with socket.socket(socket.AF_UNIX) as connected:
+            connected.connect(str(edge.caddy.socket))
+            connected.sendall(request.encode())
+            told = connected.makefile("rb").read()
+        assert told.startswith(b"HTTP/1.1 %d " % status), (lines, told[:60])
+        assert (b"proxy_misconfigured" in told) is (status == 502)
+
+
+def test_an_identity_provider_that_is_not_there(edge: Edge, box: str) -> None:
+    url = edge.stage.call("PUT", f"/sandboxes/{box}/ports/8001", {"visibility": "private"})["url"]
+    where = f"{url}/x"
+    page, body = edge.ask("GET", where)
+    while page.status == 303:
+        where = urljoin(where, page.headers["location"])
+        page, body = edge.ask("GET", where)
+    assert (page.status, b"/sign-in/oidc" in body) == (200, True)
+    manager = f"https://{front.DOMAIN}:{edge.caddy.port}"
+    answer, body = edge.ask("POST", f"{manager}/sign-in/oidc", {"Origin": manager})
+    assert (answer.status, b"identity_provider_failed" in body) == (503, True)
+
+
 def open_web_socket(edge: Edge, url: str, headers: dict[str, str] | None = None):
     parts = urlsplit(url)
     return connect(f"ws://{parts.netloc}/", sock=edge.caddy.connect(parts.hostname or ""), additional_headers=headers)
@@ -139,18 +186,33 @@ def test_a_manager_that_dies_and_comes_back_drops_nothing(edge: Edge, box: str) 
     """Last of what asks the manager for much: its sandboxes are fakes, and are started anew with it."""
     url = edge.stage.share(box, 8000)
     socket_url = edge.stage.share(box, 8008)
-    got: list[int] = []
-    with open_web_socket(edge, socket_url) as opened:
+    assert edge.ask("GET", url)[0].status == 200
+    unknown = {"X-Atelier-Key": "atl_nobodys"}
+    with open_web_socket(edge, socket_url) as opened, ThreadPoolExecutor() as visitors:
         edge.stage.kill()
         opened.send("meanwhile")
         assert opened.recv(timeout=30) == "meanwhile"
-        waiting = threading.Thread(target=lambda: got.append(edge.ask("GET", url)[0].status))
-        waiting.start()
+        assert edge.ask("GET", url)[0].status == 200, "who was let in a moment ago still is"
+        waiting = visitors.submit(edge.ask, "GET", url, unknown)
+        at_managers = visitors.submit(edge.ask, "GET", f"https://{front.DOMAIN}/health")
         edge.stage.start_again()
-        waiting.join(60)
+        assert at_managers.result(60)[0].status == 200
+        assert waiting.result(60)[0].status == 401, "it has waited, and been answered by the new one"
         opened.send("after")
         assert opened.recv(timeout=30) == "after"
-    assert got in ([200], [503]), "it has waited, and been answered by the new one"
+        # It stays away for longer than anybody waits.
+        edge.stage.kill()
+        plain = [
+            visitors.submit(edge.ask, "GET", address, unknown)
+            for address in (url, f"https://{front.DOMAIN}/previews/enter?host=x&next=/")
+        ]
+        for answer, body in (each.result(60) for each in plain):
+            assert answer.status == 503
+            assert b"<h1>Atelier is being restarted</h1>" in body
+            assert answer.headers["retry-after"] == "3"
+        opened.send("still")
+        assert opened.recv(timeout=30) == "still"
+        edge.stage.start_again()
     wait_until(lambda: edge.ask("GET", url)[0].status == 200, 30)
 
 
@@ -198,3 +260,18 @@ def test_events_come_at_once(edge: Edge, box: str) -> None:
     going.set()
     assert answer.read() == b"\ndata: two\n\n"
     connection.close()
+
+
+def test_caddys_own_authority(edge: Edge, box: str) -> None:
+    """A second Caddy before the same gateway, with ``tls-internal``."""
+    with tempfile.TemporaryDirectory(prefix="atl-") as name:
+        folder = Path(name)
+        root = folder / ".local" / "share" / "caddy" / "pki" / "authorities" / "local" / "root.crt"
+        beside = replace(edge.caddy, port=front.free_port(), certificate=root, tls="tls-internal")
+        with front.running(beside, folder, edge.stage.manager.url):
+            wait_until(root.exists, 30)
+            through = Edge(edge.stage, beside)
+            assert through.ask("GET", f"https://{front.DOMAIN}/health")[0].status == 200
+            url = urlsplit(edge.stage.share(box, 8000))
+            answer, body = through.ask("GET", f"https://{url.hostname}/x", {"Host": url.netloc})
+            assert (answer.status, b"GET /x" in body) == (200, True)

@@ -29,6 +29,7 @@ from atelier.model.errors import (
     TransientError,
 )
 from atelier.model.guest import EntryType, ProcessEnded, ProcessOutput, ProcessStarted, TerminalSize
+from atelier.schemas.terminals import JoinedEvent, ReplayedEvent, ResizedEvent, TitleEvent
 
 from .cli_program import Cli
 
@@ -167,6 +168,45 @@ def test_terminals(box: Sandbox) -> None:
         list(box.open_terminal(pid=999_999))
 
 
+def output_until(terminal: Iterator[object], wanted: bytes) -> bytes:
+    seen = b""
+    for event in terminal:
+        seen += event.data if isinstance(event, ProcessOutput) else b""
+        if wanted in seen:
+            return seen
+    raise AssertionError(f"{wanted!r} did not come: {seen!r}")
+
+
+def test_terminals_that_live_on(box: Sandbox) -> None:
+    opened = box.terminals.open(["cat"], title="work", size=TerminalSize(100, 30))
+    assert (opened.title, opened.columns, opened.rows, opened.viewers) == ("work", 100, 30, 0)
+    with box.terminals.attach(opened.id, size=TerminalSize(90, 20)) as first, box.terminals.attach(opened.id) as second:
+        joined = first.receive()
+        assert isinstance(joined, JoinedEvent)
+        assert (joined.terminal.id, joined.terminal.columns) == (opened.id, 90)
+        said = [first.receive(), first.receive()]
+        assert ReplayedEvent() in said
+        assert ResizedEvent(columns=80, rows=20) in said, "the second window is narrower"
+        first.send(b"hi\r")
+        output_until(iter(second), b"hi\r\nhi\r\n")
+        assert box.terminals.rename(opened.id, "other").title == "other"
+        assert next(event for event in first if isinstance(event, TitleEvent)).title == "other"
+    with box.terminals.attach(opened.id) as again:
+        output_until(iter(again), b"hi\r\nhi\r\n")
+        again.send(b"\x04")
+        assert list(again)[-1] == ProcessEnded(0, "exit status 0")
+    (listed,) = box.terminals.list()
+    assert (listed.exit_code, listed.viewers) == (0, 0)
+    box.terminals.close(opened.id)
+    assert box.terminals.list() == []
+    for call in (box.terminals.attach, box.terminals.close):
+        with pytest.raises(NotFoundError) as caught:
+            call(opened.id)
+        assert caught.value.code == "terminal_not_found"
+    with pytest.raises(InvalidRequestError):
+        box.terminals.open(title="x" * 201)
+
+
 def test_a_name_is_given_once(connection: Connection, box: Sandbox) -> None:
     with pytest.raises(ConflictError):
         Sandbox.create(name=box.name, connection=connection)
@@ -198,6 +238,16 @@ async def test_the_same_on_asyncio(manager: RunningManager, api: httpx.Client, t
             assert (await box.files.download_folder("tree", tmp_path / "back")).file_count == 1
             async with await box.open_terminal(["echo", "hi"]) as terminal:
                 assert [type(event) for event in [event async for event in terminal]][-1] is ProcessEnded
+            opened = await box.terminals.open(["cat"], title="work")
+            async with await box.terminals.attach(opened.id) as viewer:
+                assert isinstance(await viewer.receive(), JoinedEvent)
+                await viewer.send(b"\x04")
+                assert [event async for event in viewer][-1] == ProcessEnded(0, "exit status 0")
+            assert (await box.terminals.rename(opened.id, "done")).title == "done"
+            assert [each.exit_code for each in await box.terminals.list()] == [0]
+            await box.terminals.close(opened.id)
+            with pytest.raises(NotFoundError):
+                await box.terminals.attach(opened.id)
             assert [each.id for each in await AsyncSandbox.list(connection=connection)] == [box.id]
             with pytest.raises(NotFoundError):
                 await box.files.read("absent")
@@ -306,6 +356,61 @@ def test_a_shell_survives_a_broken_connection(
         assert not session.is_raw()
     finally:
         session.close()
+
+
+def test_a_terminal_that_lives_on_is_come_back_to(
+    relay: Relay, manager: RunningManager, box: Sandbox, tmp_path: Path
+) -> None:
+    cli = Cli(manager, tmp_path)
+    environment = {**cli.environment, "ATELIER_API_URL": relay.url, "ATELIER_API_KEY": manager.key}
+    through = Cli(dataclasses.replace(manager, environment=environment), tmp_path)
+    session = through.open_terminal("shell", "--session", "work", box.name, "cat")
+    try:
+        session.wait_raw()
+        session.type(b"before\r")
+        session.expect(b"before\r\nbefore\r\n")
+        relay.drop()
+        session.expect(b"connection lost, trying again")
+        session.expect(b"before\r\nbefore\r\n")  # what was written before
+        session.type(b"after\r")
+        session.expect(b"after\r\nafter\r\n")
+        # A pause is not undone by a window that is open.
+        box.pause()
+        assert session.wait() == 125
+        assert b"is paused" in session.output
+        assert box.refresh().state == "paused"
+        assert not session.is_raw()
+    finally:
+        session.close()
+    # Whoever comes anew wakes it.
+    session = through.open_terminal("shell", "--session", "work", box.name)
+    try:
+        session.expect(b"after\r\nafter\r\n")
+        session.type(b"\x04")
+        assert session.wait() == 0
+    finally:
+        session.close()
+
+
+def test_questions_of_long_ago_are_not_answered_again(manager: RunningManager, box: Sandbox, tmp_path: Path) -> None:
+    opened = box.terminals.open(["cat"], title="work")
+    with box.terminals.attach(opened.id) as viewer:
+        viewer.send(b"where is the cursor? \x1b[6n\r")
+        output_until(iter(viewer), b"\x1b[6n\r\n")
+    session = Cli(manager, tmp_path).open_terminal("shell", "--session", "work", box.name)
+    try:
+        # As a terminal does: it answers what it is asked, in the order in which it is.
+        session.expect(rb"\x1b\[6n")
+        session.expect(rb"\x1b\[5n")
+        session.type(b"\x1b[12;1R\x1b[0n")
+        session.type(b"typed\r")
+        session.expect(b"typed\r\ntyped\r\n")
+        session.type(b"\x04")
+        assert session.wait() == 0
+    finally:
+        session.close()
+    with box.terminals.attach(opened.id) as viewer:
+        assert b"12;1R" not in output_until(iter(viewer), b"typed\r\ntyped\r\n")
 
 
 def test_an_exec_that_loses_its_connection_says_so(

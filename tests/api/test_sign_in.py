@@ -183,6 +183,7 @@ def test_a_session_is_good_on_its_own_pages_alone(stage: Stage) -> None:
     made = browser.post("/api/v1/sandboxes?wait=true", json={})
     assert made.status_code == 201, made.text
     sandbox = made.json()["id"]
+    terminal = browser.post(f"/api/v1/sandboxes/{sandbox}/terminals", json={"command": ["cat"]}).json()["id"]
     own, token = stage.manager.url, browser.cookies[COOKIE]
     host = urlsplit(own)
     foreign = [
@@ -191,18 +192,25 @@ def test_a_session_is_good_on_its_own_pages_alone(stage: Stage) -> None:
         "https://evil.example",
         f"https://{host.netloc}",
         f"http://{host.hostname}:1",
+        # A preview's page, and its manager's: siblings of one site.
+        f"http://8000-box.{host.netloc}",
+        f"http://8000-box.atelier.localhost:{host.port}",
         f"{own}.evil.example",
     ]
     for origin in foreign:
         headers = {"Cookie": f"{COOKIE}={token}"} | ({"Origin": origin} if origin else {})
         answer = httpx.post(f"{own}/api/v1/sandboxes", json={}, headers=headers, verify=False)
         assert (answer.status_code, answer.json()["code"]) == (403, "wrong_origin"), origin
-        with pytest.raises(InvalidStatus) as socket_refused:
-            connect(
-                f"{own}/api/v1/sandboxes/{sandbox}/pty?command=cat".replace("http", "ws"), additional_headers=headers
-            )
-        assert socket_refused.value.response.status_code == 403, origin
+        for path in ("pty?command=cat", f"terminals/{terminal}/attach"):
+            with pytest.raises(InvalidStatus) as socket_refused:
+                connect(f"{own}/api/v1/sandboxes/{sandbox}/{path}".replace("http", "ws"), additional_headers=headers)
+            assert socket_refused.value.response.status_code == 403, (path, origin)
+            assert b"wrong_origin" in bytes(socket_refused.value.response.body or b""), (path, origin)
     headers = {"Cookie": f"{COOKIE}={token}", "Origin": own}
+    attached = f"{own}/api/v1/sandboxes/{sandbox}/terminals/{terminal}/attach".replace("http", "ws")
+    with connect(attached, additional_headers=headers) as socket:
+        assert "joined" in str(socket.recv(timeout=20))
+        assert browser.get(f"/api/v1/sandboxes/{sandbox}/terminals").json()["items"][0]["viewers"] == 1, "it alone"
     with connect(
         f"{own}/api/v1/sandboxes/{sandbox}/pty?command=cat".replace("http", "ws"), additional_headers=headers
     ) as socket:
@@ -218,6 +226,39 @@ def test_a_session_is_good_on_its_own_pages_alone(stage: Stage) -> None:
     assert browser.get("/api/v1/whoami").status_code == 401
     with stage.manager.client() as admin:
         assert admin.delete(f"/api/v1/sandboxes/{sandbox}?wait=true").status_code == 204
+
+
+def test_the_terminals_page_leads_to_the_sign_in_and_back(stage: Stage) -> None:
+    page = "/sandboxes/box/terminal"
+    html = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+    browser = stage.browser()
+    away = browser.get(page, headers=html)
+    assert (away.status_code, away.headers["location"]) == (303, "/sign-in")
+    back = browser.get(stage.agree(stage.begin(browser), "ada"))
+    assert (back.status_code, back.headers["location"]) == (303, page)
+    assert browser.get(page, headers=html).json()["code"] == "sandbox_not_found", "signed in, there is only no such box"
+    again = browser.get(stage.agree(stage.begin(browser), "ada"))
+    assert again.headers["location"] == "/sign-in", "one comes back once"
+    # A session that has ended is none; a program is told so, and files of the page are for nobody.
+    assert browser.post("/sign-out").status_code == 303
+    assert browser.get(page, headers=html).status_code == 303
+    assert browser.get(page).json()["code"] == "unauthenticated"
+    assert browser.get("/terminal-assets/terminal.js", headers=html).json()["code"] == "unauthenticated"
+    for odd in ("/sandboxes/Bo%0d%0ax/terminal", "/sandboxes/../terminal", "/sandboxes/%22;a/terminal", page + "/"):
+        answer = browser.get(odd, headers=html)
+        assert answer.status_code in (401, 404), odd
+        assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    ["//evil.example/sandboxes/box/terminal", "https://evil.example", "/sandboxes/b/terminal/x", "/api/v1/whoami"],
+)
+def test_one_comes_back_to_pages_of_ours_only(stage: Stage, elsewhere: str) -> None:
+    browser = stage.browser()
+    back = stage.agree(stage.begin(browser), "ada")
+    browser.cookies.set(f"{COOKIE}_return", elsewhere)
+    assert browser.get(back).headers["location"] == "/sign-in"
 
 
 def test_signing_out_ends_the_session(stage: Stage) -> None:

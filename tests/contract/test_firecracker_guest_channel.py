@@ -17,6 +17,7 @@ from tests.firecracker_machines import FirecrackerStand
 from tests.gateway_program import PATIENCE_SECONDS, Gateway, until
 
 from atelier.drivers.guest.agent import AgentGuests
+from atelier.model.ids import new_installation_id
 
 pytestmark = pytest.mark.skipif(bool(NO_DOCUMENT), reason=NO_DOCUMENT)
 
@@ -43,7 +44,7 @@ async def _agent(socket: Path) -> AsyncIterator[None]:
 async def test_the_agent_answers_over_vsock_and_again_after_a_snapshot() -> None:
     # Not pytest's folder: its path is too long for a socket.
     folder = Path(tempfile.mkdtemp(prefix="atelier-fire-"))
-    stand = FirecrackerStand(folder, "fire", agent=folder / "agent.sock")
+    stand = FirecrackerStand(folder, new_installation_id(), agent=folder / "agent.sock")
     gateway = Gateway(folder / "run")
     guests = AgentGuests(gateway.layout.channel_socket, gateway.layout.gateway_socket)
     try:

@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,20 @@ from tests.firecracker_machines import DISK_MIB, MEMORY_MIB, FirecrackerStand, t
 
 from atelier.drivers.vmm.firecracker_api import FirecrackerApi
 from atelier.drivers.vmm.firecracker_config import RateLimiter, TokenBucket, Vm, rate_limiter
-from atelier.drivers.vmm.firecracker_launch import MachineChoices
+from atelier.drivers.vmm.firecracker_launch import MachineChoices, jail_limits, jail_request
 from atelier.gateway.vsock import connect_to_port
 from atelier.host import processes
 from atelier.model.errors import DiskFullError, MissingProgramError, VmmError
+from atelier.model.ids import new_installation_id
 from atelier.model.jail import JailStart, machine_id
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile, MachineSpec, MemoryStream, NetworkAttachment
 
 pytestmark = pytest.mark.skipif(bool(NO_DOCUMENT), reason=NO_DOCUMENT)
 
 SANDBOX, CLONE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
-INSTALLATION = "fire"
-TAP, OTHER_TAP = "atfireaaaa", "atfirebbbb"
+INSTALLATION = new_installation_id()
+"""Of this run alone: another one beside it would end these machines as its own."""
+TAP, OTHER_TAP = f"at{INSTALLATION}aaaa", f"at{INSTALLATION}bbbb"
 BOOT = [
     "PUT /metrics",
     "PUT /machine-config",
@@ -58,9 +61,16 @@ async def folder() -> AsyncIterator[Path]:
 
 @pytest.fixture
 async def stand(folder: Path) -> AsyncIterator[FirecrackerStand]:
-    stand = FirecrackerStand(folder, INSTALLATION)
-    yield stand
-    await _end(stand)
+    async with _standing(FirecrackerStand(folder, INSTALLATION)) as stand:
+        yield stand
+
+
+@asynccontextmanager
+async def _standing(stand: FirecrackerStand) -> AsyncIterator[FirecrackerStand]:
+    try:
+        yield stand
+    finally:
+        await _end(stand)
     assert stand.breaches() == []
 
 
@@ -115,80 +125,79 @@ async def test_rates_and_cpu_templates_are_handed_over(folder: Path) -> None:
     assert rate_limiter(None) is None
     template = {"kvm_capabilities": ["!56"]}
     choices = MachineChoices(rate_limiter(5_000_000, 200), rate, "T2", template)
-    stand = FirecrackerStand(folder, INSTALLATION, choices=choices)
-    await stand.started(tapped(stand.spec(SANDBOX), TAP))
-    requests = dict(stand.requests())
-    assert requests["PUT /cpu-config"] == template
-    assert requests["PUT /machine-config"]["cpu_template"] == "T2"
-    assert requests["PUT /drives/root"]["rate_limiter"] == {
-        "bandwidth": {"size": 5_000_000, "refill_time": 1000}, "ops": {"size": 200, "refill_time": 1000},
-    }  # fmt: skip
-    card = requests["PUT /network-interfaces/eth0"]
-    assert card["tx_rate_limiter"] == card["rx_rate_limiter"] == {"bandwidth": {"size": 1_000_000, "refill_time": 1000}}
-    await _end(stand)
-    assert stand.breaches() == []
+    async with _standing(FirecrackerStand(folder, INSTALLATION, choices=choices)) as stand:
+        await stand.started(tapped(stand.spec(SANDBOX), TAP))
+        requests = dict(stand.requests())
+        assert requests["PUT /cpu-config"] == template
+        assert requests["PUT /machine-config"]["cpu_template"] == "T2"
+        assert requests["PUT /drives/root"]["rate_limiter"] == {
+            "bandwidth": {"size": 5_000_000, "refill_time": 1000}, "ops": {"size": 200, "refill_time": 1000},
+        }  # fmt: skip
+        card = requests["PUT /network-interfaces/eth0"]
+        assert (
+            card["tx_rate_limiter"]
+            == card["rx_rate_limiter"]
+            == {"bandwidth": {"size": 1_000_000, "refill_time": 1000}}
+        )
 
 
 @pytest.mark.parametrize(("version", "keeps_clock"), [("1.12.0", False), ("1.16.1", True)])
 async def test_a_saved_machine_goes_on_with_another_tap(folder: Path, version: str, keeps_clock: bool) -> None:
-    stand = FirecrackerStand(folder, INSTALLATION, version=version)
-    parent = await stand.started(tapped(stand.spec(SANDBOX), TAP))
-    stand.forget_requests()
-    frozen: list[Any] = []
+    async with _standing(FirecrackerStand(folder, INSTALLATION, version=version)) as stand:
+        parent = await stand.started(tapped(stand.spec(SANDBOX), TAP))
+        stand.forget_requests()
+        frozen: list[Any] = []
 
-    async def freeze() -> None:
-        frozen.append(stand.requests())
-        shutil.copyfile(parent.root.top.path, folder / "frozen")
+        async def freeze() -> None:
+            frozen.append(stand.requests())
+            shutil.copyfile(parent.root.top.path, folder / "frozen")
 
-    async def thaw() -> None:
-        frozen.append(stand.requests())
+        async def thaw() -> None:
+            frozen.append(stand.requests())
 
-    saved = await stand.vmm.save(parent.run_directory, folder / "saved", at_stop=freeze, afterwards=thaw)
-    assert saved.vmm_version == version
-    names = {"mem_file_path": "/saved-memory", "snapshot_path": "/saved-state", "snapshot_type": "Full"}
-    stopped = [("PATCH /vm", {"state": "Paused"}), ("PUT /snapshot/create", names)]
-    assert frozen == [stopped, [*stopped, ("PATCH /vm", {"state": "Resumed"})]]
-    stand.forget_requests()
-    clone = replace(
-        tapped(stand.spec(CLONE), OTHER_TAP),
-        root=stand.disk(CLONE, of=folder / "frozen"),
-        restore_from=MemoryStream(folder / "saved"),
-    )
-    await stand.started(clone)
-    load = {
-        "snapshot_path": "/state",
-        "mem_backend": {"backend_type": "File", "backend_path": "/memory"},
-        "resume_vm": False,
-        "network_overrides": [{"iface_id": "eth0", "host_dev_name": OTHER_TAP}],
-    }
-    if keeps_clock:
-        load["clock_realtime"] = True
-    assert stand.requests() == [
-        ("PUT /metrics", {"metrics_path": "/metrics"}),
-        ("PUT /snapshot/load", load),
-        ("PATCH /vm", {"state": "Resumed"}),
-    ]
-    assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "down"
-    await stand.vmm.open_link(clone.run_directory)
-    assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "up"
-    assert not (folder / "saved.state").exists()
-    await _end(stand)
-    assert stand.breaches() == []
+        saved = await stand.vmm.save(parent.run_directory, folder / "saved", at_stop=freeze, afterwards=thaw)
+        assert saved.vmm_version == version
+        names = {"mem_file_path": "/saved-memory", "snapshot_path": "/saved-state", "snapshot_type": "Full"}
+        stopped = [("PATCH /vm", {"state": "Paused"}), ("PUT /snapshot/create", names)]
+        assert frozen == [stopped, [*stopped, ("PATCH /vm", {"state": "Resumed"})]]
+        stand.forget_requests()
+        clone = replace(
+            tapped(stand.spec(CLONE), OTHER_TAP),
+            root=stand.disk(CLONE, of=folder / "frozen"),
+            restore_from=MemoryStream(folder / "saved"),
+        )
+        await stand.started(clone)
+        load = {
+            "snapshot_path": "/state",
+            "mem_backend": {"backend_type": "File", "backend_path": "/memory"},
+            "resume_vm": False,
+            "network_overrides": [{"iface_id": "eth0", "host_dev_name": OTHER_TAP}],
+        }
+        if keeps_clock:
+            load["clock_realtime"] = True
+        assert stand.requests() == [
+            ("PUT /metrics", {"metrics_path": "/metrics"}),
+            ("PUT /snapshot/load", load),
+            ("PATCH /vm", {"state": "Resumed"}),
+        ]
+        assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "down"
+        await stand.vmm.open_link(clone.run_directory)
+        assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "up"
+        assert not (folder / "saved.state").exists()
 
 
 async def test_another_versions_machine_does_not_go_on(folder: Path) -> None:
-    stand = FirecrackerStand(folder, INSTALLATION, version="1.15.0")
-    spec = await stand.started(stand.spec(SANDBOX))
-    before = await stand.vmm.stamp(spec.boot, "none")
-    await stand.vmm.save(spec.run_directory, folder / "saved")
-    await _end(stand)
-    newer = FirecrackerStand(folder, INSTALLATION)
-    assert before.difference(await newer.vmm.stamp(spec.boot, "none")) == "vmm_version"
-    spec = replace(spec, restore_from=MemoryStream(folder / "saved"))
-    with pytest.raises(VmmError, match=r"version 1\.15\.0") as refusal:
-        await newer.started(spec)
-    assert refusal.value.code == "restore_failed"
-    await _assert_nothing_left(newer, spec)
+    async with _standing(FirecrackerStand(folder, INSTALLATION, version="1.15.0")) as older:
+        spec = await older.started(older.spec(SANDBOX))
+        before = await older.vmm.stamp(spec.boot, "none")
+        await older.vmm.save(spec.run_directory, folder / "saved")
+    async with _standing(FirecrackerStand(folder, INSTALLATION)) as newer:
+        assert before.difference(await newer.vmm.stamp(spec.boot, "none")) == "vmm_version"
+        spec = replace(spec, restore_from=MemoryStream(folder / "saved"))
+        with pytest.raises(VmmError, match=r"version 1\.15\.0") as refusal:
+            await newer.started(spec)
+        assert refusal.value.code == "restore_failed"
+        await _assert_nothing_left(newer, spec)
 
 
 @pytest.mark.parametrize("request_name", BOOT)
@@ -342,8 +351,6 @@ async def test_a_process_that_never_came_to_run_is_begun_anew(stand: Firecracker
     spec = stand.spec(SANDBOX)
     await stand.started(spec)
     await _end(stand)
-    from atelier.drivers.vmm.firecracker_launch import jail_limits, jail_request
-
     name = machine_id(INSTALLATION, SANDBOX)
     user_id = 1_900_000_001 if os.geteuid() == 0 else os.geteuid()
     await stand.jails.prepare_jail(jail_request(spec, name, user_id))

@@ -16,6 +16,7 @@ from atelier.host import processes
 from atelier.host.jailer import jailer_arguments
 from atelier.host.jails import JailHost, RootJails, root_host
 from atelier.model.errors import ConflictError, HostError, NotFoundError
+from atelier.model.ids import new_installation_id
 from atelier.model.jail import (
     JailLimits,
     JailLink,
@@ -28,7 +29,8 @@ from atelier.model.jail import (
     request_to_json,
 )
 
-NAME, OTHER = machine_id("test", "aaaaaaaaaaaa"), machine_id("test", "bbbbbbbbbbbb")
+INSTALLATION = new_installation_id()
+NAME, OTHER = machine_id(INSTALLATION, "aaaaaaaaaaaa"), machine_id(INSTALLATION, "bbbbbbbbbbbb")
 USER = 1_900_000_007 if os.geteuid() == 0 else os.geteuid()
 LIMITS = JailLimits(processors=2, memory_bytes=1 << 30, tasks=18, file_bytes=1 << 31)
 
@@ -43,7 +45,7 @@ def jails(tmp_path: Path) -> RootJails:
     python = Path(sys.executable).resolve()
     return RootJails(
         JailHost(
-            "test", JailPlaces(tmp_path / "jails", "firecracker"), executable,
+            INSTALLATION, JailPlaces(tmp_path / "jails", "firecracker"), executable,
             (str(python), "-c", "import time; time.sleep(1000)"), (python.name,), os.geteuid(), os.getegid(),
         )
     )  # fmt: skip
@@ -84,7 +86,7 @@ async def test_what_nobody_is_granted(jails: RootJails, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/etc/shadow")
     wrong = [
         replace(request, machine_id=machine_id("foreign", "aaaaaaaaaaaa")),
-        replace(request, machine_id="at-test-../../etc"),
+        replace(request, machine_id=f"at-{INSTALLATION}-../../etc"),
         replace(request, links=(JailLink(tmp_path / "kernel", "../kernel"),)),
         replace(request, links=(JailLink(tmp_path / "kernel", "dev"),)),
         replace(request, links=(JailLink(tmp_path / "link", "kernel"),)),
@@ -163,7 +165,7 @@ async def test_a_machines_process_is_known_by_its_id_and_ended(jails: RootJails,
 
 def test_the_jailers_words() -> None:
     """Source: Firecracker docs/jailer.md."""
-    host = root_host("test", Path("/j"), Path("/o/firecracker"), Path("/o/jailer"), user_id=1, group_id=1)
+    host = root_host(INSTALLATION, Path("/j"), Path("/o/firecracker"), Path("/o/jailer"), user_id=1, group_id=1)
     start = JailStart(NAME, 1234, Path("/r/console"), LIMITS)
     assert host.places.file(NAME, "v.sock") == Path(f"/j/firecracker/{NAME}/root/v.sock")
     assert host.process_names == ("firecracker", "jailer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 from test_guest_contract import BOX, Ground, ground, put
@@ -139,6 +140,33 @@ async def test_what_is_not_there(ground: Ground) -> None:
             await anext(events)
 
 
+async def test_sixteen_may_look_and_who_leaves_makes_room(ground: Ground) -> None:
+    terminals = ground.driver.terminals
+    opened = await terminals.open(BOX, spec("cat"))
+    async with AsyncExitStack() as looking:
+        windows = [await looking.enter_async_context(terminals.attach(BOX, opened.id)) for _ in range(16)]
+        for window in windows:
+            assert isinstance(await anext(window), TerminalJoined)
+        assert (await terminals.list(BOX))[0].viewers == 16
+        with pytest.raises(GuestError, match="16") as caught:
+            async with terminals.attach(BOX, opened.id) as events:
+                await anext(events)
+        assert caught.value.code == "guest_resource_exhausted"
+    async with asyncio.timeout(30):
+        while (await terminals.list(BOX))[0].viewers:
+            await asyncio.sleep(0.05)
+    await terminals.close(BOX, opened.id)
+
+
+async def test_long_commands_leave_the_list_short(ground: Ground) -> None:
+    terminals = ground.driver.terminals
+    opened = [await terminals.open(BOX, spec("cat", "-", *["x" * 100_000] * 10)) for _ in range(3)]
+    assert [each.arguments[:2] for each in await terminals.list(BOX)] == [("cat", "-")] * 3
+    assert sum(map(len, opened[0].arguments)) == 4096
+    for each in opened:
+        await terminals.close(BOX, each.id)
+
+
 async def test_no_more_than_32_and_an_ended_one_gives_way(ground: Ground) -> None:
     terminals = ground.driver.terminals
     opened = [await terminals.open(BOX, spec("cat")) for _ in range(32)]
@@ -149,6 +177,10 @@ async def test_no_more_than_32_and_an_ended_one_gives_way(ground: Ground) -> Non
     async with asyncio.timeout(30):
         while all(each.ended is None for each in await terminals.list(BOX)):
             await asyncio.sleep(0.05)
+    if ground.endpoint.kind != "fake":  # there every program can be started
+        with pytest.raises(NotFoundError):
+            await terminals.open(BOX, spec("no-such-program"))
+    assert len(await terminals.list(BOX)) == 32, "it gives way to one that begins, only"
     await terminals.open(BOX, spec("cat"))
     left = {each.id for each in await terminals.list(BOX)}
     assert opened[7].id not in left

@@ -20,6 +20,7 @@ from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.host import processes
 from atelier.model.errors import HostError, InvalidRequestError, VmmError
+from atelier.model.ids import new_installation_id
 from atelier.model.machine import ROOT_DISK_SERIAL, BootFiles, Disk, DiskFile, MachineSpec, NetworkAttachment
 
 SANDBOX, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
@@ -85,7 +86,7 @@ async def _qemu(folder: Path) -> Bench:
 
 def _firecracker(folder: Path) -> Bench:
     """Over the fake Firecracker: no guest boots, everything else is as it is."""
-    stand = FirecrackerStand(folder, INSTALLATION)
+    stand = FirecrackerStand(folder, new_installation_id())
     specs: dict[str, MachineSpec] = {}
 
     def spec(sandbox_id: str) -> MachineSpec:

@@ -23,7 +23,11 @@ def find_document() -> Path | None:
     return _BESIDE if _BESIDE.exists() else None
 
 
-NO_DOCUMENT = "" if find_document() else "no API document of Firecracker's: set ATELIER_FIRECRACKER_API_SPEC"
+NO_DOCUMENT = (
+    ""
+    if find_document()
+    else "not applicable: the vendor's API document is not here (ATELIER_FIRECRACKER_API_SPEC), nor may it be copied"
+)
 """As words for a skip; empty where there is one."""
 
 

@@ -36,7 +36,8 @@ def test_what_is_proper_is_read() -> None:
     "lie",
     [
         {"id": "../../x"}, {"id": ""}, {"id": "a" * 33}, {"id": 7}, {"size": {"cols": -1, "rows": 24}},
-        {"size": {"cols": 1e9, "rows": 24}}, {"size": None}, {"createdAtMs": str(2**63)}, {"createdAtMs": -1},
+        {"size": {"cols": 1e9, "rows": 24}}, {"size": {"cols": 1001, "rows": 24}}, {"size": {"cols": 80, "rows": 0}},
+        {"size": None}, {"createdAtMs": str(2**63)}, {"createdAtMs": -1},
         {"viewers": 10**9}, {"pid": 0}, {"end": []}, {"config": {"args": "x"}}, {"title": "\ud800"},
     ],
 )  # fmt: skip
@@ -49,6 +50,10 @@ def test_a_long_title_is_cut_and_shown_on_one_line() -> None:
     assert terminal_session({**GOOD, "title": "a\n\x1b]b" + "x" * 10**6}).title == "a  ]b" + "x" * 195
     event = terminal_event({"event": {"title": {"title": "y" * 10**6}}})
     assert event == TerminalTitled("y" * 200)
+
+
+def test_the_user_is_one_short_line() -> None:
+    assert terminal_session({**GOOD, "user": "a\x1b[2Jb\n" + "x" * 100}).user == "a [2Jb " + "x" * 57
 
 
 def test_too_many_are_refused() -> None:

@@ -39,15 +39,28 @@ def test_a_title_is_one_short_printable_line() -> None:
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_who_begins_in_the_middle_gets_the_modes_that_were_set_before(size: int) -> None:
     output = read_in_pieces(b"\x1b[?1049h\x1b[?25l--\x1b[?25h++", size)
-    assert output.opening(9).endswith(b"\x1b[?1049h"), "the cursor's mode comes with what follows"
-    assert b"\x1b[?25h" in output.opening(30)
-    assert output.opening(0).find(b"?") < 0
+    assert output.opening(0, 9).endswith(b"\x1b[?1049h"), "the cursor's mode comes with what follows"
+    assert b"\x1b[?25h" in output.opening(0, 30)
+    assert output.opening(0, 0).find(b"?") < 0
+
+
+def test_modes_that_undo_one_another_come_in_the_order_of_their_changes() -> None:
+    output = read_in_pieces(b"\x1b[?1049h\x1b[?1049l\x1b[?47h\x1b[?47l\x1b[?1049h", 7)
+    assert output.opening(0, 100).endswith(b"\x1b[?47l\x1b[?1049h"), "the program shows the other screen"
+
+
+def test_who_has_missed_a_part_gets_what_changed_there_and_a_reset_too() -> None:
+    data = b"\x1b[?1049h" + b"." * 100 + b"\x1bc" + b"." * 100 + b"\x1b[?25l" + b"." * 100
+    output = read_in_pieces(data, 50)
+    assert output.opening(60, 250).endswith(b"\x0f\x1bc\x1b[?25l"), "his screen is the other one still"
+    assert output.opening(200, 250).endswith(b"\x0f\x1b[?25l"), "what he saw before the reset may stay"
+    assert output.opening(212, 250).endswith(b"\x0f\x1b[?25l"), "of this sequence he has had a part only"
 
 
 def test_modes_are_few_whatever_is_written() -> None:
     output = TerminalOutput()
     output.read(b"".join(b"\x1b[?%dh" % mode for mode in range(5000)), 0)
-    assert len(output.opening(10**6)) < 2000
+    assert len(output.opening(0, 10**6)) < 2000
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,22 @@ import http.client
 import socket
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from tests import caddy as front
+from tests.footprint import ask_gateway
 from tests.running_manager import WITH_TEMPLATES, LocalInstallation, local_installation, wait_until
 from websockets.sync.client import ClientConnection, connect
 
 from atelier import Sandbox
+from atelier.model.ids import new_sandbox_id
 
 SECONDS = 240
+REAL, FAKES = 3, 200
 DOWNLOAD_BYTES = 100_000_000
 # A WebSocket that sends back each short text, by the standard library alone; and a file of zeros without its bytes.
 SERVER = rb"""
@@ -82,6 +86,25 @@ def say(opened: ClientConnection, text: str) -> None:
     assert opened.recv(timeout=SECONDS) == text
 
 
+def fakes_come_and_go(made: LocalInstallation, proxy: front.Caddy) -> None:
+    """Sandboxes of which there is no more than a VMM's socket, at the same gateway, each with a visitor."""
+    socket_path = made.folder / "fake-vmm.sock"
+    with socket.socket(socket.AF_UNIX) as machines:
+        machines.bind(str(socket_path))
+        machines.listen(FAKES)
+        for _ in range(FAKES):
+            fake = new_sandbox_id()
+            channel = {"sandbox_id": fake, "socket_path": str(socket_path), "token": "x" * 32}
+            assert ask_gateway(made.manager, "attach", **channel)["ok"]
+            host = f"8000-{fake}.{front.SANDBOX_DOMAIN}"
+            visitor = http.client.HTTPConnection(host, proxy.port)
+            visitor.sock = proxy.connect(host)
+            visitor.request("GET", "/")
+            assert visitor.getresponse().status == 404, "no row is its, so nobody is let in"
+            visitor.close()
+            assert ask_gateway(made.manager, "detach", sandbox_id=fake)["ok"]
+
+
 def test_a_real_guest_by_the_gateway_alone() -> None:
     with local_installation(WITH_TEMPLATES) as made:
         sandbox_id = begin_serving(made)
@@ -133,5 +156,20 @@ def test_a_real_guest_behind_caddy(caddy: tuple[front.Caddy, Path]) -> None:
             received += count
         assert received == DOWNLOAD_BYTES
         connection.close()
-        with connect(f"ws://{url.netloc}/", sock=proxy.connect(url.hostname or ""), open_timeout=SECONDS) as opened:
+        with (
+            connect(f"ws://{url.netloc}/", sock=proxy.connect(url.hostname or ""), open_timeout=SECONDS) as opened,
+            ThreadPoolExecutor() as others,
+        ):
             say(opened, "through TLS")
+            passing = others.submit(fakes_come_and_go, made, proxy)
+            for number in range(REAL):
+                made.create(f"other-{number}")
+                say(opened, f"beside {number}")
+                made.call("DELETE", f"/sandboxes/other-{number}?wait=true", expected=204)
+                say(opened, f"without {number}")
+            passing.result()
+            say(opened, "when all have gone")
+            made.kill()
+            say(opened, "while there is no manager")
+            made.start("--listen", made.manager.url.removeprefix("http://"))
+            say(opened, "as on the first day")

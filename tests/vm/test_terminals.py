@@ -7,11 +7,16 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from tests.api.cli_program import Cli
 from tests.footprint import gateway_pid
 from tests.running_manager import RunningManager, local_installation, wait_until
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
+
+from atelier import Sandbox
+from atelier.model.guest import ProcessEnded, ProcessOutput
 
 
 class Viewer:
@@ -73,7 +78,7 @@ def test_a_terminal_outlives_all_but_its_sandbox() -> None:
             assert b"20 70" in first.read_until(b"resized-2\r\n")
             # Neither reads any more: the program ends its work all the same.
             first.type("seq 2000000; printf '\\033]2;wri%s\\007' tten\r")
-            wait_until(lambda: host.call("GET", "/sandboxes/box/terminals")["items"][0]["title"] == "written")
+            wait_until(lambda: host.call("GET", "/sandboxes/box/terminals")["items"][0]["title"] == "written", 600)
         shown = replay(manager, terminal)
         assert b"2000000\r\n" in shown
         assert len(shown) <= 1024 * 1024 + 4096
@@ -84,7 +89,11 @@ def test_a_terminal_outlives_all_but_its_sandbox() -> None:
         host.kill()
         manager = host.start()
         assert b"2000000\r\n" in replay(manager, terminal)
-        host.call("POST", "/sandboxes/box/pause?wait=true")
+        with view(manager, terminal) as viewer:
+            viewer.read_until(b"replayed")
+            host.call("POST", "/sandboxes/box/pause?wait=true")
+            # It breaks off, and is no end of the program.
+            viewer.read_until(b"failed")
         host.call("POST", "/sandboxes/box/resume?wait=true")
         with view(manager, terminal) as viewer:
             viewer.read_until(b"replayed")
@@ -93,3 +102,35 @@ def test_a_terminal_outlives_all_but_its_sandbox() -> None:
         host.call("POST", "/sandboxes/box/stop?wait=true")
         host.call("POST", "/sandboxes/box/start?wait=true")
         assert host.call("GET", "/sandboxes/box/terminals")["items"] == []
+
+
+def test_the_command_line_and_the_sdk_share_a_terminal(
+    sandbox: Sandbox, local_manager: RunningManager, tmp_path: Path
+) -> None:
+    cli = Cli(local_manager, tmp_path)
+    session = cli.open_terminal("shell", "--session", "work", sandbox.name, columns=90, rows=20)
+    try:
+        session.wait_raw()
+        session.type(b"stty size; echo first-$((40 + 2))\r")
+        session.expect(rb"20 90\r\nfirst-42\r\n")
+        session.type(b"\x1d\x1d\x1d")
+        assert session.wait() == 0
+    finally:
+        session.close()
+    (listed,) = sandbox.terminals.list()
+    assert (listed.title, listed.columns, listed.rows, listed.viewers) == ("work", 90, 20, 0)
+    with sandbox.terminals.attach(listed.id) as viewer:
+        viewer.send(b"exit 3\r")
+        events = list(viewer)
+    assert b"first-42\r\n" in b"".join(event.data for event in events if isinstance(event, ProcessOutput))
+    assert isinstance(events[-1], ProcessEnded)
+    assert events[-1].exit_code == 3
+    # One that takes no notice is ended by force, with all that it runs.
+    stubborn = sandbox.terminals.open("trap '' HUP; sleep 86413 & echo begun; wait; sleep 86413", title="stubborn")
+    with sandbox.terminals.attach(stubborn.id) as viewer:
+        next(event for event in viewer if isinstance(event, ProcessOutput) and b"begun" in event.data)
+        assert cli.run("terminal-close", sandbox.name, "stubborn").stdout.decode().split() == [stubborn.id]
+        assert isinstance(list(viewer)[-1], ProcessEnded)
+    wait_until(lambda: sandbox.run(["pgrep", "-f", "sleep 86413"]).exit_code == 1)
+    sandbox.terminals.close(listed.id)
+    assert sandbox.terminals.list() == []

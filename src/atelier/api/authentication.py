@@ -8,6 +8,7 @@ says of the operation it puts into the audit log.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -17,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocket
 
 from atelier.api import errors
-from atelier.api.edge import EDGE_PATH, answer_edge
 from atelier.api.services import Services
 from atelier.model.errors import AccessDeniedError, AtelierError, AuthenticationError, InvalidRequestError
 from atelier.model.principal import Principal
@@ -30,6 +30,8 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/docs", "/openapi.json", "/sign-in", "/sign-out", "/previews/enter"})
 OPEN_PREFIXES = ("/docs/", "/sign-in/")
 """Health and the description of the API, the same for everybody who has the software; and the way in."""
+PAGES = re.compile(r"/sandboxes/[a-z0-9-]{1,64}/terminal")
+"""What people look at with a browser. Who is not signed in comes as far as the page, which sends them to do that."""
 
 LOCAL_HOST_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -58,9 +60,6 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._application(scope, receive, send)
-            return
-        if scope["path"] == EDGE_PATH and scope["type"] == "http":
-            await answer_edge(self._services.preview_entry, self._services.edge_socket, scope, send)
             return
         state = scope.setdefault("state", {})
         with contextlib.ExitStack() as stack:
@@ -103,7 +102,7 @@ class Gate:
     def _find_principal(self, scope: Message, headers: dict[bytes, bytes]) -> Principal | None:
         """None: nobody, at a path that is open to everybody."""
         path: str = scope["path"]
-        is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+        is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIXES) or PAGES.fullmatch(path) is not None
         authenticator = self._services.authenticator
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         key = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
@@ -126,10 +125,7 @@ class Gate:
             if not is_open:
                 raise
         if not is_open:
-            raise AuthenticationError(
-                "no key was sent",
-                hint="send 'Authorization: Bearer <key>'; clients read ATELIER_API_KEY or the local token file",
-            )
+            raise no_key_sent()
         return None
 
     # --- what is written down -----------------------------------------------------------------------------------------
@@ -149,6 +145,13 @@ class Gate:
     def _note(self, scope: Message, operation: str, status: int) -> None:
         state = scope["state"]
         self._services.audit.note(state["principal"], operation, state.get("subject", ""), status, address_of(scope))
+
+
+def no_key_sent() -> AuthenticationError:
+    return AuthenticationError(
+        "no key was sent",
+        hint="send 'Authorization: Bearer <key>'; clients read ATELIER_API_KEY or the local token file",
+    )
 
 
 def session_cookie(public_url: str) -> str:

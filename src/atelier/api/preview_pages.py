@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 from atelier.api.authentication import address_of
 from atelier.api.parameters import services_of
-from atelier.api.sign_in_pages import PAGE_HEADERS, remember_return
+from atelier.api.sign_in_pages import PAGE_HEADERS, send_to_sign_in
 from atelier.model.errors import AccessDeniedError, NotFoundError
 from atelier.model.preview_page import PreviewPage
 from atelier.model.principal import Principal
@@ -31,9 +31,7 @@ async def enter_preview(
     principal: Principal | None = request.state.principal
     services = services_of(request)
     if principal is None:
-        response = RedirectResponse("/sign-in", status_code=303, headers=PAGE_HEADERS)
-        remember_return(request, response, f"/previews/enter?host={quote(host, safe='')}&next={quote(onward, safe='')}")
-        return response
+        return send_to_sign_in(request, f"/previews/enter?host={quote(host, safe='')}&next={quote(onward, safe='')}")
     try:
         found = services.preview_entry.find(host)
         if found is None:

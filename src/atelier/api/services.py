@@ -44,8 +44,6 @@ class Services:
     ssh_entry: SshEntry
     previews: PreviewService
     preview_entry: PreviewEntry
-    edge_socket: str
-    """Where a front proxy finds the gateway; empty: nowhere."""
     audit: AuditLog
     idempotency: IdempotencyService
     rate_limits: RateLimits

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Form, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 
-from atelier.api.authentication import address_of, session_cookie
+from atelier.api.authentication import PAGES, address_of, session_cookie
 from atelier.api.errors import status_of
 from atelier.api.parameters import services_of
 from atelier.model.errors import AccessDeniedError, AtelierError, IdentityProviderError, RateLimitedError
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPT_SECONDS = 600
 _SESSION_SECONDS = 14 * 86400
-_RETURNS = "/previews/enter?host="
+_PREVIEW = "/previews/enter?host="
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'",
     # Not "no-referrer": browsers would then send "Origin: null" with our own forms.
@@ -165,18 +165,20 @@ async def sign_out(request: Request) -> Response:
 def _welcome(request: Request, user: User, token: str, through: str) -> Response:
     who = Principal(user.id, user.name, user.role, frozenset())
     services_of(request).audit.note(who, "sign_in", "", 303, address_of(request.scope), through=through)
-    # Where they came from, if that was a preview.
+    # Where they came from, if that was a page of ours or a preview.
     onward = request.cookies.get(_return_cookie(request), "").strip('"')
-    to = onward if onward.startswith(_RETURNS) else "/sign-in"
+    to = onward if onward.startswith(_PREVIEW) or PAGES.fullmatch(onward) else "/sign-in"
     response = RedirectResponse(to, status_code=303, headers=PAGE_HEADERS)
     _set_cookie(request, response, session_cookie(_public_url(request)), token, _SESSION_SECONDS)
     response.delete_cookie(_return_cookie(request), secure=_is_secure(request), httponly=True, samesite="lax")
     return response
 
 
-def remember_return(request: Request, response: Response, path: str) -> None:
-    """Where somebody is to go once they are signed in; only addresses of previews are gone to."""
+def send_to_sign_in(request: Request, path: str) -> Response:
+    """With a cookie that says where somebody is to go afterwards; only pages and previews are gone to."""
+    response = RedirectResponse("/sign-in", status_code=303, headers=PAGE_HEADERS)
     _set_cookie(request, response, _return_cookie(request), path, _ATTEMPT_SECONDS)
+    return response
 
 
 def _check_form(request: Request) -> None:

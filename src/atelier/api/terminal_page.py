@@ -3,13 +3,17 @@ it shows, its script takes from its address, so nothing that anybody named stand
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
 
+from atelier.api.authentication import no_key_sent
 from atelier.api.parameters import SandboxReference, services_of
+from atelier.api.sign_in_pages import send_to_sign_in
 from atelier.model.errors import NotFoundError
 
 _OWN: Final = {"terminal.js": "text/javascript", "terminal.css": "text/css"}
@@ -25,7 +29,24 @@ _HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
 }
 
-router = APIRouter(include_in_schema=False)
+
+class _SignedInRoute(APIRoute):
+    """Nobody comes further who is not known: a browser goes to sign in, and comes back."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        show = super().get_route_handler()
+
+        async def shown(request: Request) -> Response:
+            if request.state.principal is not None:
+                return await show(request)
+            if "text/html" not in request.headers.get("accept", ""):
+                raise no_key_sent()
+            return send_to_sign_in(request, request.scope["path"])
+
+        return shown
+
+
+router = APIRouter(include_in_schema=False, route_class=_SignedInRoute)
 
 
 @router.get("/sandboxes/{sandbox}/terminal", operation_id="show_terminal_page")

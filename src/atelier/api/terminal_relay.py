@@ -23,6 +23,7 @@ from atelier.schemas.processes import FailedEvent
 
 Frames = AsyncGenerator[bytes | BaseModel]
 CLOSE_ENDED, CLOSE_FAILED = 1000, 4000
+_END_SECONDS = 2.0
 
 
 class _Resize(BaseModel):
@@ -56,12 +57,14 @@ async def relay(
             elif (text := message.get("text")) is not None and (size := _parse_resize(text)) is not None:
                 await resize(size)
 
-    tasks = {asyncio.create_task(to_client()), asyncio.create_task(to_guest())}
+    showing, typing = tasks = asyncio.create_task(to_client()), asyncio.create_task(to_guest())
     try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-                task.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not showing.done() and typing.exception() is not None:
+            # Perhaps something typed when the program had just ended: what is to be heard is how it did.
+            await asyncio.wait({showing}, timeout=_END_SECONDS)
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            (showing if showing.done() else typing).result()
     finally:
         for task in tasks:
             task.cancel()

@@ -23,6 +23,8 @@ COMMANDS = {
     "get": LazyCommand(f"{_COMMANDS}.get:get", "Show one sandbox."),
     "exec": LazyCommand(f"{_COMMANDS}.exec:exec_command", "Run a program in a sandbox."),
     "shell": LazyCommand(f"{_COMMANDS}.shell:shell", "Open a terminal in a sandbox."),
+    "terminals": LazyCommand(f"{_COMMANDS}.terminals:terminals", "List a sandbox's terminals that live on."),
+    "terminal-close": LazyCommand(f"{_COMMANDS}.terminals:terminal_close", "End terminals that live on."),
     "stop": LazyCommand(f"{_COMMANDS}.stop:stop", "Shut sandboxes down; their disks stay."),
     "start": LazyCommand(f"{_COMMANDS}.start:start", "Boot stopped or failed sandboxes again."),
     "restart": LazyCommand(f"{_COMMANDS}.restart:restart", "Stop sandboxes and start them again."),

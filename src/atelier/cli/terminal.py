@@ -1,4 +1,4 @@
-"""The user's terminal: raw mode, its size, and a session with a terminal in a sandbox.
+"""The user's terminal: raw mode, its size, and a session with a terminal in a sandbox (``shown_terminals``).
 
 Called by ``shell`` and ``exec -t``. The only module of the CLI that may use termios. Whatever happens, the terminal
 gets back the settings that it had.
@@ -14,16 +14,14 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Awaitable, Callable, Generator
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, TypeVar
 
-from atelier.client import calls
-from atelier.client.connection import AsyncConnection
-from atelier.client.environment import Endpoint
-from atelier.client.terminal import AsyncTerminal, TerminalEvent
-from atelier.model.errors import AtelierError, TransientError
-from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessStarted, TerminalSize
+from atelier.cli.shown_terminals import ShownTerminal
+from atelier.client.terminal import AsyncTerminal
+from atelier.model.errors import TransientError
+from atelier.model.guest import ProcessEnded, ProcessOutput, TerminalSize
+from atelier.schemas.terminals import JoinedEvent, LostEvent, ReplayedEvent
 
 T = TypeVar("T")
 
@@ -35,6 +33,9 @@ _INTERRUPT = 0x03
 _RECONNECT_SECONDS = 30.0
 _RECONNECT_PAUSE_SECONDS = 0.5
 _READ_BYTES = 64 * 1024
+_STATUS_QUESTION, _STATUS_ANSWER = b"\x1b[5n", b"\x1b[0n"
+"""Source: ECMA-48, DSR; every terminal emulator answers it, after all that was asked before."""
+_ANSWER_SECONDS = 1.0
 
 _CALM_DOWN = (
     "\x1b[?1047l"  # leave the alternate screen
@@ -45,17 +46,6 @@ _CALM_DOWN = (
     "\x1b[0m"
 )
 """What a program does itself when it ends well; for when its end was not seen."""
-
-
-@dataclass(frozen=True, slots=True)
-class TerminalOptions:
-    """``command`` empty: a login shell. ``pid``: an open terminal, instead of a new one."""
-
-    sandbox: str
-    command: list[str]
-    user: str = ""
-    working_directory: str = ""
-    pid: int | None = None
 
 
 def is_terminal() -> bool:
@@ -87,18 +77,18 @@ def raw_mode(descriptor: int) -> Generator[Callable[[], None]]:
         termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
 
 
-async def run_terminal(endpoint: Endpoint, options: TerminalOptions) -> int:
+async def run_terminal(shown: ShownTerminal) -> int:
     """Show a terminal of the sandbox in the user's own until its program ends; return the program's exit status.
 
     Raises AtelierError when the terminal cannot be opened, or is lost for longer than 30 s.
     """
-    session = _Session(endpoint, options)
-    terminal = await session.open()
+    # Opened, there is a terminal: before, the user's own is not touched.
+    session = _Session(shown, await shown.open(current_size()))
     try:
-        # The first event tells whether there is a terminal at all; before it the user's own is not touched.
-        first = None if options.pid is not None else await terminal.receive()
+        if shown.greeting:
+            _write(f"[atelier: {shown.greeting}]\r\n".encode())
         with raw_mode(sys.stdin.fileno()) as enter_raw_mode:
-            return await session.run(terminal, first, enter_raw_mode)
+            return await session.run(enter_raw_mode)
     finally:
         await session.close()
 
@@ -113,49 +103,28 @@ class _Left(Exception):
 
 
 class _Session:
-    def __init__(self, endpoint: Endpoint, options: TerminalOptions) -> None:
-        self._endpoint = endpoint
-        self._options = options
-        self._pid = options.pid
+    def __init__(self, shown: ShownTerminal, terminal: AsyncTerminal[Any]) -> None:
+        self._shown = shown
+        self._terminal: AsyncTerminal[Any] | None = terminal
         self._escapes: list[float] = []
-        self._terminal: AsyncTerminal | None = None
+        self._answers = _LateAnswers()
         self._lost_at = 0.0
-        self._resizes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._left: asyncio.Future[_Left] | None = None
-
-    async def open(self) -> AsyncTerminal:
-        size = current_size()
-        path = calls.terminal_path(
-            self._options.sandbox,
-            columns=size.columns,
-            rows=size.rows,
-            command=[] if self._pid is not None else self._options.command,
-            user=self._options.user,
-            working_directory=self._options.working_directory,
-            pid=self._pid,
-        )
-        return await AsyncTerminal.open(self._endpoint, path, f"open a terminal in {self._options.sandbox}")
 
     async def close(self) -> None:
         if self._terminal is not None:
             await self._terminal.close()
 
-    async def run(
-        self, terminal: AsyncTerminal, first: TerminalEvent | None, enter_raw_mode: Callable[[], None]
-    ) -> int:
+    async def run(self, enter_raw_mode: Callable[[], None]) -> int:
         loop = asyncio.get_running_loop()
         self._left = loop.create_future()
         loop.add_signal_handler(signal.SIGWINCH, self._on_resize)
         loop.add_signal_handler(signal.SIGCONT, self._on_continue, enter_raw_mode)
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_hang_up, number)
-        self._terminal = terminal
-        if isinstance(first, ProcessStarted):
-            self._pid = first.pid
-        elif isinstance(first, ProcessOutput):
-            _write(first.data)
-        elif isinstance(first, ProcessEnded):
-            return first.exit_code
+        terminal = self._terminal
+        assert terminal is not None
         typing = asyncio.create_task(self._type())
         ended_well = False
         try:
@@ -170,10 +139,10 @@ class _Session:
         except _Left as left:
             _write(f"\r\n{left.note}\r\n".encode())
             if left.status > 128:
-                await self._hang_up()
+                await self._shown.hang_up()
             return left.status
         finally:
-            for task in (typing, *self._resizes):
+            for task in (typing, *self._tasks):
                 task.cancel()
             for number in (signal.SIGWINCH, signal.SIGCONT, signal.SIGTERM, signal.SIGHUP):
                 loop.remove_signal_handler(number)
@@ -190,21 +159,33 @@ class _Session:
         task.cancel()
         raise self._left.result()
 
-    async def _show(self, terminal: AsyncTerminal) -> int:
+    async def _show(self, terminal: AsyncTerminal[Any]) -> int:
         while True:
             event = await terminal.receive()
             self._lost_at = 0.0
+            self._shown.hear(event)
             match event:
-                case ProcessStarted():
-                    self._pid = event.pid
                 case ProcessOutput():
+                    self._answers.shown(event.data)
                     _write(event.data)
                 case ProcessEnded():
                     return event.exit_code
+                case JoinedEvent():
+                    self._answers.begin()
+                case LostEvent():
+                    _write(f"\r\n[atelier: {event.bytes} bytes are kept no more]\r\n".encode())
+                case ReplayedEvent():
+                    if self._answers.ask():
+                        _write(_STATUS_QUESTION)
+                        asyncio.get_running_loop().call_later(_ANSWER_SECONDS, self._await_no_more)
+                    else:
+                        self._await_no_more()
+                case _:
+                    pass  # its title, for one, reaches the user's terminal as the program wrote it
 
-    async def _reconnect(self, reason: TransientError) -> AsyncTerminal:
+    async def _reconnect(self, reason: TransientError) -> AsyncTerminal[Any]:
         """Attach to the same program again: a restart of the manager or the gateway leaves it alone."""
-        if self._pid is None:
+        if not self._shown.is_found:
             raise reason
         self._terminal = None
         if not self._lost_at:
@@ -215,7 +196,7 @@ class _Session:
                 raise reason
             await asyncio.sleep(_RECONNECT_PAUSE_SECONDS)
             with contextlib.suppress(TransientError):
-                self._terminal = await self.open()
+                self._terminal = await self._shown.open(current_size(), again=True)
                 self._on_resize()
                 return self._terminal
 
@@ -231,15 +212,26 @@ class _Session:
                 self._leave(128 + signal.SIGHUP, "[atelier: the terminal is gone]")
                 return
             if self._wants_to_leave(data):
-                self._leave(0, f"[atelier: left; process {self._pid} still runs: atelier shell --attach {self._pid}]")
+                self._leave(0, f"[atelier: left; {self._shown.farewell}]")
                 return
-            terminal = self._terminal
-            if terminal is None:
+            if self._terminal is None:
                 if _INTERRUPT in data:
                     self._leave(EXIT_TERMINAL_FAILED, "[atelier: gave up]")
                 continue  # keys typed while there is no connection lead nowhere
+            await self._send(self._answers.pass_on(data))
+
+    async def _send(self, data: bytes) -> None:
+        if data and self._terminal is not None:
             with contextlib.suppress(TransientError):  # the reading side sees it too, and connects again
-                await terminal.send(data)
+                await self._terminal.send(data)
+
+    def _await_no_more(self) -> None:
+        self._do(self._send(self._answers.give_up()))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _wants_to_leave(self, data: bytes) -> bool:
         now = time.monotonic()
@@ -254,11 +246,9 @@ class _Session:
 
     def _on_resize(self) -> None:
         if self._terminal is not None:
-            task = asyncio.create_task(self._resize(self._terminal))
-            self._resizes.add(task)
-            task.add_done_callback(self._resizes.discard)
+            self._do(self._resize(self._terminal))
 
-    async def _resize(self, terminal: AsyncTerminal) -> None:
+    async def _resize(self, terminal: AsyncTerminal[Any]) -> None:
         with contextlib.suppress(TransientError):
             await terminal.resize(current_size())
 
@@ -270,13 +260,45 @@ class _Session:
     def _on_hang_up(self, number: signal.Signals) -> None:
         self._leave(128 + number, f"[atelier: ended by {number.name}]")
 
-    async def _hang_up(self) -> None:
-        """As when a modem line drops: the program in the terminal is told. One that ignores it lives on."""
-        if self._pid is None:
-            return
-        with contextlib.suppress(AtelierError):
-            async with AsyncConnection(self._endpoint) as connection:
-                await connection.send(calls.send_signal(self._options.sandbox, self._pid, "SIGHUP"))
+
+class _LateAnswers:
+    """Keeps from a program what the user's terminal says to questions of long ago.
+
+    Among what was written before there may be questions that a program asked the terminal of its time (where its cursor
+    is, which colours it has). Shown again, they are answered again, as if typed. So what is typed is held while that is
+    shown, then one more question is put; what came before its answer is dropped. A terminal that does not answer asks
+    nothing, and what was held is passed on."""
+
+    def __init__(self) -> None:
+        self._held: bytearray | None = None
+        self._may_ask = False
+        self._has_asked = False
+
+    def begin(self) -> None:
+        self._held, self._may_ask, self._has_asked = bytearray(), False, False
+
+    def shown(self, data: bytes) -> None:
+        self._may_ask = self._may_ask or (self._held is not None and (b"\x1b" in data or b"\x05" in data))
+
+    def ask(self) -> bool:
+        """All of it has been shown: whether there may be answers, and the question has to be put."""
+        self._has_asked = self._may_ask
+        return self._may_ask
+
+    def pass_on(self, typed: bytes) -> bytes:
+        """How much of what was typed is for the program, now."""
+        if self._held is None:
+            return typed
+        self._held = (self._held + typed)[-_READ_BYTES:]
+        _, answer, rest = self._held.partition(_STATUS_ANSWER)
+        if not (self._has_asked and answer):
+            return b""
+        self._held = None
+        return bytes(rest)
+
+    def give_up(self) -> bytes:
+        held, self._held = self._held, None
+        return bytes(held or b"")
 
 
 async def _readable(descriptor: int) -> None:

@@ -63,6 +63,17 @@ class LineStream(Generic[T]):
     body: bytes | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TerminalSocket(Generic[T]):
+    """A WebSocket that carries a terminal. ``parse`` reads one text frame (raises when it tells of a failure).
+    ``lost_hint``: what to do when the connection breaks off."""
+
+    operation: str
+    path: str
+    parse: Callable[[bytes], T]
+    lost_hint: str
+
+
 def sandbox_path(sandbox: str, below: str = "") -> str:
     return f"{API}/sandboxes/{encode_segment(sandbox, 'sandbox')}{below}"
 

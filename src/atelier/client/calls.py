@@ -282,20 +282,6 @@ def send_signal(sandbox: str, pid: int, signal: str | int) -> Call[None]:
     return Call(operation, "POST", _process(sandbox, pid, "/signal"), read_nothing, body)
 
 
-def terminal_path(
-    sandbox: str, *, columns: int, rows: int, command: Sequence[str], user: str, working_directory: str, pid: int | None
-) -> str:
-    query: list[tuple[str, str | bytes | int]] = [("columns", columns), ("rows", rows)]
-    if pid is not None:
-        query.append(("pid", pid))
-    query.extend(("command", argument) for argument in command)
-    if user:
-        query.append(("user", user))
-    if working_directory:
-        query.append(("working_directory", working_directory))
-    return sandbox_path(sandbox, f"/pty{encode_query(query)}")
-
-
 def process_event_parser(operation: str) -> Callable[[bytes], ProcessEvent]:
     """Reads one line of a process's stream; raises the error that a ``failed`` line tells of."""
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from atelier.client import calls, snapshot_calls
+from atelier.client import calls, snapshot_calls, terminal_calls
 from atelier.client.calls import Command
 from atelier.client.connection import AsyncConnection, AsyncConnectionLease, Connection, ConnectionLease
 from atelier.client.environment import endpoint_of
@@ -40,8 +40,9 @@ from atelier.client.sandbox_life import (
 )
 from atelier.client.snapshots import AsyncSnapshot, Snapshot
 from atelier.client.steps import carry_out, carry_out_async
+from atelier.client.terminals import AsyncTerminals, Terminals
 from atelier.model.errors import AtelierError
-from atelier.model.guest import TerminalSize
+from atelier.model.guest import ProcessEvent, TerminalSize
 from atelier.model.ids import new_sandbox_name
 from atelier.model.states import SandboxState
 from atelier.schemas.processes import RunResult
@@ -66,6 +67,7 @@ class Sandbox(SandboxLife):
         self._lease = lease
         self.files = Files(lease, details.id)
         self.processes = Processes(lease, details.id)
+        self.terminals = Terminals(lease, details.id)
 
     @classmethod
     def create(
@@ -213,16 +215,14 @@ class Sandbox(SandboxLife):
         user: str = "",
         working_directory: str = "",
         pid: int | None = None,
-    ) -> Terminal:
+    ) -> Terminal[ProcessEvent]:
         """A terminal with ``command`` (none: a login shell), or, with ``pid``, an open one again."""
         from atelier.client.terminal import Terminal
 
-        arguments = calls.to_arguments(command) if command else []
-        path = calls.terminal_path(
-            self.id, columns=size.columns, rows=size.rows, command=arguments, user=user,
-            working_directory=working_directory, pid=pid,
-        )  # fmt: skip
-        return Terminal(self._lease.endpoint, path, f"open a terminal in {self.name}")
+        socket = terminal_calls.one_shot_terminal(
+            self.id, command, size=size, user=user, working_directory=working_directory, pid=pid
+        )
+        return Terminal(self._lease.endpoint, socket)
 
     def fork(
         self,
@@ -286,6 +286,7 @@ class AsyncSandbox(AsyncSandboxLife):
         self._lease = lease
         self.files = AsyncFiles(lease, details.id)
         self.processes = AsyncProcesses(lease, details.id)
+        self.terminals = AsyncTerminals(lease, details.id)
 
     @classmethod
     async def create(
@@ -420,16 +421,14 @@ class AsyncSandbox(AsyncSandboxLife):
         user: str = "",
         working_directory: str = "",
         pid: int | None = None,
-    ) -> AsyncTerminal:
+    ) -> AsyncTerminal[ProcessEvent]:
         """A terminal with ``command`` (none: a login shell), or, with ``pid``, an open one again."""
         from atelier.client.terminal import AsyncTerminal
 
-        arguments = calls.to_arguments(command) if command else []
-        path = calls.terminal_path(
-            self.id, columns=size.columns, rows=size.rows, command=arguments, user=user,
-            working_directory=working_directory, pid=pid,
-        )  # fmt: skip
-        return await AsyncTerminal.open(self._lease.endpoint, path, f"open a terminal in {self.name}")
+        socket = terminal_calls.one_shot_terminal(
+            self.id, command, size=size, user=user, working_directory=working_directory, pid=pid
+        )
+        return await AsyncTerminal.open(self._lease.endpoint, socket)
 
     async def fork(
         self,

@@ -1,7 +1,7 @@
 """A terminal (PTY) in a sandbox over a WebSocket: for the CLI's ``shell`` and for programs that need a terminal.
 
-Made by ``sandbox.open_terminal``. Binary frames are the terminal's bytes; text frames are JSON, told apart here.
-Closing a terminal leaves its program running; ``pid`` attaches to it again.
+Made by ``sandbox.open_terminal`` and ``sandbox.terminals.attach``. Binary frames are the terminal's bytes; text frames are
+JSON, told apart here. Closing a terminal's connection leaves its program running.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from websockets.asyncio.client import ClientConnection as AsyncSocket
 from websockets.asyncio.client import connect as connect_async
@@ -22,15 +22,16 @@ from websockets.sync.client import connect
 
 from atelier import __version__
 from atelier.client.addresses import resolve_target
-from atelier.client.calls import process_event_parser
+from atelier.client.call import TerminalSocket
 from atelier.client.environment import Endpoint
 from atelier.client.errors import error_from_response, manager_unreachable
 from atelier.model.errors import AtelierError, TransientError
-from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessStarted, TerminalSize
+from atelier.model.guest import ProcessEnded, ProcessOutput, TerminalSize
 
 _OPEN_SECONDS = 15.0
 _FRAME_MAX_BYTES = 16 * 1024 * 1024
-TerminalEvent = ProcessStarted | ProcessOutput | ProcessEnded
+E = TypeVar("E")
+F = TypeVar("F")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,9 @@ def _refused(endpoint: Endpoint, operation: str, error: Exception) -> AtelierErr
     return TransientError(f"could not {operation}: {error}", code="connection_lost")
 
 
-def _lost(operation: str) -> TransientError:
+def _lost(terminal: TerminalSocket[Any]) -> TransientError:
     return TransientError(
-        f"could not {operation}: the connection broke off",
-        code="connection_lost",
-        hint="the program in the terminal still runs; attach to it again by its pid",
+        f"could not {terminal.operation}: the connection broke off", code="connection_lost", hint=terminal.lost_hint
     )
 
 
@@ -92,11 +91,8 @@ def _resize_message(size: TerminalSize) -> str:
     return json.dumps({"type": "resize", "columns": size.columns, "rows": size.rows})
 
 
-def _read_frame(frame: str | bytes, parse: Callable[[bytes], Any]) -> TerminalEvent:
-    if isinstance(frame, bytes):
-        return ProcessOutput("pty", frame)
-    event: TerminalEvent = parse(frame.encode())
-    return event
+def _read_frame(frame: str | bytes, parse: Callable[[bytes], E]) -> E | ProcessOutput:
+    return ProcessOutput("pty", frame) if isinstance(frame, bytes) else parse(frame.encode())
 
 
 def _connect(address: _Address) -> AbstractContextManager[Socket]:
@@ -105,27 +101,40 @@ def _connect(address: _Address) -> AbstractContextManager[Socket]:
     return opened(address.url, **_with_socket(address.options))
 
 
-class Terminal:
-    """An open terminal. Iterate it for its events: ProcessStarted, ProcessOutput, and at the end ProcessEnded."""
+class Terminal(Generic[E]):
+    """An open terminal. Iterate it for its events: of one made by ``open_terminal`` ProcessStarted, ProcessOutput, and at
+    the end ProcessEnded; of one that lives on, those of ``terminal_calls.ViewerEvent``."""
 
-    def __init__(self, endpoint: Endpoint, path: str, operation: str) -> None:
-        self._operation = operation
-        self._parse = process_event_parser(operation)
-        address = _address(endpoint, path)
+    def __init__(self, endpoint: Endpoint, terminal: TerminalSocket[E]) -> None:
+        self._terminal = terminal
+        self._first: E | ProcessOutput | None = None
+        address = _address(endpoint, terminal.path)
         self._open = ExitStack()
         try:
             self._socket: Socket = self._open.enter_context(_connect(address))
         except (OSError, InvalidHandshake, WebSocketException) as error:
-            raise _refused(endpoint, operation, error) from error
+            raise _refused(endpoint, terminal.operation, error) from error
 
-    def receive(self) -> TerminalEvent:
-        """The next event. Raises TransientError when the connection breaks off."""
+    def begin(self) -> Terminal[E]:
+        """Wait for the first event, which tells whether there is such a terminal; ``receive`` gives it again."""
         try:
-            return _read_frame(self._socket.recv(), self._parse)
-        except ConnectionClosed as error:
-            raise _lost(self._operation) from error
+            self._first = self.receive()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
-    def __iter__(self) -> Iterator[TerminalEvent]:
+    def receive(self) -> E | ProcessOutput:
+        """The next event. Raises TransientError when the connection breaks off."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        try:
+            return _read_frame(self._socket.recv(), self._terminal.parse)
+        except ConnectionClosed as error:
+            raise _lost(self._terminal) from error
+
+    def __iter__(self) -> Iterator[E | ProcessOutput]:
         while True:
             event = self.receive()
             yield event
@@ -143,12 +152,12 @@ class Terminal:
         try:
             self._socket.send(message)
         except ConnectionClosed as error:
-            raise _lost(self._operation) from error
+            raise _lost(self._terminal) from error
 
     def close(self) -> None:
         self._open.close()
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Terminal[E]:
         return self
 
     def __exit__(
@@ -157,30 +166,42 @@ class Terminal:
         self.close()
 
 
-class AsyncTerminal:
+class AsyncTerminal(Generic[E]):
     """The same on asyncio; ``await AsyncTerminal.open(...)``."""
 
-    def __init__(self, socket: AsyncSocket, operation: str) -> None:
+    def __init__(self, socket: AsyncSocket, terminal: TerminalSocket[E]) -> None:
         self._socket = socket
-        self._operation = operation
-        self._parse = process_event_parser(operation)
+        self._terminal = terminal
+        self._first: E | ProcessOutput | None = None
 
-    @classmethod
-    async def open(cls, endpoint: Endpoint, path: str, operation: str) -> AsyncTerminal:
-        address = _address(endpoint, path)
+    @staticmethod
+    async def open(endpoint: Endpoint, terminal: TerminalSocket[F]) -> AsyncTerminal[F]:
+        address = _address(endpoint, terminal.path)
         try:
-            return cls(await connect_async(address.url, **address.options), operation)
+            return AsyncTerminal(await connect_async(address.url, **address.options), terminal)
         except (OSError, InvalidHandshake, WebSocketException) as error:
-            raise _refused(endpoint, operation, error) from error
+            raise _refused(endpoint, terminal.operation, error) from error
 
-    async def receive(self) -> TerminalEvent:
-        """The next event. Raises TransientError when the connection breaks off."""
+    async def begin(self) -> AsyncTerminal[E]:
+        """Wait for the first event, which tells whether there is such a terminal; ``receive`` gives it again."""
         try:
-            return _read_frame(await self._socket.recv(), self._parse)
-        except ConnectionClosed as error:
-            raise _lost(self._operation) from error
+            self._first = await self.receive()
+        except BaseException:
+            await self.close()
+            raise
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[TerminalEvent]:
+    async def receive(self) -> E | ProcessOutput:
+        """The next event. Raises TransientError when the connection breaks off."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        try:
+            return _read_frame(await self._socket.recv(), self._terminal.parse)
+        except ConnectionClosed as error:
+            raise _lost(self._terminal) from error
+
+    async def __aiter__(self) -> AsyncIterator[E | ProcessOutput]:
         while True:
             event = await self.receive()
             yield event
@@ -198,12 +219,12 @@ class AsyncTerminal:
         try:
             await self._socket.send(message)
         except ConnectionClosed as error:
-            raise _lost(self._operation) from error
+            raise _lost(self._terminal) from error
 
     async def close(self) -> None:
         await self._socket.close()
 
-    async def __aenter__(self) -> AsyncTerminal:
+    async def __aenter__(self) -> AsyncTerminal[E]:
         return self
 
     async def __aexit__(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 _GLOBAL_NPMRC = Path("/etc/npmrc")
+_VARIABLE = re.compile(r"\$\{([^}]+)\}")
 
 
 def find_npm_registry(variables: Mapping[str, str], home: Path) -> str:
@@ -13,11 +15,11 @@ def find_npm_registry(variables: Mapping[str, str], home: Path) -> str:
     where none says it: npm itself has to be asked. Nothing else of these files is looked at."""
     given = variables.get("npm_config_registry") or variables.get("NPM_CONFIG_REGISTRY") or ""
     for path in (home / ".npmrc", _GLOBAL_NPMRC):
-        given = given or _registry_in(path)
+        given = given or _registry_in(path, variables)
     return given.rstrip("/")
 
 
-def _registry_in(path: Path) -> str:
+def _registry_in(path: Path, variables: Mapping[str, str]) -> str:
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -25,5 +27,7 @@ def _registry_in(path: Path) -> str:
     for line in lines:
         name, _, value = line.partition("=")
         if name.strip() == "registry":
-            return value.strip().strip("\"'")
+            value = value.strip().strip("\"'")
+            # As npm does: what is not set stays as it is written.
+            return _VARIABLE.sub(lambda found: variables.get(found[1], found[0]), value)
     return ""

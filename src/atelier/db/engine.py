@@ -139,11 +139,6 @@ class Database:
             self._writer.stop()
             reader.close()
 
-    @property
-    def version(self) -> int:
-        """Another one after each commit: what was read since this one was looked at is still true for as long as it is."""
-        return self._writer.commits
-
     @contextmanager
     def read(self) -> Generator[Connection, None, None]:
         """A connection that sees one committed state of the database. Never ``await`` inside.

@@ -47,8 +47,6 @@ class Writer:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self.commits = 0
-        """Counted before anybody hears of a commit."""
 
     def start(self, connection: Connection) -> None:
         """``connection`` belongs to the writer's thread from here on, which closes it in the end."""
@@ -93,7 +91,6 @@ class Writer:
             for job in batch:
                 topics |= self._run_one(connection, job, alone=len(batch) == 1)
             connection.commit()
-            self.commits += 1
         except BaseException as error:
             for job in batch:
                 job.error = job.error or error

@@ -8,22 +8,28 @@ head is taken apart and put together again. Source: RFC 9110, RFC 9112.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 HEAD_MAX_BYTES: Final = 32 * 1024
 HEADERS_MAX: Final = 128
 
-_TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) (/[\x21-\x7e]*|\*) HTTP/1\.([01])")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
-_HEADER: Final = re.compile(
-    rb"(" + _TOKEN + rb"):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)[ \t]*"
-)
+_TOKEN: Final = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]"
+_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb"{1,32}) (/[\x21-\x7e]*|\*) HTTP/1\.([01])")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (" + _VALUE + rb"*))?")
+# Neither a folded line, nor space before the colon, nor a lone CR or LF, nor NUL gets past the first of these; with it, the
+# second leaves nothing out. Possessive: what is no header is found to be none in one go.
+_HEADERS: Final = re.compile(rb"(?:" + _TOKEN + rb"++:" + _VALUE + rb"*+\r\n)*+")
+_HEADER: Final = re.compile(rb"(" + _TOKEN + rb"++):(" + _VALUE + rb"*+)\r\n")
 _LENGTH: Final = re.compile(rb"[0-9]{1,18}")
 _HOP_BY_HOP: Final = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
 )
+_TELLING: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"upgrade", b"connection"})
+_NOT_A_HOPS: Final = frozenset({b"host", b"content-length", b"cookie", b"authorization"})
+"""The host and how long a body is nobody may have taken out by naming them."""
 _NO_BODY_STATUS: Final = frozenset({204, 304})
 
 Header = tuple[bytes, bytes, bytes]
@@ -39,8 +45,7 @@ class BadHead(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """How a body is told from what follows. ``length``: in bytes, where that is known."""
 
     framing: Framing
@@ -51,21 +56,21 @@ class Body:
         return self.framing == "none" or (self.framing == "length" and self.length == 0)
 
 
-@dataclass(slots=True)
-class RequestHead:
-    """``headers`` are those that go from end to end, ``Content-Length`` among them."""
+NO_BODY: Final = Body("none")
+_UNTIL_CLOSED: Final = Body("close")
+_CHUNKED: Final = Body("chunked")
 
-    method: bytes
-    target: bytes
+
+class RequestFields(NamedTuple):
+    """What the header lines of a request say. ``headers`` are those that go from end to end, ``Content-Length`` among
+    them."""
+
     host: bytes
     headers: list[Header]
     body: Body
     keeps_alive: bool
     is_http_1_0: bool
     is_web_socket: bool
-
-    def values(self, name: bytes) -> list[bytes]:
-        return [value for key, _, value in self.headers if key == name]
 
 
 @dataclass(slots=True)
@@ -80,121 +85,134 @@ class ResponseHead:
     is_switching: bool
 
 
-def parse_request(head: bytes) -> RequestHead:
-    """``head``: without the empty line at its end. Raises BadHead."""
-    first, *lines = head.split(b"\r\n")
-    found = _REQUEST_LINE.fullmatch(first)
+class _Headers:
+    """The header lines of one message, and what some of them say of the message itself. ``lines``: all but the last
+    with their ends. Raises BadHead."""
+
+    hosts: tuple[bytes, ...] = ()
+    lengths: tuple[bytes, ...] = ()
+    codings: tuple[bytes, ...] = ()
+    upgrades: tuple[bytes, ...] = ()
+    options: frozenset[bytes] = frozenset()
+
+    def __init__(self, lines: bytes) -> None:
+        block = lines + b"\r\n" if lines else b""
+        if block.count(b"\n") > HEADERS_MAX:
+            raise BadHead(431, f"more than {HEADERS_MAX} headers")
+        if _HEADERS.fullmatch(block) is None:
+            raise BadHead(400, "a header is malformed")
+        self.named: list[Header] = [(name.lower(), name, value.strip(b" \t")) for name, value in _HEADER.findall(block)]
+        for name, _, value in self.named:
+            if name in _TELLING:
+                self._note(name, value)
+
+    def _note(self, name: bytes, value: bytes) -> None:
+        match name:
+            case b"host":
+                self.hosts += (value,)
+            case b"content-length":
+                self.lengths += (value,)
+            case b"transfer-encoding":
+                self.codings += (value.lower(),)
+            case b"upgrade":
+                self.upgrades += (value.lower(),)
+            case _:
+                self.options |= {option.strip().lower() for option in value.split(b",")}
+
+    def end_to_end(self) -> list[Header]:
+        dropped = _HOP_BY_HOP | (self.options - _NOT_A_HOPS) if self.options else _HOP_BY_HOP
+        return [header for header in self.named if header[0] not in dropped]
+
+    def body(self, without: Body, *, is_http_1_0: bool) -> Body:
+        """``without``: what a message is that says nothing of its body."""
+        if self.codings:
+            if self.lengths or is_http_1_0:
+                raise BadHead(400, "the length of the body is said in two ways")
+            if self.codings != (b"chunked",):
+                raise BadHead(501, "no transfer coding but chunked is carried")
+            return _CHUNKED
+        if not self.lengths:
+            return without
+        length, *more = self.lengths
+        if more or not _LENGTH.fullmatch(length):
+            raise BadHead(400, "the length of the body is no number, or said twice")
+        return Body("length", int(length))
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, bool]:
+    """(method, target, whether it is HTTP/1.0). Raises BadHead."""
+    found = _REQUEST_LINE.fullmatch(line)
     if found is None:
         raise BadHead(400, "the first line is no request of HTTP/1.1")
     method, target, minor = found.groups()
     if method in (b"CONNECT", b"TRACE") or (target == b"*" and method != b"OPTIONS"):
         raise BadHead(405, "this method is not carried")
-    headers = _parse_headers(lines)
-    hosts = [value for name, _, value in headers if name == b"host"]
-    if len(hosts) != 1:
+    return method, target, minor == b"0"
+
+
+def parse_request_fields(lines: bytes, *, is_http_1_0: bool) -> RequestFields:
+    """``lines``: those behind the first, without the end of the last. Raises BadHead."""
+    read = _Headers(lines)
+    if len(read.hosts) != 1:
         raise BadHead(400, "a request names its host, once")
-    options = _connection_options(headers)
-    body = _parse_framing(headers, Body("none"), is_http_1_0=minor == b"0")
-    is_web_socket = (
-        b"upgrade" in options
-        and body.is_empty
-        and [value.lower() for name, _, value in headers if name == b"upgrade"] == [b"websocket"]
-    )
-    return RequestHead(
-        method=method,
-        target=target,
-        host=hosts[0],
-        headers=_end_to_end(headers, options),
+    options = read.options
+    body = read.body(NO_BODY, is_http_1_0=is_http_1_0)
+    return RequestFields(
+        host=read.hosts[0],
+        headers=read.end_to_end(),
         body=body,
-        keeps_alive=b"close" not in options and (minor == b"1" or b"keep-alive" in options),
-        is_http_1_0=minor == b"0",
-        is_web_socket=is_web_socket,
+        keeps_alive=b"close" not in options and (not is_http_1_0 or b"keep-alive" in options),
+        is_http_1_0=is_http_1_0,
+        is_web_socket=b"upgrade" in options and body.is_empty and read.upgrades == (b"websocket",),
     )
 
 
 def parse_response(head: bytes) -> ResponseHead:
-    """As ``parse_request``; a guest's fault has no status of its own."""
-    first, *lines = head.split(b"\r\n")
+    """``head``: without the empty line at its end. Raises BadHead, whose status is of no meaning then."""
+    first, _, lines = head.partition(b"\r\n")
     found = _STATUS_LINE.fullmatch(first)
     if found is None:
         raise BadHead(502, "the first line is no answer of HTTP/1.1")
-    status = int(found[2])
-    headers = _parse_headers(lines)
-    options = _connection_options(headers)
+    minor, code, reason = found.groups(b"")
+    status = int(code)
+    read = _Headers(lines)
+    options = read.options
     has_none = status < 200 or status in _NO_BODY_STATUS
-    body = _parse_framing(headers, Body("close"), is_http_1_0=found[1] == b"0")
+    body = read.body(_UNTIL_CLOSED, is_http_1_0=minor == b"0")
     return ResponseHead(
         status=status,
-        reason=(found[3] or b""),
-        headers=_end_to_end(headers, options),
-        body=Body("none") if has_none else body,
-        keeps_alive=found[1] == b"1" and b"close" not in options and (has_none or body.framing != "close"),
+        reason=reason,
+        headers=read.end_to_end(),
+        body=NO_BODY if has_none else body,
+        keeps_alive=minor == b"1" and b"close" not in options and (has_none or body.framing != "close"),
         is_switching=status == 101 and b"upgrade" in options,
     )
 
 
-def _parse_headers(lines: list[bytes]) -> list[Header]:
-    if len(lines) > HEADERS_MAX:
-        raise BadHead(431, f"more than {HEADERS_MAX} headers")
-    headers: list[Header] = []
-    for line in lines:
-        # Neither a folded line, nor space before the colon, nor a lone CR or LF, nor NUL gets past this.
-        found = _HEADER.fullmatch(line)
-        if found is None:
-            raise BadHead(400, "a header is malformed")
-        headers.append((found[1].lower(), found[1], found[2]))
-    return headers
+def write_request_line(method: bytes, target: bytes, *, is_http_1_0: bool) -> bytes:
+    return b"%b %b HTTP/1.%d\r\n" % (method, target, not is_http_1_0)
 
 
-def _connection_options(headers: list[Header]) -> frozenset[bytes]:
-    named = (value for name, _, value in headers if name == b"connection")
-    return frozenset(option.strip().lower() for value in named for option in value.split(b","))
-
-
-def _end_to_end(headers: list[Header], options: frozenset[bytes]) -> list[Header]:
-    # The host and how long a body is nobody may have taken out by naming them.
-    dropped = _HOP_BY_HOP | (options - {b"host", b"content-length", b"cookie", b"authorization"})
-    return [header for header in headers if header[0] not in dropped]
-
-
-def _parse_framing(headers: list[Header], without: Body, *, is_http_1_0: bool) -> Body:
-    """``without``: what a message is that says nothing of its body."""
-    lengths = [value for name, _, value in headers if name == b"content-length"]
-    codings = [value.lower() for name, _, value in headers if name == b"transfer-encoding"]
-    if codings:
-        if lengths or is_http_1_0:
-            raise BadHead(400, "the length of the body is said in two ways")
-        if codings != [b"chunked"]:
-            raise BadHead(501, "no transfer coding but chunked is carried")
-        return Body("chunked")
-    if not lengths:
-        return without
-    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
-        raise BadHead(400, "the length of the body is no number, or said twice")
-    return Body("length", int(lengths[0]))
-
-
-def write_request(head: RequestHead) -> bytes:
-    """The request for the next server."""
-    lines = [b"%b %b HTTP/1.%d" % (head.method, head.target, not head.is_http_1_0)]
-    lines += [b"%b: %b" % (name, value) for _, name, value in head.headers]
-    if head.body.framing == "chunked":
-        lines.append(b"Transfer-Encoding: chunked")
-    if head.is_web_socket:
-        lines.append(b"Connection: Upgrade\r\nUpgrade: websocket")
+def write_request_fields(fields: RequestFields, headers: Iterable[Header]) -> bytes:
+    """What follows the first line, for the next server: ``headers``, and what the fields say of the message."""
+    lines = [b"%b: %b\r\n" % (name, value) for _, name, value in headers]
+    if fields.body.framing == "chunked":
+        lines.append(b"Transfer-Encoding: chunked\r\n")
+    if fields.is_web_socket:
+        lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
     else:
-        lines.append(b"Connection: close" if head.is_http_1_0 else b"Connection: keep-alive")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+        lines.append(b"Connection: close\r\n\r\n" if fields.is_http_1_0 else b"Connection: keep-alive\r\n\r\n")
+    return b"".join(lines)
 
 
-def write_response(head: ResponseHead, body: Body, *, keeps_alive: bool) -> bytes:
-    """The answer for the visitor. ``body``: how it is framed there."""
-    lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += [b"%b: %b" % (name, value) for _, name, value in head.headers]
+def write_response(head: ResponseHead, headers: Iterable[Header], body: Body, *, keeps_alive: bool) -> bytes:
+    """The answer for the visitor, with these headers. ``body``: how it is framed there."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (head.status, head.reason)]
+    lines += [b"%b: %b\r\n" % (name, value) for _, name, value in headers]
     if body.framing == "chunked":
-        lines.append(b"Transfer-Encoding: chunked")
+        lines.append(b"Transfer-Encoding: chunked\r\n")
     if head.is_switching:
-        lines.append(b"Connection: Upgrade\r\nUpgrade: websocket")
-    elif not keeps_alive:
-        lines.append(b"Connection: close")
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+        lines.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    else:
+        lines.append(b"\r\n" if keeps_alive else b"Connection: close\r\n\r\n")
+    return b"".join(lines)

@@ -1,8 +1,8 @@
 """The HTTP server of an installation's previews. Owned by ``__main__``, told by ``control``.
 
 The manager says where to listen, at its start and every few seconds, as for SSH. On a TCP port this is all there is
-between browsers and sandboxes, and each visitor is asked about at the manager; on a unix socket a front proxy has done
-that (deploy/caddy). What is open stays open unless the address changes.
+between browsers and sandboxes; on a unix socket there is a front proxy before it (deploy/caddy), which has the TLS and says
+whose a request is. What is open stays open unless the address changes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import socket
 from pathlib import Path
 from typing import Final, cast
 
-from atelier.gateway.http_bodies import PIECE_BYTES, BodyBroken
+from atelier.gateway.byte_stream import ByteStream
+from atelier.gateway.http_bodies import BodyBroken
 from atelier.gateway.preview_door import PreviewDoor
 from atelier.gateway.preview_exchange import PreviewConnection, PreviewRoom
+from atelier.gateway.preview_headers import Arrival
 from atelier.gateway.preview_upstream import Upstreams
 from atelier.host.line_server import Answer, Request
 from atelier.model.errors import HostError, InvalidRequestError, PortInUseError
@@ -86,7 +88,7 @@ class PreviewServer:
         room = self._room = PreviewRoom(PreviewDoor(self._run.manager_socket), Upstreams(self._run))
 
         def welcome() -> _Visitor:
-            return _Visitor(self, room, behind_proxy=bool(path))
+            return _Visitor(self, room)
 
         try:
             if not path:
@@ -114,35 +116,31 @@ class PreviewServer:
         return task
 
 
-class _Visitor(asyncio.StreamReaderProtocol):
+class _Visitor(ByteStream):
     """A connection that ends with its visitor: whoever closes their side, as browsers and proxies do to break off, waits
     for nothing more."""
 
-    def __init__(self, server: PreviewServer, room: PreviewRoom, *, behind_proxy: bool) -> None:
-        self._own_reader = asyncio.StreamReader(limit=PIECE_BYTES)
-        super().__init__(self._own_reader)
+    def __init__(self, server: PreviewServer, room: PreviewRoom) -> None:
+        super().__init__()
         self._server = server
         self._room = room
-        self._behind_proxy = behind_proxy
         self._serving: asyncio.Task[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        peer = transport.get_extra_info("peername")
-        address = str(cast("tuple[object, ...]", peer)[0]) if isinstance(peer, tuple) and not self._behind_proxy else ""
-        if not self._behind_proxy:
-            connected: socket.socket = transport.get_extra_info("socket")
+        connected: socket.socket = transport.get_extra_info("socket")
+        arrival = None
+        if connected.family != socket.AF_UNIX:
+            peer = cast("tuple[object, ...]", transport.get_extra_info("peername"))
+            arrival = Arrival(str(peer[0]), "http")
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for option, value in _KEEPALIVE:
                 connected.setsockopt(socket.IPPROTO_TCP, option, value)
-        stream = cast("asyncio.Transport", transport)
-        writer = asyncio.StreamWriter(stream, self, self._own_reader, asyncio.get_running_loop())
-        connection = PreviewConnection(self._room, self._own_reader, writer, address, behind_proxy=self._behind_proxy)
-        self._serving = self._server.begin(connection, stream)
+        self._serving = self._server.begin(PreviewConnection(self._room, self, arrival), self.transport)
         if self._serving is None:
-            stream.abort()
+            self.abort()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool | None:
         super().eof_received()
         self._end()
         return False

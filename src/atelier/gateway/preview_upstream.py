@@ -10,7 +10,7 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from atelier.gateway.http_bodies import PIECE_BYTES
+from atelier.gateway.byte_stream import ByteStream
 from atelier.model.layout import RunLayout
 
 _CONNECT_SECONDS: Final = 30.0
@@ -18,6 +18,7 @@ _ANSWER_MAX_BYTES: Final = 64
 _KEPT_PER_PORT: Final = 16
 _KEPT_SECONDS: Final = 4.0
 """Less than servers keep theirs: node and uvicorn 5 s."""
+_SWEEP_SECONDS: Final = 1.0
 
 
 class UpstreamRefused(Exception):
@@ -29,77 +30,58 @@ class UpstreamRefused(Exception):
         self.reason = reason
 
 
-class _Protocol(asyncio.StreamReaderProtocol):
-    """Ends a connection on which something happens while nobody uses it."""
+class Upstream(ByteStream):
+    """One connection to a server, of the sandbox and port in ``key``. It ends if something happens on it while nobody uses
+    it. ``kept_until``: by the event loop's clock; 0 while it is used."""
 
-    is_idle = False
+    def __init__(self, key: tuple[str, int]) -> None:
+        super().__init__()
+        self.key = key
+        self.kept_until = 0.0
 
     def data_received(self, data: bytes) -> None:
-        if self.is_idle:
+        if self.kept_until:
             self.close()
         else:
             super().data_received(data)
 
     def eof_received(self) -> bool | None:
-        if self.is_idle:
+        if self.kept_until:
             self.close()
         return super().eof_received()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._own_transport = transport
-
-    def close(self) -> None:
-        self._own_transport.close()
-
-
-class Upstream:
-    """One connection to a server. ``was_used``: other requests were sent on it before."""
-
-    def __init__(self, key: tuple[str, int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.key = key
-        self.reader = reader
-        self.writer = writer
-        self.was_used = False
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Upstreams:
     def __init__(self, run: RunLayout) -> None:
         self._run = run
         self._loop = asyncio.get_running_loop()
-        self._kept: dict[tuple[str, int], list[tuple[Upstream, asyncio.TimerHandle]]] = {}
+        self._kept: dict[tuple[str, int], list[Upstream]] = {}
+        """The longest kept first."""
+        self._sweep: asyncio.TimerHandle | None = None
 
     def find_kept(self, sandbox_id: str, port: int) -> Upstream | None:
-        kept = self._kept.get((sandbox_id, port), [])
+        kept = self._kept.get((sandbox_id, port))
         while kept:
-            upstream, timer = kept.pop()
-            timer.cancel()
-            if not kept:
-                del self._kept[sandbox_id, port]
-            if not upstream.writer.is_closing():
-                _protocol_of(upstream).is_idle = False
-                upstream.was_used = True
+            upstream = kept.pop()
+            is_good = upstream.is_usable and upstream.kept_until > self._loop.time()
+            upstream.kept_until = 0.0
+            if is_good:
                 return upstream
+            upstream.close()
         return None
 
     async def open(self, sandbox_id: str, port: int) -> Upstream:
         """A new connection. Raises UpstreamRefused."""
         channel: Path = self._run.channel_socket(sandbox_id)
-        reader = asyncio.StreamReader(limit=PIECE_BYTES, loop=self._loop)
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                transport, protocol = await self._loop.create_unix_connection(
-                    lambda: _Protocol(reader, loop=self._loop), str(channel)
+                _, upstream = await self._loop.create_unix_connection(
+                    lambda: Upstream((sandbox_id, port)), str(channel)
                 )
-                writer = asyncio.StreamWriter(transport, protocol, reader, self._loop)
-                upstream = Upstream((sandbox_id, port), reader, writer)
                 try:
-                    writer.write(f"CONNECT {port}\n".encode())
-                    answer = await reader.readuntil(b"\n")
-                    if len(answer) > _ANSWER_MAX_BYTES or not answer.startswith(b"OK "):
+                    upstream.begin_writing(f"CONNECT {port}\n".encode())
+                    answer = await upstream.read_until(b"\n", _ANSWER_MAX_BYTES)
+                    if not answer.startswith(b"OK "):
                         raise UpstreamRefused(answer.decode(errors="replace").removeprefix("ERROR ").strip())
                 except BaseException:
                     upstream.close()
@@ -111,27 +93,27 @@ class Upstreams:
     def keep(self, upstream: Upstream) -> None:
         """Its last answer has been read to the end, and it goes on."""
         kept = self._kept.setdefault(upstream.key, [])
-        if upstream.writer.is_closing() or upstream.reader.at_eof() or len(kept) >= _KEPT_PER_PORT:
+        if not upstream.is_usable or len(kept) >= _KEPT_PER_PORT:
             upstream.close()
             return
-        _protocol_of(upstream).is_idle = True
-        kept.append((upstream, self._loop.call_later(_KEPT_SECONDS, self._drop, upstream)))
+        upstream.kept_until = self._loop.time() + _KEPT_SECONDS
+        kept.append(upstream)
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(_SWEEP_SECONDS, self._drop_old)
 
     def close(self) -> None:
+        if self._sweep is not None:
+            self._sweep.cancel()
         for kept in self._kept.values():
-            for upstream, timer in kept:
-                timer.cancel()
+            for upstream in kept:
                 upstream.close()
         self._kept.clear()
 
-    def _drop(self, upstream: Upstream) -> None:
-        upstream.close()
-        kept = [each for each in self._kept.pop(upstream.key, []) if each[0] is not upstream]
-        if kept:
-            self._kept[upstream.key] = kept
-
-
-def _protocol_of(upstream: Upstream) -> _Protocol:
-    protocol = upstream.writer.transport.get_protocol()
-    assert isinstance(protocol, _Protocol)
-    return protocol
+    def _drop_old(self) -> None:
+        now = self._loop.time()
+        for key, kept in list(self._kept.items()):
+            while kept and kept[0].kept_until <= now:
+                kept.pop(0).close()
+            if not kept:
+                del self._kept[key]
+        self._sweep = self._loop.call_later(_SWEEP_SECONDS, self._drop_old) if self._kept else None

@@ -55,19 +55,22 @@ class TerminalService:
 
     async def open(self, message: Message, request: Request) -> Message:
         title = _title(message)
-        size = terminal_size(message)
-        self._make_room()
+        size = _positive(terminal_size(message))
+        self._forget_old()
+        gives_way = self._that_gives_way()
         user = self._state.user_of(request)
         spawned, config = start_program(message, self._state, user)
         session = TerminalSession(spawned, config, user.name, size, self._forget_old)
         session.given_title = title
+        if gives_way is not None:
+            self._sessions.pop(gives_way.id, None)
         self._sessions[session.id] = session
         return {"terminal": session.describe()}
 
     async def attach(self, request: Request) -> Response:
         message = await read_stream_request(request)
-        size = terminal_size({"pty": message}) if message.get("size") is not None else None
-        viewer = self._find(message).attach(_positive(size), keepalive_seconds(request))
+        size = _positive(terminal_size({"pty": message})) if message.get("size") is not None else None
+        viewer = self._find(message).attach(size, keepalive_seconds(request))
         return Response(200, STREAM_HEADERS, viewer)
 
     async def write(self, message: Message, request: Request) -> Message:
@@ -84,7 +87,6 @@ class TerminalService:
 
     async def resize(self, message: Message, request: Request) -> Message:
         size = _positive(terminal_size({"pty": message}))
-        assert size is not None
         self._find(message).resize(integer(message.get("viewer", 0), "viewer"), size)
         return {}
 
@@ -107,14 +109,14 @@ class TerminalService:
             raise ConnectError("not_found", f"there is no terminal {str(name)[:100]!r}")
         return session
 
-    def _make_room(self) -> None:
-        self._forget_old()
-        ended = [session for session in self._sessions.values() if session.ended_at is not None]
+    def _that_gives_way(self) -> TerminalSession | None:
+        """Where there is no room for another one: that which ended first. Raises ConnectError if none has."""
         if len(self._sessions) < SESSIONS_MAX:
-            return
+            return None
+        ended = [session for session in self._sessions.values() if session.ended_at is not None]
         if not ended:
             raise ConnectError("resource_exhausted", f"{SESSIONS_MAX} terminals are open already")
-        del self._sessions[min(ended, key=_ended_at).id]
+        return min(ended, key=_ended_at)
 
     def _forget_old(self) -> None:
         before = time.monotonic() - _KEEP_ENDED_SECONDS
@@ -138,7 +140,7 @@ def _title(message: Message) -> str:
     return clean_title(title)
 
 
-def _positive(size: Size | None) -> Size | None:
-    if size is not None and 0 in size:
+def _positive(size: Size) -> Size:
+    if 0 in size:
         raise wrong("cols and rows", "1 at least")
     return size

@@ -19,7 +19,7 @@ from atelier.guest_agent.event_stream import KEEPALIVE, data_envelope
 from atelier.guest_agent.running_process import RunningProcess
 from atelier.guest_agent.spawn import Spawned
 from atelier.guest_protocol.connect import ConnectError, encode_end_stream, encode_envelope, encode_json
-from atelier.guest_protocol.terminal_output import TerminalOutput, line_start
+from atelier.guest_protocol.terminal_output import TerminalOutput, line_start, shown_command
 
 VIEWERS_MAX: Final = 16
 _PIECE_BYTES: Final = 48 * 1024
@@ -37,7 +37,6 @@ class TerminalSession:
         self, spawned: Spawned, config: dict[str, Any], user: str, size: Size, on_end: Callable[[], None]
     ) -> None:
         self.id = os.urandom(6).hex()
-        self.config = config
         self.user = user
         self.created_at_ms = time.time_ns() // 1_000_000
         self.ended_at: float | None = None
@@ -45,6 +44,8 @@ class TerminalSession:
         self.size = size
         self.viewers: list[TerminalViewer] = []
         self._viewers_before = 0
+        program, *arguments = shown_command([config["cmd"], *(config.get("args") or [])])
+        self._shown_config = {"cmd": program, "args": arguments}
         self._size_without_viewers = size
         self._output = TerminalOutput()
         self._on_end = on_end
@@ -63,7 +64,7 @@ class TerminalSession:
         described: dict[str, Any] = {
             "id": self.id,
             "title": self.title,
-            "config": self.config,
+            "config": self._shown_config,
             "user": self.user,
             "size": _size_message(self.size),
             "createdAtMs": str(self.created_at_ms),
@@ -148,8 +149,8 @@ class TerminalSession:
         for viewer in self.viewers:
             viewer.wake()
 
-    def opening(self, position: int) -> bytes:
-        return self._output.opening(position)
+    def opening(self, seen: int, position: int) -> bytes:
+        return self._output.opening(seen, position)
 
 
 class TerminalViewer:
@@ -228,8 +229,9 @@ class TerminalViewer:
         ring = self._session.process.ring
         start = ring.lost_bytes
         start += line_start(ring.read(start, _PIECE_BYTES))
-        lost, self._position = start - self._position, start
-        return _event("lost", {"bytes": str(lost)}) + data_envelope("pty", self._session.opening(start))
+        seen, self._position = self._position, start
+        opening = self._session.opening(seen, start)
+        return _event("lost", {"bytes": str(start - seen)}) + data_envelope("pty", opening)
 
 
 def _event(name: str, fields: dict[str, Any]) -> bytes:

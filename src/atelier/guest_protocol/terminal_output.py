@@ -7,11 +7,14 @@ kept with the place of their last change, so that a viewer who begins in the mid
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 TITLE_MAX_CHARACTERS: Final = 200
+_COMMAND_MAX_CHARACTERS: Final = 4096
 _SEQUENCE_MAX_BYTES: Final = 1024
 _MODES_MAX: Final = 64
+_MODE_SEQUENCE_MAX_BYTES: Final = 64
 _LINE_SEARCH_BYTES: Final = 64 * 1024
 
 _SEQUENCE: Final = re.compile(
@@ -37,7 +40,8 @@ class TerminalOutput:
         self.title = ""
         self._rest = b""
         self._modes: dict[bytes, tuple[bytes, int]] = {}
-        """Of each mode, how it was last set or reset, and where that stood."""
+        """Of each mode, how it was last set or reset, and where that stood; in the order of these changes, as some modes
+        (the screens, the kinds of mouse reports) undo one another. Before them, the last reset of the whole terminal."""
 
     def read(self, data: bytes, position: int) -> None:
         """``position``: how many bytes of output were before ``data``."""
@@ -63,20 +67,39 @@ class TerminalOutput:
         elif found["modes"] is not None:
             for mode in found["modes"].split(b";"):
                 if mode and (mode in self._modes or len(self._modes) < _MODES_MAX):
-                    self._modes[mode] = (b"\x1b[?%b%b" % (mode, found["set"]), position)
+                    self._change(mode, b"\x1b[?%b%b" % (mode, found["set"]), position)
         elif found["keypad"] is not None:
-            self._modes[b"keypad"] = (found[0], position)
+            self._change(b"keypad", found[0], position)
         else:
             self._modes.clear()
+            self._change(b"reset", found[0], position)
 
-    def opening(self, position: int) -> bytes:
-        """What to send before the output from ``position`` on, to a viewer who has missed some before it."""
-        return _CALM + b"".join(sequence for sequence, changed in self._modes.values() if changed < position)
+    def _change(self, mode: bytes, sequence: bytes, position: int) -> None:
+        self._modes.pop(mode, None)
+        self._modes[mode] = (sequence, position)
+
+    def opening(self, seen: int, position: int) -> bytes:
+        """What to send before the output from ``position`` on, to a viewer who has had the output up to ``seen``."""
+        # A sequence of which the viewer has had a part only is told again.
+        missed = range(seen - _MODE_SEQUENCE_MAX_BYTES, position)
+        return _CALM + b"".join(sequence for sequence, changed in self._modes.values() if changed in missed)
 
 
 def clean_title(text: str) -> str:
     shown = "".join(character if character.isprintable() else " " for character in text[: 4 * TITLE_MAX_CHARACTERS])
     return shown.strip()[:TITLE_MAX_CHARACTERS]
+
+
+def shown_command(words: Sequence[str]) -> list[str]:
+    """Without the end of a long one, so that a list of all terminals fits into a message."""
+    room = _COMMAND_MAX_CHARACTERS
+    shown: list[str] = []
+    for word in words:
+        if room <= 0:
+            break
+        shown.append(word[:room])
+        room -= len(word)
+    return shown
 
 
 def line_start(data: bytes) -> int:

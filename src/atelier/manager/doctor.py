@@ -39,7 +39,7 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
         results += explain_network(settings.network)
         if settings.public_url.startswith("https:"):
-            results += check_edge(settings.public_url)
+            results += check_edge(settings.public_url, settings.previews.domain, settings.previews.port)
     results += check_sandboxes(DataLayout(settings.data_dir).database)
     if as_json:
         document = {"mode": settings.mode, "checks": [dataclasses.asdict(result) for result in results]}

@@ -26,7 +26,7 @@ from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_questions import GatewayQuestions
 from atelier.manager.kept_process import KeptProcess
-from atelier.manager.preview_server import PreviewServing, preview_socket
+from atelier.manager.preview_server import PreviewServing
 from atelier.manager.ssh_service import SshService
 from atelier.manager.wiring import assemble, build_lifecycle, choose_drivers
 from atelier.model.errors import AtelierError, HostError, PortInUseError
@@ -109,8 +109,7 @@ class Installation:
             stack.push_async_callback(lifecycle.close)
             end_asked = asyncio.Event()
             preview_key = await load_preview_key(database)
-            edge_socket = preview_socket(settings.previews, run)
-            services = assemble(drivers, database, lifecycle, fleet, settings, preview_key, edge_socket, end_asked.set)
+            services = assemble(drivers, database, lifecycle, fleet, settings, preview_key, end_asked.set)
             services.preview_entry.manager_url = public_url
             stack.push_async_callback(services.images.close)
             stack.push_async_callback(services.authenticator.close)

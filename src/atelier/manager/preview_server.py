@@ -27,11 +27,6 @@ _TEXTS = ("host", "method", "target", "cookies", "origin", "key", "accept", "add
 _TEXT_MAX_LENGTH = 33_000
 
 
-def preview_socket(settings: PreviewSettings, run: RunLayout) -> str:
-    """Where a front proxy finds the gateway; empty: nowhere."""
-    return "" if settings.listen is not None or settings.is_off else str(settings.socket or run.previews_socket)
-
-
 class PreviewServing:
     def __init__(
         self, previews: PreviewService, entry: PreviewEntry, run: RunLayout, settings: PreviewSettings
@@ -40,16 +35,16 @@ class PreviewServing:
         self._entry = entry
         self._run = run
         self._settings = settings
-        self._socket = preview_socket(settings, run)
 
     async def keep(self) -> None:
         """Have the gateway serve, a new one too. The body of a background loop."""
-        listen = self._settings.listen
+        settings, listen = self._settings, self._settings.listen
+        has_socket = listen is None and not settings.is_off
         request: Request = {
             "operation": "serve_previews",
             "host": listen.host if listen else "",
             "port": listen.port if listen else 0,
-            "socket_path": self._socket,
+            "socket_path": str(settings.socket or self._run.previews_socket) if has_socket else "",
         }
         try:
             answer = await ask(self._run.gateway_socket, request)

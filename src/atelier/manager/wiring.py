@@ -120,11 +120,9 @@ def assemble(
     fleet: SandboxFleet,
     settings: Settings,
     preview_key: bytes,
-    edge_socket: str,
     end_manager: Callable[[], None],
 ) -> Services:
-    """The services that the API calls. ``preview_key``: by which ways into previews are signed; ``edge_socket``: where a front
-    proxy finds the gateway."""
+    """The services that the API calls. ``preview_key``: by which ways into previews are signed."""
     sandboxes = SandboxService(database, drivers.images, lifecycle)
     authenticator = Authenticator(database)
     accounts = AccountService(database, authenticator)
@@ -157,7 +155,6 @@ def assemble(
         preview_entry=PreviewEntry(
             database, previews, passes, authenticator, access, sandboxes, lifecycle.activity, audit
         ),
-        edge_socket=edge_socket,
         idempotency=IdempotencyService(database),
         rate_limits=RateLimits(
             Limits(settings.requests_per_second, settings.sign_ins_per_minute, settings.web_sockets_per_key)

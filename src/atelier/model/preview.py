@@ -30,8 +30,6 @@ KEY_HEADER: Final = "x-atelier-key"
 """The API key of a program that visits: ``Authorization`` is the sandbox's own."""
 OWN_HEADERS: Final = "x-atelier-"
 """How headers begin that only Atelier says. What a visitor sends of them reaches nobody."""
-UPSTREAM_HEADER, SANDBOX_HEADER, PORT_HEADER = "x-atelier-upstream", "x-atelier-sandbox", "x-atelier-port"
-"""What the manager tells a front proxy: the gateway's socket, and what it is to be told to lead there."""
 
 _COOKIE: Final = "atelier-preview"
 OWN_COOKIES: Final = frozenset(

@@ -39,7 +39,8 @@ class ChangeTerminalRequest(BaseModel):
 
 
 class Terminal(BaseModel):
-    """``exit_code`` and ``status``: its program has ended. ``viewers``: how many look at it."""
+    """``exit_code`` and ``status``: its program has ended. ``viewers``: how many look at it. The end of a long ``command``
+    is left out."""
 
     id: str
     title: str

@@ -1,7 +1,7 @@
 """Who may visit a preview, and what they are shown if they may not, or not now.
 
-Asked by the gateway for each visitor whom it does not know, and by a front proxy before every request. Only what is said
-here lets anybody into a sandbox by the web.
+Asked by the gateway about each visitor whom it does not know, or not for a moment. Only what is said here lets anybody
+into a sandbox by the web.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ _PATH = re.compile(r"/(?![/\\])[\x21-\x7e]{0,2000}|/")
 _STARTABLE = frozenset({SandboxState.STOPPED, SandboxState.FAILED})
 _WOKEN = frozenset({SandboxState.PAUSED, SandboxState.RESUMING})
 _AGAIN_SECONDS = 3
-_FOUND_AT_MOST = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +69,6 @@ class PreviewEntry:
         self._activity = activity
         self._audit = audit
         self._ports = PreviewRepository()
-        self._found: dict[PreviewHost, VisitedPort | None] = {}
-        self._found_at = -1
-        """The database's version that they are of: each request asks, and little changes between two."""
         self.manager_url = ""
 
     async def decide(self, visit: Visit) -> Admitted | Answered:
@@ -91,13 +87,8 @@ class PreviewEntry:
         named = self._previews.site.parse_host(host)
         if named is None:
             return None
-        version = self._database.version
-        if version != self._found_at or len(self._found) > _FOUND_AT_MOST:
-            self._found, self._found_at = {}, version
-        if named not in self._found:
-            with self._database.read() as connection:
-                self._found[named] = self._ports.find(connection, named.sandbox, named.port)
-        port = self._found[named]
+        with self._database.read() as connection:
+            port = self._ports.find(connection, named.sandbox, named.port)
         return None if port is None or port.state is SandboxState.DESTROYING else (named, port)
 
     async def _decide(self, visit: Visit) -> Admitted | Answered:

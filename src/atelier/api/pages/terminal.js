@@ -18,6 +18,7 @@ let shown = "";
 let socket = null;
 let failures = 0;
 let retry = 0;
+let isBeginning = false;
 // Of what was said long ago nothing is answered again: a program's questions in it have had their answers.
 let isReplaying = true;
 
@@ -32,6 +33,8 @@ async function ask(method, path, body) {
     headers: body ? { "Content-Type": "application/json" } : {},
     body: body && JSON.stringify(body),
   });
+  // Signed out meanwhile: the page's own address leads to the sign-in and back.
+  if (answer.status === 401) location.reload();
   const said = answer.status === 204 ? null : await answer.json();
   if (!answer.ok) throw new Error([said.message, said.hint].filter(Boolean).join(": "));
   return said;
@@ -68,8 +71,8 @@ function drawTabs() {
   document.title = found ? `${nameOf(found)} - ${sandbox}` : sandbox;
 }
 
-async function listTabs() {
-  terminals = (await ask("GET", "")).items;
+async function listTabs(wake = false) {
+  terminals = (await ask("GET", `?wake=${wake}`)).items;
   drawTabs();
 }
 
@@ -82,11 +85,12 @@ function show(id) {
   connect();
 }
 
-function connect() {
+// Coming back by itself, it lets a paused sandbox be: only people wake one.
+function connect(wake = true) {
   if (socket) socket.onclose = socket.onmessage = null;
   socket?.close();
   const way = location.protocol === "https:" ? "wss" : "ws";
-  const size = `columns=${screen.cols}&rows=${screen.rows}`;
+  const size = `columns=${screen.cols}&rows=${screen.rows}&wake=${wake}`;
   const mine = new WebSocket(`${way}://${location.host}${api}/${shown}/attach?${size}`);
   socket = mine;
   mine.binaryType = "arraybuffer";
@@ -103,7 +107,7 @@ function connect() {
     if (mine !== socket || isOver) return;
     const seconds = Math.min(RETRY_MAX_SECONDS, 0.5 * 2 ** failures++);
     say(`connection lost, trying again in ${seconds.toFixed(0)} s`, "broken");
-    retry = setTimeout(connect, seconds * 1000);
+    retry = setTimeout(() => connect(false), seconds * 1000);
   };
 }
 
@@ -172,12 +176,21 @@ element("close").onclick = doing(async () => {
   await begin();
 });
 
-async function begin() {
-  await listTabs();
-  const wanted = terminals.find(({ id }) => id === location.hash.slice(1)) ?? terminals[0];
-  if (wanted) show(wanted.id);
-  else await open();
+// Whoever opens the page wakes a paused sandbox; the page by itself does not.
+async function begin(wake = false) {
+  // Waking takes its time: meanwhile nobody is to begin once more, and to open a second terminal.
+  if (isBeginning) return;
+  isBeginning = true;
+  try {
+    await listTabs(wake);
+    const wanted = terminals.find(({ id }) => id === location.hash.slice(1)) ?? terminals[0];
+    if (wanted) show(wanted.id);
+    else await open();
+  } finally {
+    isBeginning = false;
+  }
 }
 
-doing(begin)();
-setInterval(doing(async () => { if (!document.hidden) await listTabs(); }), TABS_SECONDS * 1000);
+doing(begin)(true);
+// While the sandbox does not run there is nothing to show yet: it begins once there is.
+setInterval(doing(async () => { if (!document.hidden) await (shown ? listTabs() : begin()); }), TABS_SECONDS * 1000);

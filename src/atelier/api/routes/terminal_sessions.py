@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Path, Query, WebSocket
+from fastapi import APIRouter, Depends, Path, Query, Request, WebSocket
 
-from atelier.api.parameters import SandboxReference, looking_session_of, services_of, session_of
+from atelier.api.parameters import SandboxReference, services_of, session_of
 from atelier.api.terminal_relay import Frames, relay, telling_failure
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, TerminalSize
 from atelier.model.terminal import (
@@ -43,12 +43,16 @@ router = APIRouter(prefix="/sandboxes/{sandbox}/terminals", tags=["terminals"])
 
 TerminalId = Annotated[str, Path(pattern="^[0-9a-z]{1,32}$")]
 Entered = Annotated[GuestSession, Depends(session_of)]
-Looking = Annotated[GuestSession, Depends(looking_session_of)]
 
 
 @router.get("", operation_id="list_terminal_sessions")
-async def list_terminal_sessions(session: Looking) -> TerminalList:
+async def list_terminal_sessions(
+    request: Request,
+    sandbox: SandboxReference,
+    wake: Annotated[bool, Query(description="a use of the sandbox, which wakes a paused one")] = False,
+) -> TerminalList:
     """Oldest first, those whose programs have ended included."""
+    session = await services_of(request).sessions.enter(sandbox, is_use=wake)
     found = await session.driver.terminals.list(session.sandbox_id)
     return TerminalList(items=[_render(terminal) for terminal in found])
 
@@ -88,12 +92,14 @@ async def attach_terminal_session(
     terminal: TerminalId,
     columns: Annotated[int, Query(ge=1, le=1000)] = 80,
     rows: Annotated[int, Query(ge=1, le=1000)] = 24,
+    wake: Annotated[bool, Query()] = True,
 ) -> None:
-    """Look at a terminal in a window of this size, and type into it. The terminal is as large as the smallest window."""
+    """Look at a terminal in a window of this size, and type into it. The terminal is as large as the smallest window.
+    ``wake`` false, for windows that come back by themselves: it is no use of the sandbox, and leaves a paused one so."""
     await socket.accept()
 
     async def serve() -> None:
-        session = await services_of(socket).sessions.enter(sandbox)
+        session = await services_of(socket).sessions.enter(sandbox, is_use=wake)
         terminals, sandbox_id = session.driver.terminals, session.sandbox_id
         viewer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

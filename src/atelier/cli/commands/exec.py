@@ -78,13 +78,14 @@ def exec_command(
     try:
         if terminal:
             _check_terminal(as_json, timeout_seconds)
-            from atelier.cli.terminal import TerminalOptions, run_terminal
+            from atelier.cli.shown_terminals import OneShot
+            from atelier.cli.terminal import run_terminal
 
             if environment:
                 # The terminal's route takes no variables; env(1) is in every image that has a shell.
                 words = ["env", *(f"{key}={value}" for key, value in environment), *words]
-            session = TerminalOptions(sandbox, words, user=user, working_directory=working_directory)
-            status = exit_status(asyncio.run(run_terminal(invocation.endpoint(), session)))
+            shown = OneShot(invocation.endpoint(), sandbox, words, user=user, working_directory=working_directory)
+            status = exit_status(asyncio.run(run_terminal(shown)))
         else:
             options = ExecOptions(
                 sandbox=sandbox,

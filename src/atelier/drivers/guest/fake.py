@@ -201,6 +201,8 @@ class FakeGuests:
         self._restored.pop(sandbox_id, None)
         guest = self._guests.pop(sandbox_id, None)
         if guest is not None:
+            for terminal in guest.terminals.values():
+                terminal.cut_off()
             for process in list(guest.running.values()):
                 await process.close()
 

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 from atelier.drivers.guest.fake_processes import FakeProcess
-from atelier.guest_protocol.terminal_output import TerminalOutput, clean_title
-from atelier.model.errors import GuestError, NotFoundError
+from atelier.guest_protocol.terminal_output import TerminalOutput, clean_title, shown_command
+from atelier.model.errors import GuestError, GuestUnreachableError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec, TerminalSize
 from atelier.model.terminal import (
     TerminalEvent,
@@ -38,6 +38,7 @@ class _Viewer:
         self._events: deque[TerminalEvent] = deque()
         self._pending_bytes = 0
         self._lost_bytes = 0
+        self._is_cut = False
         self._arrived = asyncio.Event()
 
     def push(self, event: TerminalEvent) -> None:
@@ -54,8 +55,14 @@ class _Viewer:
                 self._lost_bytes += len(oldest.data)
         self._arrived.set()
 
+    def cut(self) -> None:
+        self._is_cut = True
+        self._arrived.set()
+
     async def follow(self) -> AsyncIterator[TerminalEvent]:
         while True:
+            if self._is_cut:
+                raise GuestUnreachableError("the fake guest broke the connection off")
             while self._events:
                 if self._lost_bytes:
                     lost, self._lost_bytes = self._lost_bytes, 0
@@ -104,7 +111,7 @@ class FakeTerminal:
     def describe(self) -> TerminalSession:
         spec, process = self.process.spec, self.process
         return TerminalSession(
-            self.id, self._title, spec.arguments, spec.user or "user", self._size, self._created_at,
+            self.id, self._title, tuple(shown_command(spec.arguments)), spec.user or "user", self._size, self._created_at,
             len(self._viewers), process.pid, process.ended,
         )  # fmt: skip
 
@@ -125,6 +132,12 @@ class FakeTerminal:
         if self.process.ended is not None:
             viewer.push(self.process.ended)
         return viewer
+
+    def cut_off(self) -> None:
+        """Its guest is gone; for its viewers that is no end of its program, which may go on elsewhere."""
+        viewers, self._viewers = self._viewers, []
+        for viewer in viewers:
+            viewer.cut()
 
     def detach(self, viewer: _Viewer) -> None:
         if viewer in self._viewers:
@@ -208,14 +221,15 @@ class FakeTerminals:
 
     async def open(self, sandbox_id: str, spec: ProcessSpec, title: str = "") -> TerminalSession:
         guest = await self._guest(sandbox_id, "open_terminal")
-        if len(guest.terminals) >= _SESSIONS_MAX:
-            ended = [each for each in guest.terminals.values() if each.process.ended is not None]
-            if not ended:
-                raise GuestError(f"{_SESSIONS_MAX} terminals are open already", code="guest_resource_exhausted")
-            del guest.terminals[ended[0].id]
+        ended = [each.id for each in guest.terminals.values() if each.process.ended is not None]
+        is_full = len(guest.terminals) >= _SESSIONS_MAX
+        if is_full and not ended:
+            raise GuestError(f"{_SESSIONS_MAX} terminals are open already", code="guest_resource_exhausted")
+        terminal = FakeTerminal(f"{guest.next_terminal + 1:012x}", guest.start(spec))
         guest.next_terminal += 1
-        terminal = FakeTerminal(f"{guest.next_terminal:012x}", guest.start(spec))
         terminal.given_title = clean_title(title)
+        if is_full:
+            del guest.terminals[ended[0]]
         guest.terminals[terminal.id] = terminal
         return terminal.describe()
 

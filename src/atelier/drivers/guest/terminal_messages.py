@@ -12,6 +12,7 @@ from atelier.drivers.guest.messages import (
     as_list,
     as_object,
     as_text,
+    plain,
     process_command,
     process_ended,
     process_output,
@@ -31,7 +32,8 @@ from atelier.model.terminal import (
 
 _SESSIONS_MAX: Final = 256
 _VIEWERS_MAX: Final = 1024
-_SIDE_MAX: Final = 65535
+_SIDE_MAX: Final = 1000
+"""As large as any of its viewers' windows may be: their browsers keep a cell for each place."""
 _YEAR_9999_MS: Final = 253_370_764_800_000
 _ID: Final = re.compile(r"[0-9a-z]{1,32}")
 
@@ -52,7 +54,7 @@ def terminal_session(value: object) -> TerminalSession:
         id=name,
         title=clean_title(as_text(described.get("title"), "title")),
         arguments=process_command(as_object(described.get("config", {}), "config")),
-        user=as_text(described.get("user"), "user")[:64],
+        user=plain(as_text(described.get("user"), "user"))[:64],
         size=_size(described.get("size")),
         created_at=datetime.fromtimestamp(created_at_ms / 1000, UTC),
         viewers=as_integer(described.get("viewers"), "viewers", 0, _VIEWERS_MAX),
@@ -85,5 +87,5 @@ def terminal_event(message: Message) -> TerminalEvent | None:
 
 def _size(value: object) -> TerminalSize:
     size = as_object(value, "size")
-    columns, rows = (as_integer(size.get(name), name, 0, _SIDE_MAX) for name in ("cols", "rows"))
+    columns, rows = (as_integer(size.get(name), name, 1, _SIDE_MAX) for name in ("cols", "rows"))
     return TerminalSize(columns, rows)

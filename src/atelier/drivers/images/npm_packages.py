@@ -91,8 +91,12 @@ class NpmPackages:
                         break
                 return bytes(pieces)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, TimeoutError) as error:
+            # Without the address: it may bear a password, and whoever looks at the page is told this.
+            reason = str(error) or type(error).__name__
+            if isinstance(error, httpx.HTTPStatusError):
+                reason = f"the registry answers {error.response.status_code}"
             raise MissingPackageError(
-                f"cannot fetch the npm package {package.name}: {error or type(error).__name__}",
+                f"cannot fetch the npm package {package.name}: {reason}",
                 hint="see that this machine reaches the registry that npm is set to (npm config get registry)",
             ) from error
 

@@ -1,4 +1,4 @@
-"""Whether the machines of a production host are Firecracker's. Called by ``wiring``."""
+"""Whether the machines of a production host are Firecracker's. Called by ``manager.wiring``."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atelier.manager.vmm_choice import takes_firecracker
+from atelier.drivers.vmm.firecracker_choice import takes_firecracker
 from atelier.model.errors import MissingProgramError, VmmError
 
 
