@@ -2,8 +2,8 @@
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
-``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``,
-``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``,
+``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
 Those of signing in stand in ``sign_in``, those of previews in ``previews``. Nothing defaults into a source checkout.
 """
 
@@ -63,6 +63,14 @@ class NetworkHome(StrEnum):
     HOST = "host"
 
 
+class StorageChoice(StrEnum):
+    """``qcow2``: disks are files in the data folder; ``lvm-thin``: thin volumes of the pool that root's settings name
+    (``atelier host storage``)."""
+
+    QCOW2 = "qcow2"
+    LVM_THIN = "lvm-thin"
+
+
 class TemplateChoice(StrEnum):
     """``on``: the first create of a kind boots, and a template is made of it in the background; those after it are
     restored from that. ``off``: every create boots."""
@@ -95,6 +103,7 @@ class Settings:
     bridge_name: str
     recipes_dir: Path
     disk_overcommit: float
+    storage: StorageChoice
     templates: TemplateChoice
     guest_kernel: GuestKernelChoice
     log_level: str
@@ -142,6 +151,7 @@ def load_settings(
         bridge_name=_bridge_name(variables.get("ATELIER_BRIDGE_NAME", "br0")),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
+        storage=_choice(StorageChoice, variables.get("ATELIER_STORAGE", StorageChoice.QCOW2), "ATELIER_STORAGE"),
         templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
         guest_kernel=_choice(
             GuestKernelChoice, variables.get("ATELIER_GUEST_KERNEL", GuestKernelChoice.DEBIAN), "ATELIER_GUEST_KERNEL"
