@@ -12,6 +12,6 @@ from atelier.manager.kept_process import KeptProcess
 class GatewayProcess(KeptProcess):
     """``socket_path``: the gateway's control socket; ``log_path``: where its log goes."""
 
-    def __init__(self, run_dir: Path, socket_path: Path, log_path: Path) -> None:
+    def __init__(self, run_dir: Path, socket_path: Path, log_path: Path, *, service: str = "") -> None:
         arguments = ("-m", "atelier.gateway", "--run-dir", str(run_dir))
-        super().__init__("gateway", "gateway_failed", arguments, socket_path, log_path)
+        super().__init__("gateway", "gateway_failed", arguments, socket_path, log_path, service)

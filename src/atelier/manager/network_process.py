@@ -31,6 +31,7 @@ class NetworkHolderProcess(KeptProcess):
         *,
         home: str,
         bridge_name: str,
+        service: str = "",
     ) -> None:
         self._check = check
         self._control: Path = run.network_socket
@@ -41,7 +42,7 @@ class NetworkHolderProcess(KeptProcess):
             *("--keeper-log", str(data.logs / "network-keeper.log")),
         )
         super().__init__(
-            "network holder", "network_holder_failed", arguments, run.network_socket, data.logs / "network.log"
+            "network holder", "network_holder_failed", arguments, run.network_socket, data.logs / "network.log", service
         )
 
     async def open(self) -> None:
@@ -57,8 +58,10 @@ class NetworkHolderProcess(KeptProcess):
         await super().open()
 
     async def close(self) -> None:
-        """End the network too, which is then needed by nobody."""
+        """End the network too, which is then needed by nobody; a service keeps it."""
         await self.release()
+        if self._service:
+            return
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 reader, writer = await asyncio.open_unix_connection(self._control)

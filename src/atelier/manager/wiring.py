@@ -11,6 +11,7 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
+from atelier.config.production import CompanionChoice
 from atelier.config.settings import ServerMode, Settings, SignInSettings, TemplateChoice
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
@@ -99,7 +100,7 @@ def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     match settings.mode:
         case ServerMode.MOCK:
             return _mock_drivers(settings, data)
-        case ServerMode.LOCAL:
+        case ServerMode.LOCAL | ServerMode.PRODUCTION:
             return _local_drivers(settings, data, run, ids)
 
 
@@ -220,7 +221,9 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         network=network,
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
-        gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        gateway=GatewayProcess(
+            run.root, run.gateway_socket, data.logs / "gateway.log", service=_service(settings, "gateway")
+        ),
         network_holder=holder,
         network_missing=chosen.missing,
         # More at once than there are processors only makes each of them late.
@@ -243,13 +246,23 @@ def _local_network(
     bridge = BridgeNetwork(run.network_socket)
     home, name = settings.network_home.value, settings.bridge_name
     if bridged:
-        holder = NetworkHolderProcess(data, run, ids.installation_id, check_bridge_network, home=home, bridge_name=name)
+        service = _service(settings, "network")
+        # What a service needs of the machine is not what this user would need.
+        check = list if service else check_bridge_network
+        holder = NetworkHolderProcess(
+            data, run, ids.installation_id, check, home=home, bridge_name=name, service=service
+        )
         return bridge, holder
     if run.network_lock.exists():
         # Sandboxes were started on a bridge, and may run still.
         former = FormerNetworkHolder(data, run, ids.installation_id, list, home=home, bridge_name=name)
         return SucceededNetwork(UserNetwork(), bridge), former
     return UserNetwork(), None
+
+
+def _service(settings: Settings, name: str) -> str:
+    """The host's service that a companion is; empty: the manager keeps it itself."""
+    return f"atelier-{name}" if settings.production.companions is CompanionChoice.SERVICES else ""
 
 
 def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:
