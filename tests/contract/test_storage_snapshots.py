@@ -5,18 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.real_machines import missing_programs
+from tests.contract.storage_kinds import BASE_MIB, KINDS, LASTING, STACKING, files_below, make_storage
 
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
-from atelier.drivers.storage.qcow2 import Qcow2Storage
 from atelier.model.errors import ConflictError, HostError, InvalidRequestError, NotFoundError
 from atelier.model.machine import ROOT_DISK_SERIAL, Disk, DiskFile, SnapshotDisk, VolumeRequest
 
 SANDBOX, CHILD = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 FIRST, SECOND = "ssssssssssss", "tttttttttttt"
-BASE_MIB = 8
-NO_QEMU_IMG = missing_programs("qemu-img")
 
 
 @pytest.fixture
@@ -28,27 +25,20 @@ def base(tmp_path: Path) -> DiskFile:
     return DiskFile(path, "raw")
 
 
-def make_storage(kind: str, volumes: Path) -> StorageDriver:
-    if kind == "qcow2":
-        return Qcow2Storage(volumes)
-    volumes.mkdir(exist_ok=True)
-    return FakeStorage(base_size_mib=BASE_MIB, folder=volumes if kind == "fake in files" else None)
-
-
-KINDS = [
-    pytest.param("qcow2", marks=pytest.mark.skipif(bool(NO_QEMU_IMG), reason=NO_QEMU_IMG)),
-    "fake",
-    "fake in files",
-]
-
-
 @pytest.fixture(params=KINDS)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> StorageDriver:
     return make_storage(request.param, tmp_path / "volumes")
 
 
+@pytest.fixture(params=STACKING)
+def stacking(request: pytest.FixtureRequest, tmp_path: Path) -> StorageDriver:
+    return make_storage(request.param, tmp_path / "volumes")
+
+
 async def freeze(storage: StorageDriver, sandbox_id: str, snapshot_id: str) -> None:
     await storage.begin_layer(sandbox_id, snapshot_id)
+    await storage.freeze_layer(sandbox_id, snapshot_id)
+    await storage.freeze_layer(sandbox_id, snapshot_id)
     await storage.end_layer(sandbox_id, snapshot_id, switched=True)
 
 
@@ -63,22 +53,22 @@ async def found(storage: StorageDriver, sandbox_id: str) -> Disk:
     return disk
 
 
-async def test_a_frozen_volume_has_one_file_more(storage: StorageDriver, base: DiskFile) -> None:
-    before = await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
-    next_top = await storage.begin_layer(SANDBOX, FIRST)
+async def test_a_frozen_volume_has_one_file_more(stacking: StorageDriver, base: DiskFile) -> None:
+    before = await stacking.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    next_top = await stacking.begin_layer(SANDBOX, FIRST)
     assert next_top.format == "qcow2"
     assert next_top.path != before.top.path
-    assert await storage.begin_layer(SANDBOX, FIRST) == next_top
-    assert await storage.find_volume(SANDBOX) == before, "the volume is what it was until the VMM is switched"
-    await storage.end_layer(SANDBOX, FIRST, switched=True)
-    after = await found(storage, SANDBOX)
+    assert await stacking.begin_layer(SANDBOX, FIRST) == next_top
+    assert await stacking.find_volume(SANDBOX) == before, "the volume is what it was until the VMM is switched"
+    await stacking.end_layer(SANDBOX, FIRST, switched=True)
+    after = await found(stacking, SANDBOX)
     assert after.top == before.top
     assert after.backing[1:] == before.backing
     assert SANDBOX in after.backing[0].path.name
-    await storage.end_layer(SANDBOX, FIRST, switched=True)
-    await storage.end_layer(SANDBOX, FIRST, switched=False)
-    assert await storage.find_volume(SANDBOX) == after
-    assert await storage.list_volumes() == [SANDBOX]
+    await stacking.end_layer(SANDBOX, FIRST, switched=True)
+    await stacking.end_layer(SANDBOX, FIRST, switched=False)
+    assert await stacking.find_volume(SANDBOX) == after
+    assert await stacking.list_volumes() == [SANDBOX]
 
 
 async def test_freezing_that_is_given_up_leaves_all_as_it_was(storage: StorageDriver, base: DiskFile) -> None:
@@ -154,7 +144,7 @@ async def test_a_snapshot_outlives_its_sandbox_at_every_stage(storage: StorageDr
             await storage.ensure_snapshot_disk(FIRST, SANDBOX)
         await storage.ensure_volume_absent(SANDBOX)
         made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
-        assert len(made.disk.backing) == 1
+        assert len(made.disk.backing) == files_below(storage, 1)
         await storage.verify_snapshot_disk(FIRST)
         await storage.ensure_snapshot_disk_absent(FIRST)
         await storage.ensure_snapshot_disk_absent(SECOND)
@@ -180,21 +170,21 @@ async def test_a_snapshot_that_is_given_up_before_its_volume_is_frozen(storage: 
     assert await storage.list_snapshot_disks() == [FIRST]
     await storage.ensure_snapshot_disk_absent(FIRST)
     await storage.end_layer(SANDBOX, FIRST, switched=True)
-    assert len((await found(storage, SANDBOX)).backing) == 2
+    assert len((await found(storage, SANDBOX)).backing) == files_below(storage, 2)
     assert await storage.list_snapshot_disks() == []
     with pytest.raises(NotFoundError):
         await storage.ensure_snapshot_disk(FIRST, SANDBOX)
     await storage.shorten_volume(SANDBOX)
-    assert len((await found(storage, SANDBOX)).backing) == 1
+    assert len((await found(storage, SANDBOX)).backing) == files_below(storage, 1)
 
 
-async def test_another_attempt_for_the_same_snapshot(storage: StorageDriver, base: DiskFile) -> None:
-    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
-    await freeze(storage, SANDBOX, FIRST)
-    await freeze(storage, SANDBOX, FIRST)
-    disk = await found(storage, SANDBOX)
+async def test_another_attempt_for_the_same_snapshot(stacking: StorageDriver, base: DiskFile) -> None:
+    await stacking.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    await freeze(stacking, SANDBOX, FIRST)
+    await freeze(stacking, SANDBOX, FIRST)
+    disk = await found(stacking, SANDBOX)
     assert len({disk.top.path, *(file.path for file in disk.backing)}) == 4
-    made = await storage.ensure_snapshot_disk(FIRST, SANDBOX)
+    made = await stacking.ensure_snapshot_disk(FIRST, SANDBOX)
     assert made.disk.backing == disk.backing[2:]
 
 
@@ -205,7 +195,7 @@ async def test_volumes_over_a_snapshot(storage: StorageDriver, base: DiskFile) -
         await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 63))
     assert small.value.code == "disk_too_small"
     child = await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64))
-    assert len(child.backing) == 2
+    assert len(child.backing) == files_below(storage, 2)
     assert child.backing[1:] == made.disk.backing
     assert await storage.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64)) == child
     assert await storage.find_volume(CHILD) == child
@@ -218,40 +208,40 @@ async def test_volumes_over_a_snapshot(storage: StorageDriver, base: DiskFile) -
     await storage.ensure_volume_absent(CHILD)
 
 
-async def test_chains_stay_short(storage: StorageDriver, base: DiskFile) -> None:
-    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+async def test_chains_stay_short(stacking: StorageDriver, base: DiskFile) -> None:
+    await stacking.ensure_volume(VolumeRequest(SANDBOX, base, 64))
     names = [f"{letter * 12}" for letter in "cdefghij"]
     for name in names[:6]:
-        await freeze(storage, SANDBOX, name)
-    assert len((await found(storage, SANDBOX)).backing) + 1 == 8
+        await freeze(stacking, SANDBOX, name)
+    assert len((await found(stacking, SANDBOX)).backing) + 1 == 8
     with pytest.raises(ConflictError) as full:
-        await storage.begin_layer(SANDBOX, names[6])
+        await stacking.begin_layer(SANDBOX, names[6])
     assert full.value.code == "disk_chain_too_long"
-    await storage.shorten_volume(SANDBOX)
-    short = await found(storage, SANDBOX)
+    await stacking.shorten_volume(SANDBOX)
+    short = await found(stacking, SANDBOX)
     assert len(short.backing) == 1
-    await storage.shorten_volume(SANDBOX)
-    assert await storage.find_volume(SANDBOX) == short
-    await freeze(storage, SANDBOX, names[6])
+    await stacking.shorten_volume(SANDBOX)
+    assert await stacking.find_volume(SANDBOX) == short
+    await freeze(stacking, SANDBOX, names[6])
     for name in names[:7]:
-        made = await storage.ensure_snapshot_disk(name, SANDBOX)
+        made = await stacking.ensure_snapshot_disk(name, SANDBOX)
         assert made.disk.backing == short.backing
     with pytest.raises(NotFoundError):
-        await storage.shorten_volume(CHILD)
+        await stacking.shorten_volume(CHILD)
 
 
-async def test_snapshots_of_snapshots_stay_short(storage: StorageDriver, base: DiskFile) -> None:
+async def test_snapshots_of_snapshots_stay_short(stacking: StorageDriver, base: DiskFile) -> None:
     source, lengths = base, list[int]()
     for sandbox_id, snapshot_id in zip("cdefghi", "nopqrst", strict=True):
-        await storage.ensure_volume(VolumeRequest(sandbox_id * 12, source, 64))
-        made = await snapshot(storage, sandbox_id * 12, snapshot_id * 12)
-        await storage.ensure_volume_absent(sandbox_id * 12)
+        await stacking.ensure_volume(VolumeRequest(sandbox_id * 12, source, 64))
+        made = await snapshot(stacking, sandbox_id * 12, snapshot_id * 12)
+        await stacking.ensure_volume_absent(sandbox_id * 12)
         source = made.disk.top
         lengths.append(1 + len(made.disk.backing))
     assert lengths == [2, 3, 4, 2, 3, 4, 2]
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], "fake in files"])
+@pytest.mark.parametrize("kind", LASTING)
 async def test_snapshots_outlive_the_driver(kind: str, base: DiskFile, tmp_path: Path) -> None:
     volumes = tmp_path / "volumes"
     first = make_storage(kind, volumes)
@@ -327,16 +317,16 @@ async def test_an_exported_disk_serves_another_installation(
     made = await there.import_snapshot_disk(SECOND, target, base, checksum)
     assert await there.import_snapshot_disk(SECOND, tmp_path / "gone", base, checksum) == made, "twice is once"
     await there.verify_snapshot_disk(SECOND)
-    assert len(made.disk.backing) == 1
+    assert len(made.disk.backing) == files_below(there, 1)
     # Nothing of it hangs on the other installation.
     await here.ensure_volume_absent(SANDBOX)
     await here.ensure_snapshot_disk_absent(FIRST)
     target.unlink()
     volume = await there.ensure_volume(VolumeRequest(CHILD, made.disk.top, 64))
-    assert len(volume.backing) == 2
+    assert len(volume.backing) == files_below(there, 2)
     assert await there.list_snapshot_disks() == [SECOND]
     await there.ensure_snapshot_disk_absent(SECOND)
-    assert len((await found(there, CHILD)).backing) == 2, "as with any snapshot"
+    assert len((await found(there, CHILD)).backing) == files_below(there, 2), "as with any snapshot"
 
 
 async def test_a_disk_that_is_not_what_was_exported_is_not_taken(
@@ -361,16 +351,16 @@ async def test_a_disk_that_is_not_what_was_exported_is_not_taken(
 
 
 async def test_only_a_disk_over_an_image_can_be_exported(
-    storage: StorageDriver, base: DiskFile, tmp_path: Path
+    stacking: StorageDriver, base: DiskFile, tmp_path: Path
 ) -> None:
     with pytest.raises(NotFoundError) as absent:
-        await storage.export_snapshot_disk(FIRST, tmp_path / "exported")
+        await stacking.export_snapshot_disk(FIRST, tmp_path / "exported")
     assert absent.value.code == "snapshot_disk_not_found"
-    await storage.ensure_volume(VolumeRequest(SANDBOX, base, 64))
-    first = await snapshot(storage, SANDBOX, FIRST)
-    await storage.ensure_volume(VolumeRequest(CHILD, first.disk.top, 64))
-    await snapshot(storage, CHILD, SECOND)
+    await stacking.ensure_volume(VolumeRequest(SANDBOX, base, 64))
+    first = await snapshot(stacking, SANDBOX, FIRST)
+    await stacking.ensure_volume(VolumeRequest(CHILD, first.disk.top, 64))
+    await snapshot(stacking, CHILD, SECOND)
     with pytest.raises(ConflictError) as over_another:
-        await storage.export_snapshot_disk(SECOND, tmp_path / "exported")
+        await stacking.export_snapshot_disk(SECOND, tmp_path / "exported")
     assert over_another.value.code == "snapshot_disk_not_alone"
     assert not (tmp_path / "exported").exists()

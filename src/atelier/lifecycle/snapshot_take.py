@@ -85,11 +85,16 @@ class TakeSteps:
 
         top_file = DiskFile(top.path, top.format)
         async with self.steps.vmm.disk_switch(directory, ROOT_DISK_SERIAL, top_file) as switch_disk:
+
+            async def freeze_disk() -> None:
+                await switch_disk()
+                await self.storage.freeze_layer(context.subject_id, snapshot_id)
+
             saved = await self.steps.vmm.save(
                 directory,
                 self.files.stream(snapshot_id).path,
                 before_stop=quiesce,
-                at_stop=switch_disk,
+                at_stop=freeze_disk,
                 afterwards=thaw,
             )
         return {"stopped_ms": saved.stopped_ms}

@@ -156,6 +156,11 @@ class FakeStorage:
             self._keep_volume(sandbox_id, disk.backing, size_mib)
         return DiskFile(_NAMES.next_top(sandbox_id, snapshot_id), "qcow2")
 
+    async def freeze_layer(self, sandbox_id: str, snapshot_id: str) -> None:
+        await self.faults.before("freeze_layer")
+        _sandbox(sandbox_id)
+        _snapshot(snapshot_id)
+
     async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:
         await self.faults.before("end_layer")
         _sandbox(sandbox_id)

@@ -1,7 +1,7 @@
 """Interface of the storage drivers: a sandbox's root volume, made from a read-only base in no time, and its snapshots.
 
 A *layer* is the present top of a sandbox's volume, frozen for one snapshot: ``begin_layer``, the VMM is switched to the
-disk that it returns, ``end_layer``. In the background the layer becomes the *snapshot disk*, over which volumes are made
+disk that it returns, ``freeze_layer``, ``end_layer``. In the background the layer becomes the *snapshot disk*, over which volumes are made
 as over an image's. One operation at a time works on a sandbox's volume, and on a snapshot.
 """
 
@@ -68,13 +68,19 @@ class StorageDriver(Protocol):
         ...
 
     async def begin_layer(self, sandbox_id: str, snapshot_id: str) -> DiskFile:
-        """Prepare to freeze the volume: the file, an empty overlay over the volume, that the VMM is to be switched to.
+        """Prepare to freeze the volume: the file that the VMM is to be switched to, which is an empty overlay over the
+        volume, or, where a volume is frozen without that, the volume as it is.
 
         The volume is used as before until the VMM is switched. Called again it returns the same file; after an ``end``
         it begins another attempt for the same snapshot, whose layer is the one that counts. Raises NotFoundError
         (``volume_not_found``), ConflictError (``layer_under_way`` for another snapshot, ``disk_chain_too_long``,
         ``snapshot_exists``: it has its disk already).
         """
+        ...
+
+    async def freeze_layer(self, sandbox_id: str, snapshot_id: str) -> None:
+        """Awaited between ``begin_layer`` and ``end_layer`` while the machine stands still, after it was switched: from
+        here on what the guest writes is not the snapshot's. Twice is once. Raises DiskFullError, HostError."""
         ...
 
     async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:

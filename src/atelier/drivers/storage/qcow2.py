@@ -148,6 +148,11 @@ class Qcow2Storage:
         self._volume(sandbox_id)
         return await self._layers.begin(sandbox_id, _check_snapshot(snapshot_id))
 
+    async def freeze_layer(self, sandbox_id: str, snapshot_id: str) -> None:
+        """The switch has done it: what was the top is not written to any more."""
+        self._volume(sandbox_id)
+        _check_snapshot(snapshot_id)
+
     async def end_layer(self, sandbox_id: str, snapshot_id: str, *, switched: bool) -> None:
         self._volume(sandbox_id)
         await self._layers.end(sandbox_id, _check_snapshot(snapshot_id), switched=switched)

@@ -64,13 +64,13 @@ class DiskSwitch:
 
     async def prepare(self, control: QmpConnection) -> None:
         """Raises VmmError; nothing is left then."""
-        if self._top.format != "qcow2":
-            raise VmmError(f"a {self._top.format} file cannot stand over a disk")
         self._present, _ = await find_disk(control, self._serial)
         with opened(self._top.path, os.O_RDWR) as descriptor:
             self._node = _node_name(self._serial, os.fstat(descriptor))
             if self._present == self._node:
                 return
+            if self._top.format != "qcow2":
+                raise VmmError(f"a {self._top.format} file cannot stand over a disk")
             # A manager that died halfway may have left them.
             await _forget_nodes(control, self._node)
             added = _object(await control.execute("add-fd", {}, descriptors=[descriptor]))
