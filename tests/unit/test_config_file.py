@@ -182,7 +182,11 @@ def test_every_variable_of_the_settings_has_a_key() -> None:
         ),
         ('[host]\nfirecracker = "https://example.org/f.tgz"\n', "f:2: host.firecracker is", "firecracker_sha256"),
         ('[host]\nfirecracker = "http://example.org/f.tgz"\n', "f:2: host.firecracker is", "https://"),
-        ('[host]\nkernel = "/k"\nkernel_sha256 = "abc"\n', "f:3: host.kernel_sha256 is 'abc'", "64 hexadecimal"),
+        (
+            '[host]\nfirecracker = "/k"\nfirecracker_sha256 = "abc"\n',
+            "f:3: host.firecracker_sha256 is 'abc'",
+            "64 hexadecimal",
+        ),
         ("[host]\nloop_size_gib = 1\n", "f:2: host.loop_size_gib is '1'", "at least 2"),
     ],
 )

@@ -7,6 +7,7 @@ Read by ``settings`` and ``host``.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,12 @@ def find_config_file(variables: Mapping[str, str]) -> ConfigFile:
     except ValueError as error:
         raise _no_text(DEFAULT_PATH) from error
     return parse_config(text, DEFAULT_PATH)
+
+
+def find_data_dir(variables: Mapping[str, str] | None = None) -> str:
+    """Where clients of a host's own manager find its key; empty: nobody has said. Raises as ``find_config_file``."""
+    own = os.environ if variables is None else variables
+    return own.get("ATELIER_DATA_DIR") or str(find_config_file(own).get("server.data_dir") or "")
 
 
 def read_config_file(path: Path) -> ConfigFile:

@@ -32,7 +32,6 @@ class HostSettings:
     loop_file: Path | None
     loop_size_gib: int
     firecracker: Download
-    kernel: Download
     has_caddy: bool
     caddy_tls: str
 
@@ -58,7 +57,6 @@ def load_host_settings(file: ConfigFile) -> HostSettings:
         loop_file=loop_file,
         loop_size_gib=size if isinstance(size, int) else 20,
         firecracker=_download(file, "host.firecracker"),
-        kernel=_download(file, "host.kernel"),
         has_caddy=file.get("host.caddy") is True,
         caddy_tls=_text(file, "host.caddy_tls") or "tls-own-certificate",
     )

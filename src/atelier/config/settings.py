@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from atelier.config.addresses import ListenAddress, parse_listen
 from atelier.config.choices import choose
 from atelier.config.errors import InvalidSettingError
-from atelier.config.file import find_config_file
+from atelier.config.file import ConfigFile, find_config_file
 from atelier.config.npm import find_npm_registry
 from atelier.config.previews import DEFAULT_PREVIEWS_LISTEN, PreviewSettings, load_previews
 from atelier.config.production import ProductionSettings, load_production
@@ -112,7 +112,19 @@ def load_settings(
     ``find_config_file`` raises.
     """
     own = os.environ if environment is None else environment
-    file = find_config_file(own)
+    return load_settings_of(find_config_file(own), own, mode=mode, data_dir=data_dir, listen=listen)
+
+
+def load_settings_of(
+    file: ConfigFile,
+    variables: Mapping[str, str] | None = None,
+    *,
+    mode: str = "",
+    data_dir: str = "",
+    listen: str = "",
+) -> Settings:
+    """Of a file that is read already. Without ``variables`` nothing else has a say: what a service will find."""
+    own = variables or {}
     try:
         return _load({**file.variables(), **own}, mode=mode, data_dir=data_dir, listen=listen)
     except InvalidSettingError as error:
