@@ -1,0 +1,45 @@
+"""The LVM driver in a host that has a volume group: the suites of ``tests/contract``, and a pool that grows by itself."""
+
+from __future__ import annotations
+
+import pytest
+from tests.host.emulated_host import LVM_DISK, PYTHON, EmulatedHost
+
+GROUP = "vg-test"
+_SUITE = (
+    "cd /opt/atelier/checkout && ATELIER_TEST_THIN_POOL={group}/pool {python} -m pytest -q -p no:cacheprovider {what}"
+)
+_ENSURE_POOL = """
+import asyncio
+from atelier.host_setup.thin_pool import ensure_thin_pool
+asyncio.run(ensure_thin_pool("{group}", "pool", size_percent=50))
+"""
+
+
+@pytest.fixture(scope="module")
+def host(shared_host: EmulatedHost) -> EmulatedHost:
+    shared_host.run(f"pvcreate -q {LVM_DISK} && vgcreate -q {GROUP} {LVM_DISK}")
+    for _ in range(2):  # twice is once
+        shared_host.run(f"{PYTHON} -", given=_ENSURE_POOL.format(group=GROUP).encode())
+    return shared_host
+
+
+def test_the_pool_zeroes_its_blocks_and_grows_by_itself(host: EmulatedHost) -> None:
+    told = host.run(f"lvs --noheadings -o lv_attr,lv_profile,seg_monitor,lv_when_full {GROUP}/pool").out.split()
+    assert told[0][7] == "z"
+    assert told[1:] == ["atelier", "monitored", "error"]
+
+
+def test_the_contract_of_every_storage_driver(host: EmulatedHost) -> None:
+    suite = "tests/contract/test_storage_contract.py tests/contract/test_storage_snapshots.py -k lvm"
+    done = host.run(_SUITE.format(group=GROUP, python=PYTHON, what=suite), seconds=1200, check=False)
+    assert done.status == 0, done.out[-8000:]
+    assert "skipped" not in done.out
+
+
+def test_what_is_lvms_own(host: EmulatedHost) -> None:
+    done = host.run(
+        _SUITE.format(group=GROUP, python=PYTHON, what="tests/contract/test_storage_lvm.py"), seconds=1200, check=False
+    )
+    assert done.status == 0, done.out[-8000:]
+    assert "skipped" not in done.out
