@@ -30,10 +30,10 @@ def choose_plan(host: Host, journal: Journal, given: Path | None, ask: Ask | Non
             raise InvalidRequestError(
                 f"the configuration {given} cannot be read: {error}", code="config_unreadable"
             ) from error
-        return _plan(complete_config(text, PRODUCTION_VALUES), source, "")
+        return _plan(complete_config(text, PRODUCTION_VALUES, source), source, "")
     if present:
         is_own = journal.find("file", str(CONFIG)) is not None
-        text = complete_config(present, PRODUCTION_VALUES) if is_own else present
+        text = complete_config(present, PRODUCTION_VALUES, CONFIG) if is_own else present
         return _plan(text, CONFIG, present)
     answers = {} if ask is None else _ask_all(host, ask)
     return _plan(config_template({**PRODUCTION_VALUES, **answers}), CONFIG, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from atelier.config.file import parse_config
@@ -45,10 +46,10 @@ class ConfigChange:
         return FileChange(self.path, self.text.encode(), 0o640, "root", self.user)
 
 
-def complete_config(text: str, values: Mapping[str, str]) -> str:
+def complete_config(text: str, values: Mapping[str, str], source: Path) -> str:
     """``text`` with each of ``values`` (key to TOML) that it does not set, below its section's heading; all else, comments
     too, stays as it is written. Raises what ``parse_config`` raises."""
-    present = parse_config(text).values
+    present = parse_config(text, source).values
     by_section: dict[str, list[str]] = {}
     for path, value in values.items():
         if path not in present:

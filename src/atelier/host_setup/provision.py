@@ -7,7 +7,7 @@ interrupts this, the next run goes on; undoing goes through the journal backward
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from atelier.host_setup.caddy import undo_caddy_service
 from atelier.host_setup.changes import (
@@ -117,6 +117,9 @@ async def undo_all(host: Host, journal: Journal, options: UndoOptions, say: Call
     done = Undone([], [], [])
     for entry in reversed(list(journal.entries)):
         say(entry.area, f"{entry.kind} {entry.key}")
+        if done.kept:
+            # What stays is of use only with the programs that made it.
+            options = replace(options, packages=False)
         words = await UNDO[entry.kind](host, entry.record, options)
         if words.startswith(KEPT):
             done.kept.append(words.removeprefix(KEPT))

@@ -30,7 +30,9 @@ class Interrupted(BaseException):
 @dataclass
 class FakeMachine(Host):
     root: Path
-    packages: set[str] = field(default_factory=lambda: {"dpkg", "apt", "systemd", "util-linux", "procps", "kmod", "iproute2"})
+    packages: set[str] = field(
+        default_factory=lambda: {"dpkg", "apt", "systemd", "util-linux", "procps", "kmod", "iproute2"}
+    )
     services: dict[str, str] = field(default_factory=dict[str, str])
     """enabled, or not there."""
     groups: dict[str, str] = field(default_factory=dict[str, str])
@@ -70,10 +72,16 @@ class FakeMachine(Host):
             # A module that is loaded stays until a reboot.
             if name.startswith("/sys/module/"):
                 continue
-            content = path.read_bytes() if stat.S_ISREG(found.st_mode) else b""
+            is_small = stat.S_ISREG(found.st_mode) and found.st_size < 1 << 20
+            content = path.read_bytes() if is_small else str(found.st_size * stat.S_ISREG(found.st_mode)).encode()
             files[name] = (oct(found.st_mode), content, self.owners.get(name, ("root", "root")))
         kept = ("packages", "services", "groups", "pools", "volumes", "loops", "links")
         return {"files": files, **{name: json.dumps(sorted(getattr(self, name))) for name in kept}}
+
+    def install_lvm(self) -> None:
+        """As its administrator did."""
+        self.packages |= {"lvm2", "thin-provisioning-tools"}
+        (self.root / "etc/lvm/profile").mkdir(parents=True)
 
     # --- what only root can do with files ------------------------------------------------------------------------------
 
@@ -92,7 +100,6 @@ class FakeMachine(Host):
     async def ensure_thin_pool(self, group: str, pool: str) -> None:
         await self.run("lvcreate", f"{group}/{pool}")
         profile = self.path("/etc/lvm/profile/atelier.profile")
-        profile.parent.mkdir(parents=True, exist_ok=True)
         profile.write_text("profile\n")
 
     def is_block_device(self, absolute: Path) -> bool:
@@ -128,10 +135,14 @@ class FakeMachine(Host):
         if action == "install":
             if not self.apt_lists:
                 return self._fail("E: Unable to locate package")
-            coming = [each for name in names for each in (*_COMES_WITH.get(name, ()), name) if each not in self.packages]
+            coming = [
+                each for name in names for each in (*_COMES_WITH.get(name, ()), name) if each not in self.packages
+            ]
             if "--simulate" in options:
                 return "".join(f"Inst {name} (1.0)\n" for name in coming)
             self.packages |= set(coming)
+            if "lvm2" in coming:
+                (self.root / "etc/lvm/profile").mkdir(parents=True)
             return ""
         assert action == "purge", words
         going = [name for name in names if name in self.packages]
@@ -139,6 +150,9 @@ class FakeMachine(Host):
         if "--simulate" in options:
             return "".join(f"Purg {name} [1.0]\n" for name in going)
         self.packages -= set(going)
+        if "lvm2" in going:
+            (self.root / "etc/lvm/profile").rmdir()
+            (self.root / "etc/lvm").rmdir()
         return ""
 
     def _useradd(self, words: list[str]) -> str:
@@ -184,7 +198,7 @@ class FakeMachine(Host):
             case "is-enabled":
                 return self.services.get(name) or self._fail("disabled")
             case "cat":
-                return unit.read_text() if unit.is_file() or name in self.services else self._fail("no such unit")
+                return "[Unit]" if unit.is_file() or name in self.services else self._fail("no such unit")
             case "enable" | "restart":
                 if not unit.is_file() and name != "caddy.service":
                     return self._fail(f"Unit {name} not found")

@@ -29,6 +29,12 @@ WITH_CADDY = (
 ALL = UndoOptions(data=True, packages=True)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These hosts live for a second."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> FakeMachine:
     (tmp_path / "root").mkdir()
@@ -189,7 +195,7 @@ FOREIGN = [
     ("user", lambda m: (m.root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\natelier:x:1000:1000::/home/atelier:/bin/sh\n"),
      "the user atelier is there", "host.user|\\[host\\] user"),
     ("bridge", lambda m: m.links.update(br0=""), "a link br0 already", "bridge_name"),
-    ("group", lambda m: (m.packages.add("lvm2"), m.groups.update(fast="/dev/vdz")),
+    ("group", lambda m: (m.install_lvm(), m.groups.update(fast="/dev/vdz")),
      "a volume group fast already", "storage.volume_group"),
     ("disk", lambda m: m.signatures.update({"/dev/vdb": "ext4"}), r"/dev/vdb is not empty \(vdb ext4\)", "wipefs"),
     ("no disk", lambda m: m.disks.clear(), "/dev/vdb is no disk", "lsblk"),
@@ -254,7 +260,7 @@ def test_docker_is_said_and_its_forwarding_stays(machine: FakeMachine, tmp_path:
 
 
 def test_a_group_that_is_given_is_used_and_stays(machine: FakeMachine, tmp_path: Path) -> None:
-    machine.packages |= {"lvm2", "thin-provisioning-tools"}
+    machine.install_lvm()
     machine.groups["admins"] = "/dev/vdc"
     before = machine.state()
     init(machine, _write(tmp_path, '[storage]\nvolume_group = "admins"\n'))
@@ -264,7 +270,7 @@ def test_a_group_that_is_given_is_used_and_stays(machine: FakeMachine, tmp_path:
 
 
 def test_a_group_that_is_not_there_and_no_disk_for_it(machine: FakeMachine, tmp_path: Path) -> None:
-    machine.packages.add("lvm2")
+    machine.install_lvm()
     with pytest.raises(ConflictError, match="this host has no volume group lost") as refused:
         init(machine, _write(tmp_path, '[storage]\nvolume_group = "lost"\n'))
     assert "vgcreate lost" in refused.value.hint
@@ -274,7 +280,8 @@ def test_volumes_of_others_in_our_group_keep_it(machine: FakeMachine, tmp_path: 
     init(machine, _write(tmp_path, WITH_DISK))
     machine.volumes["fast/database"] = ""
     done = uninstall(machine)
-    assert done.kept == ["the volume group fast: others have volumes in it: database"]
+    assert done.kept[0] == "the volume group fast: others have volumes in it: database"
+    assert "lvm2" in machine.packages, "without it they had nothing"
     assert machine.groups == {"fast": "/dev/vdb"}
     machine.volumes.clear()
     uninstall(machine)
@@ -292,7 +299,9 @@ def test_what_somebody_changed_since_is_said_and_left(machine: FakeMachine, tmp_
     assert unit.read_text().endswith("# mine\n")
 
 
-def test_a_newer_version_updates_its_own_files(machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_version_updates_its_own_files(
+    machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from atelier.host_setup import access_changes
 
     init(machine, _write(tmp_path, ""))
@@ -353,7 +362,7 @@ def test_a_service_that_does_not_start_is_told_with_its_last_words(machine: Fake
             raise CommandError("failed")
 
     machine.before_command = refuse
-    with pytest.raises(HostError, match="the service atelier-gateway.service does not start: its last words"):
+    with pytest.raises(HostError, match=r"the service atelier-gateway\.service does not start: its last words"):
         init(machine, _write(tmp_path, ""))
     machine.before_command = lambda words: None
     init(machine)
