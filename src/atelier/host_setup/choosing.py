@@ -13,7 +13,7 @@ from atelier.config.settings import load_settings_of
 from atelier.host_setup.config_change import complete_config
 from atelier.host_setup.host import Host
 from atelier.host_setup.journal import FOLDER, Journal
-from atelier.host_setup.plan import CONFIG, PRODUCTION_VALUES, Plan
+from atelier.host_setup.plan import CONFIG, PRODUCTION_VALUES, Plan, production_values
 from atelier.model.errors import InvalidRequestError
 
 Ask = Callable[[str, str], str]
@@ -30,13 +30,18 @@ def choose_plan(host: Host, journal: Journal, given: Path | None, ask: Ask | Non
             raise InvalidRequestError(
                 f"the configuration {given} cannot be read: {error}", code="config_unreadable"
             ) from error
-        return _plan(complete_config(text, PRODUCTION_VALUES, source), source, "")
+        return _plan(_completed(text, source), source, "")
     if present:
         is_own = journal.find("file", str(CONFIG)) is not None
-        text = complete_config(present, PRODUCTION_VALUES, CONFIG) if is_own else present
+        text = _completed(present, CONFIG) if is_own else present
         return _plan(text, CONFIG, present)
     answers = {} if ask is None else _ask_all(host, ask)
     return _plan(config_template({**PRODUCTION_VALUES, **answers}), CONFIG, "")
+
+
+def _completed(text: str, source: Path) -> str:
+    has_caddy = parse_config(text, source).get("host.caddy") is True
+    return complete_config(text, production_values(has_caddy), source)
 
 
 def _plan(text: str, source: Path, derived_from: str) -> Plan:

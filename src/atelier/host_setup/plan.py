@@ -6,7 +6,7 @@ No other file decides what belongs to a production host.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from atelier.host_setup.access_changes import (
     SudoersChange,
     helper_program,
 )
-from atelier.host_setup.caddy import CaddyCheck, caddy_changes
+from atelier.host_setup.caddy import EDGE_FOLDER, CaddyCheck, caddy_changes
 from atelier.host_setup.changes import Change, FileChange, FolderChange
 from atelier.host_setup.config_change import ConfigChange
 from atelier.host_setup.firecracker_release import FirecrackerChange
@@ -60,6 +60,8 @@ PRODUCTION_VALUES = {
 }
 """What a production host's configuration says, unless its administrator says otherwise: key to TOML."""
 
+_CADDY_VALUES = {"previews.listen": f'"unix:{EDGE_FOLDER}/previews.sock"'}
+
 _PACKAGES = (
     *("qemu-system-x86", "qemu-utils", "mmdebstrap", "e2fsprogs", "uidmap", "util-linux"),
     *("iproute2", "nftables", "procps", "kmod", "sudo"),
@@ -68,6 +70,11 @@ _STORAGE_PACKAGES = ("lvm2", "thin-provisioning-tools")
 _MODULES = ("tun", "bridge", "nf_tables", "vhost_vsock")
 _DAEMON_RELOAD = ("systemctl", "daemon-reload")
 _UNIT_FOLDER = "/etc/systemd/system"
+
+
+def production_values(has_caddy: bool) -> Mapping[str, str]:
+    """What is filled in where a configuration does not say it."""
+    return {**PRODUCTION_VALUES, **(_CADDY_VALUES if has_caddy else {})}
 
 
 @dataclass(frozen=True, slots=True)

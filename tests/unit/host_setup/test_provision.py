@@ -22,10 +22,7 @@ from atelier.model.errors import AtelierError, ConflictError, HostError, Invalid
 
 WITH_DISK = '[storage]\nvolume_group = "fast"\n[host]\nstorage_device = "/dev/vdb"\n'
 WITH_LOOP = '[storage]\nvolume_group = "trial"\n[host]\nloop_file = "/var/lib/pool.img"\nloop_size_gib = 2\n'
-WITH_CADDY = (
-    '[server]\npublic_url = "https://atelier.example.org"\n[previews]\nlisten = "unix:/run/atelier-edge/previews.sock"\n'
-    '[host]\ncaddy = true\ncaddy_tls = "tls-internal"\n'
-)
+WITH_CADDY = '[server]\npublic_url = "https://atelier.example.org"\n[host]\ncaddy = true\ncaddy_tls = "tls-internal"\n'
 ALL = UndoOptions(data=True, packages=True)
 
 
