@@ -19,7 +19,7 @@ from atelier.config.schema import config_schema, config_template
 from atelier.config.settings import load_settings_of
 from atelier.host.checks.local import CheckStatus
 from atelier.host_setup.changes import UndoOptions
-from atelier.host_setup.choosing import Ask, choose_plan
+from atelier.host_setup.choosing import choose_plan
 from atelier.host_setup.debug_vm import describe_vm
 from atelier.host_setup.doctor import check_host
 from atelier.host_setup.host import Host
@@ -323,7 +323,8 @@ def become(*words: str) -> NoReturn:
     os.execvp(words[0], list(words))  # noqa: S606
 
 
-_ask: Ask = lambda question, default: click.prompt(question, default=default, err=True, show_default=bool(default))  # noqa: E731
+def _ask(question: str, default: str) -> str:
+    return click.prompt(question, default=default, err=True, show_default=bool(default))
 
 
 def printable(text: str) -> str:

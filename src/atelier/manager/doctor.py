@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from atelier.config.production import CompanionChoice
 from atelier.config.settings import ServerMode, Settings
 from atelier.db.closed_files import read_stuck_sandboxes
 from atelier.host.checks.edge import check_edge
@@ -37,7 +38,8 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
     if settings.mode is not ServerMode.MOCK:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
-        results += explain_network(settings.network)
+        if settings.production.companions is CompanionChoice.KEPT:
+            results += explain_network(settings.network)
         if settings.public_url.startswith("https:"):
             results += check_edge(settings.public_url)
     results += check_sandboxes(DataLayout(settings.data_dir).database)
