@@ -14,7 +14,7 @@ import pytest
 
 from atelier.host import processes
 from atelier.manager import kept_process
-from atelier.manager.kept_process import KeptProcess
+from atelier.manager.kept_process import KeptProcess, OwnProcess
 from atelier.model.errors import HostError
 from atelier.model.machine import ProcessIdentity
 
@@ -63,7 +63,8 @@ class Companion(KeptProcess):
         self.wait_file = folder / "control.sock.wait"
         self.log = folder / "log"
         self.arguments = ["-c", PROGRAM, str(socket_path)]
-        super().__init__("companion", "companion_failed", self.arguments, socket_path, self.log, service)
+        starter = OwnProcess("companion", self.arguments, self.log)
+        super().__init__("companion", "companion_failed", starter, socket_path, self.log, service)
 
     def find(self) -> list[ProcessIdentity]:
         return processes.find_processes(Path(sys.executable).resolve().name, self.arguments)

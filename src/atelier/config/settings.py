@@ -3,7 +3,7 @@ program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
-``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
 ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
 Those of signing in stand in ``sign_in``, those of previews in ``previews``, those of a production host in ``production``. Nothing defaults into a source checkout.
 """
@@ -67,6 +67,14 @@ class NetworkHome(StrEnum):
     HOST = "host"
 
 
+class StorageChoice(StrEnum):
+    """``qcow2``: disks are files in the data folder; ``lvm-thin``: thin volumes of the pool that root's settings name
+    (``atelier host storage``)."""
+
+    QCOW2 = "qcow2"
+    LVM_THIN = "lvm-thin"
+
+
 class TemplateChoice(StrEnum):
     """``on``: the first create of a kind boots, and a template is made of it in the background; those after it are
     restored from that. ``off``: every create boots."""
@@ -91,6 +99,7 @@ class Settings:
     bridge_name: str
     recipes_dir: Path
     disk_overcommit: float
+    storage: StorageChoice
     templates: TemplateChoice
     log_level: str
     public_url: str
@@ -161,6 +170,7 @@ def _load(variables: Mapping[str, str], *, mode: str, data_dir: str, listen: str
         bridge_name=_bridge_name(variables.get("ATELIER_BRIDGE_NAME", "br0")),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
+        storage=choose(StorageChoice, variables, "ATELIER_STORAGE", StorageChoice.QCOW2),
         templates=choose(TemplateChoice, variables, "ATELIER_TEMPLATES", TemplateChoice.ON),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
         public_url=public_url,

@@ -13,7 +13,7 @@ from atelier.config.settings import load_settings_of
 from atelier.host_setup.config_change import complete_config
 from atelier.host_setup.host import Host
 from atelier.host_setup.journal import FOLDER, Journal
-from atelier.host_setup.plan import CONFIG, PRODUCTION_VALUES, Plan, production_values
+from atelier.host_setup.plan import CONFIG, Plan, production_values
 from atelier.model.errors import InvalidRequestError
 
 Ask = Callable[[str, str], str]
@@ -36,12 +36,16 @@ def choose_plan(host: Host, journal: Journal, given: Path | None, ask: Ask | Non
         text = _completed(present, CONFIG) if is_own else present
         return _plan(text, CONFIG, present)
     answers = {} if ask is None else _ask_all(host, ask)
-    return _plan(config_template({**PRODUCTION_VALUES, **answers}), CONFIG, "")
+    values = production_values(has_group="storage.volume_group" in answers, has_caddy=False)
+    return _plan(config_template({**values, **answers}), CONFIG, "")
 
 
 def _completed(text: str, source: Path) -> str:
-    has_caddy = parse_config(text, source).get("host.caddy") is True
-    return complete_config(text, production_values(has_caddy), source)
+    file = parse_config(text, source)
+    values = production_values(
+        has_group=bool(file.get("storage.volume_group")), has_caddy=file.get("host.caddy") is True
+    )
+    return complete_config(text, values, source)
 
 
 def _plan(text: str, source: Path, derived_from: str) -> Plan:

@@ -60,6 +60,7 @@ PRODUCTION_VALUES = {
 }
 """What a production host's configuration says, unless its administrator says otherwise: key to TOML."""
 
+_STORAGE_VALUES = {"storage.kind": '"lvm-thin"'}
 _CADDY_VALUES = {"previews.listen": f'"unix:{EDGE_FOLDER}/previews.sock"'}
 
 _PACKAGES = (
@@ -72,9 +73,13 @@ _DAEMON_RELOAD = ("systemctl", "daemon-reload")
 _UNIT_FOLDER = "/etc/systemd/system"
 
 
-def production_values(has_caddy: bool) -> Mapping[str, str]:
-    """What is filled in where a configuration does not say it."""
-    return {**PRODUCTION_VALUES, **(_CADDY_VALUES if has_caddy else {})}
+def production_values(*, has_group: bool, has_caddy: bool) -> Mapping[str, str]:
+    """What is filled in where a configuration does not say it. ``has_group``: it names a volume group."""
+    return {
+        **PRODUCTION_VALUES,
+        **(_STORAGE_VALUES if has_group else {}),
+        **(_CADDY_VALUES if has_caddy else {}),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ group does something: so what a dead manager has asked for is done when its succ
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import contextlib
 import json
 import os
 import sys
@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from atelier.host.file_lock import hold_lock
 from atelier.host.peers import has_gone
 from atelier.host.privilege import GROUPS, LINE_MAX_BYTES, PROTOCOL_VERSION
 from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, read_root_settings
@@ -43,16 +44,11 @@ def main(arguments: list[str] | None = None, settings_file: Path = ROOT_SETTINGS
         settings = read_root_settings(settings_file)
         verbs = _verbs_of(words[0], settings)
         locks.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(locks / words[0], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except (AtelierError, OSError) as error:
         _say(str(error))
         return 1
-    try:
-        asyncio.run(_serve(verbs, settings, lock, sys.stdin.buffer, sys.stdout.buffer))
-    except BrokenPipeError:
-        pass
-    finally:
-        os.close(lock)
+    with contextlib.suppress(BrokenPipeError):
+        asyncio.run(_serve(verbs, settings, locks / words[0], sys.stdin.buffer, sys.stdout.buffer))
     return 0
 
 
@@ -63,22 +59,23 @@ def _verbs_of(group: str, settings: RootSettings) -> Mapping[str, Verb]:
             from atelier.host_setup.storage_verbs import StorageVerbs
 
             return StorageVerbs(settings).verbs
+        case "network":
+            from atelier.host_setup.network_verbs import NetworkVerbs
+
+            return NetworkVerbs(settings).verbs
         case _:
             raise AssertionError(group)
 
 
 async def _serve(
-    verbs: Mapping[str, Verb], settings: RootSettings, lock: int, requests: BinaryIO, answers: BinaryIO
+    verbs: Mapping[str, Verb], settings: RootSettings, lock: Path, requests: BinaryIO, answers: BinaryIO
 ) -> None:
     _write(answers, {"protocol": PROTOCOL_VERSION, "installation_id": settings.installation_id})
     while line := requests.readline(LINE_MAX_BYTES):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
+        async with hold_lock(lock):
             if has_gone(requests.fileno()):
                 return
             answer = await _answer(verbs, line)
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
         _write(answers, answer)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from atelier.manager.kept_process import KeptProcess
+from atelier.manager.kept_process import KeptProcess, OwnProcess
 
 
 class GatewayProcess(KeptProcess):
@@ -14,4 +14,5 @@ class GatewayProcess(KeptProcess):
 
     def __init__(self, run_dir: Path, socket_path: Path, log_path: Path, *, service: str = "") -> None:
         arguments = ("-m", "atelier.gateway", "--run-dir", str(run_dir))
-        super().__init__("gateway", "gateway_failed", arguments, socket_path, log_path, service)
+        starter = OwnProcess("gateway", arguments, log_path)
+        super().__init__("gateway", "gateway_failed", starter, socket_path, log_path, service)

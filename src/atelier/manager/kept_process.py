@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import atelier
 from atelier.host import processes
@@ -41,18 +42,55 @@ class _Answer:
     """What a person has to mend, in words."""
 
 
+class Starter(Protocol):
+    """Starts and ends a companion: as a process of the manager's own user, or by way of root."""
+
+    async def start(self) -> ProcessIdentity: ...
+
+    async def end(self, identity: ProcessIdentity) -> None:
+        """Return when it is proved dead; one that does not end in order is killed."""
+        ...
+
+    async def is_there(self) -> bool:
+        """Whether one runs, whoever started it."""
+        ...
+
+
+class OwnProcess:
+    """``arguments`` are those of this Python, ``log_path`` is where its log goes."""
+
+    def __init__(self, title: str, arguments: Sequence[str], log_path: Path) -> None:
+        self._title = title
+        self._arguments = arguments
+        self._log_path = log_path
+
+    async def start(self) -> ProcessIdentity:
+        return await processes.start_detached([sys.executable, *self._arguments], stderr_path=self._log_path)
+
+    async def end(self, identity: ProcessIdentity) -> None:
+        try:
+            await processes.kill_and_wait(identity, _STOP_SECONDS, signal_number=signal.SIGTERM)
+        except TimeoutExceededError:
+            logger.warning("the %s does not end within %g s: it is killed", self._title, _STOP_SECONDS)
+            await processes.kill_and_wait(identity)
+
+    async def is_there(self) -> bool:
+        program = Path(sys.executable).resolve().name
+        return bool(await asyncio.to_thread(processes.find_processes, program, self._arguments))
+
+
 class KeptProcess:
-    """``title`` is what messages call it, ``code`` that of the error when it does not start; ``arguments`` are those of
-    this Python; ``socket_path`` is its control socket, ``log_path`` where its log goes. ``service``: the host's service
-    that it is, where it is not this manager's to start and to end; else empty."""
+    """``title`` is what messages call it, ``code`` that of the error when it does not start; ``socket_path`` is its
+    control socket, ``log_path`` where its log goes. ``service``: the host's service that it is, where it is not this
+    manager's to start and to end; else empty."""
 
     def __init__(
-        self, title: str, code: str, arguments: Sequence[str], socket_path: Path, log_path: Path, service: str = ""
+        self, title: str, code: str, starter: Starter, socket_path: Path, log_path: Path, service: str = ""
     ) -> None:
         self._service = service
         self._title = title
         self._code = code
-        self._arguments = arguments
+        self._starter = starter
         self._socket_path = socket_path
         self._log_path = log_path
         self.on_started_anew: Callable[[], None] = lambda: None
@@ -93,14 +131,8 @@ class KeptProcess:
         await self._end()
 
     async def _end(self) -> None:
-        """One that does not end in order is killed."""
-        if self._last is None:
-            return
-        try:
-            await processes.kill_and_wait(self._last, _STOP_SECONDS, signal_number=signal.SIGTERM)
-        except TimeoutExceededError:
-            logger.warning("the %s does not end within %g s: it is killed", self._title, _STOP_SECONDS)
-            await processes.kill_and_wait(self._last)
+        if self._last is not None:
+            await self._starter.end(self._last)
 
     async def _wait_for_service(self) -> None:
         """Raises HostError when it does not answer in time, or is of another version than this manager."""
@@ -142,7 +174,7 @@ class KeptProcess:
             was_gone = False
 
     async def _start(self) -> None:
-        identity = await processes.start_detached([sys.executable, *self._arguments], stderr_path=self._log_path)
+        identity = await self._starter.start()
         serves = False
         try:
             await self._wait_for_answer(identity)
@@ -150,13 +182,14 @@ class KeptProcess:
         finally:
             if not serves:
                 # Another one does, or nobody waits for it any more: it would come up behind everybody's back.
-                await processes.kill_and_wait(identity)
+                await self._starter.end(identity)
 
     async def _wait_for_answer(self, identity: ProcessIdentity) -> None:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while await self._ping() is None:
-                    if not processes.is_alive(identity) and not await self._is_another_there():
+                    # Another that somebody else started, as a manager that died since, answers soon.
+                    if not processes.is_alive(identity) and not await self._starter.is_there():
                         raise HostError(
                             f"the {self._title} ended as soon as it was started: {self._last_words()}",
                             code=self._code,
@@ -169,11 +202,6 @@ class KeptProcess:
                 code=self._code,
                 hint=f"its log is {self._log_path}",
             ) from error
-
-    async def _is_another_there(self) -> bool:
-        """One that somebody else started, as a manager that died since: it keeps ours from serving, and answers soon."""
-        program = Path(sys.executable).resolve().name
-        return bool(await asyncio.to_thread(processes.find_processes, program, self._arguments))
 
     async def _supervise(self) -> None:
         backoff = _CHECK_SECONDS

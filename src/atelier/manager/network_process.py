@@ -9,41 +9,59 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atelier.host.checks.local import CheckResult, CheckStatus
-from atelier.manager.kept_process import KeptProcess
+from atelier.host.privilege import Privileges
+from atelier.manager.kept_process import KeptProcess, OwnProcess, Starter
 from atelier.model.errors import AtelierError, HostError
 from atelier.model.layout import DataLayout, RunLayout
+from atelier.model.machine import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30.0
 
 
+def own_holder(data: DataLayout, run: RunLayout, installation_id: str, *, home: str, bridge_name: str) -> Starter:
+    """The network holder as a process of the manager's user. ``home``: where the bridge is to be, ``private`` or ``host``."""
+    arguments = (
+        *("-m", "atelier.network_holder", "--run-dir", str(run.root)),
+        *("--plan-file", str(data.network_plan), "--installation", installation_id),
+        *("--home", home, "--bridge-name", bridge_name),
+        *("--keeper-log", str(data.logs / "network-keeper.log")),
+    )
+    return OwnProcess("network holder", arguments, data.logs / "network.log")
+
+
+class RootsHolder:
+    """The network holder as a process of root's, for a manager who is not root."""
+
+    def __init__(self, privileges: Privileges) -> None:
+        self._privileges = privileges
+
+    async def start(self) -> ProcessIdentity:
+        return ProcessIdentity(**(await self._privileges.ask("start_holder"))["process"])
+
+    async def end(self, identity: ProcessIdentity) -> None:
+        await self._privileges.ask("end_holder")
+
+    async def is_there(self) -> bool:
+        """Root's side starts none where one runs."""
+        return False
+
+
 class NetworkHolderProcess(KeptProcess):
-    """``check``: what the network needs of this machine, asked before anything is started; ``home``: where the bridge is
-    to be, ``private`` or ``host``."""
+    """``check``: what the network needs of this machine, asked before anything is started."""
 
     def __init__(
         self,
-        data: DataLayout,
-        run: RunLayout,
-        installation_id: str,
+        starter: Starter,
+        socket_path: Path,
+        log_path: Path,
         check: Callable[[], list[CheckResult]],
-        *,
-        home: str,
-        bridge_name: str,
         service: str = "",
     ) -> None:
         self._check = check
-        self._control: Path = run.network_socket
-        arguments = (
-            *("-m", "atelier.network_holder", "--run-dir", str(run.root)),
-            *("--plan-file", str(data.network_plan), "--installation", installation_id),
-            *("--home", home, "--bridge-name", bridge_name),
-            *("--keeper-log", str(data.logs / "network-keeper.log")),
-        )
-        super().__init__(
-            "network holder", "network_holder_failed", arguments, run.network_socket, data.logs / "network.log", service
-        )
+        self._control = socket_path
+        super().__init__("network holder", "network_holder_failed", starter, socket_path, log_path, service)
 
     async def open(self) -> None:
         """Raises HostError (``network_not_possible``) with what is missing and how to get it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import atelier
 from atelier.api.services import Services
 from atelier.config.production import CompanionChoice
-from atelier.config.settings import ServerMode, Settings, SignInSettings, TemplateChoice
+from atelier.config.settings import NetworkHome, ServerMode, Settings, SignInSettings, StorageChoice, TemplateChoice
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -32,20 +32,22 @@ from atelier.drivers.sign_in.interface import SignInProvider
 from atelier.drivers.sign_in.oidc import OidcProvider
 from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.storage.lvm_thin import LvmThinStorage
 from atelier.drivers.storage.qcow2 import Qcow2Storage
 from atelier.drivers.vmm.fake import FakeVmm
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.host.checks.network import check_bridge_network
 from atelier.host.memory import memory_bytes
+from atelier.host.privilege import Privileges
 from atelier.lifecycle.admission import Capacity, RoomPolicy
 from atelier.lifecycle.composition import LifecycleLimits
 from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.network_choice import choose_network
-from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess
-from atelier.model.layout import CacheLayout, DataLayout, RunLayout
+from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess, RootsHolder, own_holder
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout, root_network_layout
 from atelier.schemas.health import Health
 from atelier.services.access import AccessService
 from atelier.services.accounts import AccountService
@@ -217,7 +219,7 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     network, holder = _local_network(chosen.bridged, settings, data, run, ids)
     return Drivers(
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
-        storage=Qcow2Storage(data.volumes),
+        storage=_storage(settings, data),
         network=network,
         images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
         guests=guests,
@@ -240,22 +242,36 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     )
 
 
+def _storage(settings: Settings, data: DataLayout) -> StorageDriver:
+    match settings.storage:
+        case StorageChoice.QCOW2:
+            return Qcow2Storage(data.volumes)
+        case StorageChoice.LVM_THIN:
+            return LvmThinStorage(Privileges("storage"))
+
+
 def _local_network(
     bridged: bool, settings: Settings, data: DataLayout, run: RunLayout, ids: Installation
 ) -> tuple[NetworkDriver, NetworkHolderProcess | None]:
+    service = _service(settings, "network")
+    if bridged and settings.network_home is NetworkHome.HOST and os.geteuid() != 0 and not service:
+        layout = root_network_layout(ids.installation_id)
+        starter = RootsHolder(Privileges("network"))
+        # What the host must have is root's to look at: it says what is missing when it starts.
+        holder = NetworkHolderProcess(starter, layout.network_socket, data.logs / "network.log", list)
+        return BridgeNetwork(layout.network_socket), holder
     bridge = BridgeNetwork(run.network_socket)
-    home, name = settings.network_home.value, settings.bridge_name
+    starter = own_holder(
+        data, run, ids.installation_id, home=settings.network_home.value, bridge_name=settings.bridge_name
+    )
     if bridged:
-        service = _service(settings, "network")
+        log = data.logs / "network.log"
         # What a service needs of the machine is not what this user would need.
         check = list if service else check_bridge_network
-        holder = NetworkHolderProcess(
-            data, run, ids.installation_id, check, home=home, bridge_name=name, service=service
-        )
-        return bridge, holder
+        return bridge, NetworkHolderProcess(starter, run.network_socket, log, check, service)
     if run.network_lock.exists():
         # Sandboxes were started on a bridge, and may run still.
-        former = FormerNetworkHolder(data, run, ids.installation_id, list, home=home, bridge_name=name)
+        former = FormerNetworkHolder(starter, run.network_socket, data.logs / "network.log", list)
         return SucceededNetwork(UserNetwork(), bridge), former
     return UserNetwork(), None
 
