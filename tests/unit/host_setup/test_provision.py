@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -352,8 +353,8 @@ def test_what_no_production_host_can_have_is_refused(
 
 
 def test_a_service_that_does_not_start_is_told_with_its_last_words(machine: FakeMachine, tmp_path: Path) -> None:
-    def refuse(words: list[str]) -> None:
-        if words[:3] == ["systemctl", "enable", "--now"] and words[3] == "atelier-gateway.service":
+    def refuse(words: Sequence[str]) -> None:
+        if list(words[:4]) == ["systemctl", "enable", "--now", "atelier-gateway.service"]:
             from atelier.model.errors import CommandError
 
             raise CommandError("failed")
