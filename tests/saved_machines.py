@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from tests.firecracker_machines import FirecrackerStand, tapped
 from tests.real_machines import INIT_PREPARES, emulated, get_boot_files, machine_spec, make_overlay, with_init
 
 from atelier.drivers.network.user import UserNetwork
@@ -149,21 +150,8 @@ class Stage(ABC):
         return MemoryStream(self.folder / name)
 
 
-class QemuStage(Stage):
-    """``boot``: files that this user can read; those of the cache by default."""
-
-    def __init__(self, folder: Path, boot: BootFiles | None = None) -> None:
-        super().__init__(folder)
-        self._boot = boot
-        self.vmm = emulated(INSTALLATION, folder)
-
-    async def begin(self) -> None:
-        boot = with_init(self._boot or await get_boot_files(), COUNTS, self.folder)
-        self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
-        self.layers = [self.parent.root.top, *self.parent.root.backing]
-        self.frozen = list(self.layers)
-        await self.start(self.parent)
-        await self.life(PARENT)
+class CountingStage(Stage):
+    """Its guests say what they count on their consoles."""
 
     async def life(self, sandbox_id: str) -> tuple[int, bool]:
         seen = await self.signs(sandbox_id)
@@ -185,9 +173,64 @@ class QemuStage(Stage):
         assert identity is not None
         await processes.kill_and_wait(identity)
 
+
+class QemuStage(CountingStage):
+    """``boot``: files that this user can read; those of the cache by default."""
+
+    def __init__(self, folder: Path, boot: BootFiles | None = None) -> None:
+        super().__init__(folder)
+        self._boot = boot
+        self.vmm = emulated(INSTALLATION, folder)
+
+    async def begin(self) -> None:
+        boot = with_init(self._boot or await get_boot_files(), COUNTS, self.folder)
+        self.parent = machine_spec(PARENT, INSTALLATION, boot, self.folder, network=await best_network())
+        self.layers = [self.parent.root.top, *self.parent.root.backing]
+        self.frozen = list(self.layers)
+        await self.start(self.parent)
+        await self.life(PARENT)
+
     def overlay(self, name: str) -> Disk:
         below = self.layers if name.endswith("-next") else self.frozen
         return replace(make_overlay(self.folder / f"{name}.qcow2", below[0]), backing=tuple(below))
+
+
+class FirecrackerStage(CountingStage):
+    """Over the fake Firecracker, whose guest counts as the real one's does. There are no overlays: its disk is copied
+    while it stands still, as LVM freezes one."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.stand = FirecrackerStand(folder, INSTALLATION)
+        self.vmm = self.stand.vmm
+
+    async def begin(self) -> None:
+        self.parent = tapped(self.stand.spec(PARENT), f"at{INSTALLATION}aaaa")
+        self.layers = [self.parent.root.top]
+        await self.start(self.parent)
+        await self.life(PARENT)
+
+    async def start(self, spec: MachineSpec) -> None:
+        await self.stand.started(spec)
+
+    def restored(self, sandbox_id: str, source: MemoryStream | MemoryImage) -> MachineSpec:
+        return tapped(super().restored(sandbox_id, source), f"at{INSTALLATION}{sandbox_id[:4]}")
+
+    def overlay(self, name: str) -> Disk:
+        return self.stand.disk(name, of=self._frozen)
+
+    async def stop(self, sandbox_id: str) -> None:
+        await super().stop(sandbox_id)
+        assert self.stand.breaches() == []
+
+    async def saved(self, name: str) -> MemoryStream:
+        self._frozen = self.folder / f"{name}.frozen"
+
+        async def freeze() -> None:
+            await asyncio.to_thread(shutil.copyfile, self.parent.root.top.path, self._frozen)
+
+        await self.vmm.save(self.parent.run_directory, self.folder / name, at_stop=freeze, afterwards=nothing)
+        return MemoryStream(self.folder / name)
 
 
 class CountingGuests:

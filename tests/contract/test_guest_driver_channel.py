@@ -88,7 +88,8 @@ async def test_the_token_is_given_and_asked_for(bridged: tuple[AgentGuests, Gues
     assert (await other.stat(BOX, b"/")).raw_path == b"/"
     await other.close()
     assert bridge.requests[0] == {
-        "operation": "attach", "sandbox_id": BOX, "socket_path": str(agent.socket_path), "token": "token",
+        "operation": "attach", "sandbox_id": BOX, "socket_path": str(agent.socket_path), "kind": "virtio_serial",
+        "token": "token",
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from atelier.host import command
 from atelier.host.lvm import ThinPool
 from atelier.host_setup.root_settings import RootSettings, read_root_settings, write_root_settings
 from atelier.host_setup.storage_verbs import StorageVerbs
+from atelier.host_setup.vmm_verbs import is_own_volume
 from atelier.model.errors import AtelierError, HostError
 
 SETTINGS = RootSettings("root", "aaaa", "vg", "pool")
@@ -152,7 +153,7 @@ def test_nothing_is_done_for_a_manager_that_has_gone(settings_file: Path, lvm: P
         time.sleep(0.02)
     helper.stdin.close()
     (lvm / "wait").unlink()
-    helper.communicate()
+    helper.wait()
     assert (lvm / "called").read_text().count("lvs") == 1, "what was begun is ended, the rest is not begun"
 
 
@@ -225,3 +226,25 @@ async def test_a_hostile_request_reaches_no_command(
     with pytest.raises((ValueError, TypeError, KeyError, AtelierError)):
         await StorageVerbs(SETTINGS, tmp_path).verbs[verb](request_)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "granted"),
+    [
+        ("vg-at--aaaa--volume--bbbbbbbbbbbb", True),
+        ("vg-at--aaab--volume--bbbbbbbbbbbb", False),
+        ("vg-at--aaaa--base--0123456789abcdef", False),
+        ("vg-at--aaaa--disk--ssssssssssss", False),
+        ("vg--2-at--aaaa--volume--bbbbbbbbbbbb", False),
+        ("other-at--aaaa--volume--bbbbbbbbbbbb", False),
+        ("vg-root", False),
+        ("vg-pool_tdata", False),
+        ("", False),
+    ],
+)
+def test_only_a_sandboxs_own_volume_goes_into_a_jail(name: str, granted: bool, tmp_path: Path) -> None:
+    device = os.makedev(254, 7)
+    assert not is_own_volume(SETTINGS, device, tmp_path), "no device mapper's"
+    (tmp_path / "254:7" / "dm").mkdir(parents=True)
+    (tmp_path / "254:7" / "dm" / "name").write_text(f"{name}\n")
+    assert is_own_volume(SETTINGS, device, tmp_path) == granted

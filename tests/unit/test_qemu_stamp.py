@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from atelier.drivers.vmm import qemu_stamp
+from atelier.drivers.vmm import processor
 from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version
 from atelier.model.errors import VmmError
 
@@ -45,7 +45,7 @@ def test_under_emulation_the_hosts_processor_does_not_matter_but_its_counter_doe
 
 def test_under_kvm_the_hosts_processor_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    monkeypatch.setattr(qemu_stamp, "_CPUINFO", cpuinfo)
+    monkeypatch.setattr(processor, "_CPUINFO", cpuinfo)
     cpuinfo.write_text(CPUINFO.format(flags="fpu vme"))
     stamp = make_stamp("7.2.22", "kvm", 2_445_426, "tap")
     assert (stamp.vmm, stamp.tsc_khz) == ("qemu-kvm", 0)

@@ -10,7 +10,7 @@ from tests.kill_under_load import Moment, create_witnesses, kill_again_and_again
 from tests.leftovers import leftovers
 from tests.running_manager import LocalInstallation, local_installation
 
-CREATES = 12
+CREATES = 8
 MOMENTS = (
     # While requests are answered; while disks are made and the first machines start; while guests boot.
     Moment(6),

@@ -1,4 +1,5 @@
-"""Real guests of two installations from one template: the second installation boots none, and no two are alike."""
+"""Templates with real guests: an installation boots its first sandbox and restores the second from the template that it
+has made meanwhile; another installation with the same cache boots none; and no two guests are alike."""
 
 from __future__ import annotations
 
@@ -7,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.footprint import left_of
 from tests.running_manager import (
     WITH_TEMPLATES,
     RunningManager,
     cache_with_own_templates,
     running_local_manager,
+    wait_for_template,
     wait_until,
 )
 from tests.vm.test_pause_and_fork import WAIT_SECONDS, WHO, check_clock, create, rows, run
 
-from atelier import Sandbox
+from atelier import Sandbox, Snapshot
 
 URANDOM = "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '"
 
@@ -43,14 +46,20 @@ def test_a_fresh_installation_restores_what_another_has_made(tmp_path: Path) -> 
     with running_local_manager(variables) as maker:
         with timed(lambda: create(maker, name="cold"), "booted") as cold:
             assert booted(cold)
+            template, internal = wait_for_template(maker)
+            assert left_of(maker, internal) == [], "of the sandbox that it was made of"
+            assert [each.name for each in Sandbox.list(api_url=maker.url, api_key=maker.key)] == ["cold"]
+            assert Snapshot.list(api_url=maker.url, api_key=maker.key) == []
             wait_until(lambda: list(cache.glob("templates/*/template.json")), WAIT_SECONDS)
         (made,) = templates(maker)
+        assert made[0] == template
         with (
             timed(lambda: create(maker, name="own"), "restored from its own template") as own,
             running_local_manager(variables) as adopter,
             timed(lambda: create(adopter, name="other"), "restored from another's, which it adopted") as other,
         ):
             assert not booted(own)
+            assert any(template in str(path) for path in maker.data_dir.rglob("*"))
             assert not booted(other), "it did not boot"
             (adopted,) = templates(adopter)
             assert adopted[0] != made[0]

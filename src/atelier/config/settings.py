@@ -3,9 +3,10 @@ program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
-``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_LOG_LEVEL``, ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``,
-``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
-Those of signing in stand in ``sign_in``, those of previews in ``previews``, those of a production host in ``production``. Nothing defaults into a source checkout.
+``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``,
+``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
+Those of signing in stand in ``sign_in``, those of previews in ``previews``, those of a production host in ``production``. Nothing
+defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -83,6 +84,14 @@ class TemplateChoice(StrEnum):
     OFF = "off"
 
 
+class GuestKernelChoice(StrEnum):
+    """``debian``: Debian's, unpacked, unless one of our own has been built before; ``own``: compiled from Debian's source,
+    some ten processor minutes, once."""
+
+    DEBIAN = "debian"
+    OWN = "own"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     mode: ServerMode
@@ -101,6 +110,7 @@ class Settings:
     disk_overcommit: float
     storage: StorageChoice
     templates: TemplateChoice
+    guest_kernel: GuestKernelChoice
     log_level: str
     public_url: str
     """Where people reach this manager; empty: where it listens."""
@@ -172,6 +182,7 @@ def _load(variables: Mapping[str, str], *, mode: str, data_dir: str, listen: str
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
         storage=choose(StorageChoice, variables, "ATELIER_STORAGE", StorageChoice.QCOW2),
         templates=choose(TemplateChoice, variables, "ATELIER_TEMPLATES", TemplateChoice.ON),
+        guest_kernel=choose(GuestKernelChoice, variables, "ATELIER_GUEST_KERNEL", GuestKernelChoice.DEBIAN),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
         public_url=public_url,
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),

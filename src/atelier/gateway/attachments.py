@@ -10,7 +10,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args
 
 from atelier.guest_protocol.frames import TOKEN_MAX_BYTES
 from atelier.host.files import write_atomically
@@ -24,17 +24,21 @@ LOCK_NAME = "gateway.lock"
 _SUFFIX = ".json"
 
 
+EndpointKind = Literal["virtio_serial", "vsock"]
+
+
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """``socket_path`` is the VMM's end of the guest channel, absolute."""
+    """``socket_path`` is the VMM's end of the guest channel, absolute. ``kind``: as ``GuestEndpoint.kind`` says."""
 
     sandbox_id: str
     socket_path: str
     token: str
+    kind: EndpointKind = "virtio_serial"
 
 
 def parse_attachment(value: object) -> Attachment:
-    """Raises InvalidRequestError for anything but an object with the three fields."""
+    """Raises InvalidRequestError for anything but an object with these fields; without ``kind`` it is the first one."""
     if not isinstance(value, dict):
         raise InvalidRequestError("an attachment is a JSON object")
     fields = cast(dict[str, object], value)
@@ -45,7 +49,10 @@ def parse_attachment(value: object) -> Attachment:
         raise InvalidRequestError("socket_path is missing, or is no absolute path")
     if not isinstance(token, str) or len(token.encode(errors="replace")) > TOKEN_MAX_BYTES:
         raise InvalidRequestError(f"token is missing, or has more than {TOKEN_MAX_BYTES} bytes")
-    return Attachment(sandbox_id, socket_path, token)
+    kind = fields.get("kind", "virtio_serial")
+    if kind not in get_args(EndpointKind):
+        raise InvalidRequestError(f"kind is none of {', '.join(get_args(EndpointKind))}")
+    return Attachment(sandbox_id, socket_path, token, cast(EndpointKind, kind))
 
 
 class AttachmentFiles:

@@ -13,12 +13,12 @@ import contextlib
 import logging
 import os
 import socket
-import stat
 import time
 from pathlib import Path
 from typing import Final, Literal
 
-from atelier.guest_protocol import PROTOCOL_VERSION
+from atelier.gateway.vsock import connect_to_port
+from atelier.guest_protocol import GUEST_CHANNEL_VSOCK_PORT, PROTOCOL_VERSION
 from atelier.guest_protocol.frames import (
     HELLO,
     HELLO_ACK,
@@ -33,6 +33,7 @@ from atelier.guest_protocol.frames import (
     encode_greeting,
 )
 from atelier.guest_protocol.multiplexer import Multiplexer, Stream, StreamEnd
+from atelier.host.unix_sockets import connect_exactly
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,13 @@ _MAX_RESTARTS: Final = 5
 
 
 class GuestChannel:
-    """``run`` lives as long as the sandbox is attached. ``state`` and the counters are for people."""
+    """``run`` lives as long as the sandbox is attached. ``is_vsock``: the socket is Firecracker's, which is asked for the guest's
+    port first. ``state`` and the counters are for people."""
 
-    def __init__(self, sandbox_id: str, vmm_socket: Path, token: str) -> None:
+    def __init__(self, sandbox_id: str, vmm_socket: Path, token: str, *, is_vsock: bool = False) -> None:
         self.sandbox_id = sandbox_id
         self.vmm_socket = vmm_socket
+        self._is_vsock = is_vsock
         self.token = token
         self.state: ChannelState = "connecting"
         self.last_error = ""
@@ -130,7 +133,7 @@ class GuestChannel:
         try:
             while True:
                 try:
-                    connection = await _connect(self._loop, self.vmm_socket)
+                    connection = await self._connect()
                 except OSError as error:
                     self.last_error = f"cannot connect to the VMM: {error.strerror or error}"
                     await asyncio.sleep(connect_seconds)
@@ -157,6 +160,11 @@ class GuestChannel:
             self._opened.clear()
             self._multiplexer.end_epoch()
             self._free_memory()
+
+    async def _connect(self) -> socket.socket:
+        if self._is_vsock:
+            return await connect_to_port(self.vmm_socket, GUEST_CHANNEL_VSOCK_PORT)
+        return await connect_exactly(self.vmm_socket)
 
     def _free_memory(self) -> None:
         """At once. Channel and multiplexer know each other, and the garbage collector, which counts objects and not
@@ -372,22 +380,3 @@ class GuestChannel:
                 self._loop.remove_writer(connection)
         elif not self._writing:
             self._schedule_flush()
-
-
-async def _connect(loop: asyncio.AbstractEventLoop, path: Path) -> socket.socket:
-    """Connect to the VMM's socket, and to nothing else: its folder belongs to the VMM's uid, which could have put a
-    link there that leads to a socket of somebody else's. Raises OSError."""
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no socket")
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-        try:
-            # This leads to the very file that was looked at, and has no limit of 107 bytes.
-            await loop.sock_connect(connection, f"/proc/self/fd/{descriptor}")
-        except BaseException:
-            connection.close()
-            raise
-    finally:
-        os.close(descriptor)
-    return connection

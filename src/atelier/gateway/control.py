@@ -128,7 +128,9 @@ class ChannelSet:
         }
 
     async def _attach(self, attachment: Attachment) -> None:
-        channel = GuestChannel(attachment.sandbox_id, Path(attachment.socket_path), attachment.token)
+        channel = GuestChannel(
+            attachment.sandbox_id, Path(attachment.socket_path), attachment.token, is_vsock=attachment.kind == "vsock"
+        )
         path = self._layout.channel_socket(attachment.sandbox_id)
         door = ClientDoor(channel, path, epoch_wait_seconds=self._epoch_wait_seconds)
         with disk_full_as_error(f"opening {path}"):

@@ -1,4 +1,5 @@
-"""The guest's side of the guest channel: owns the virtio-serial port named ``atelier``, for as long as the agent runs.
+"""The guest's side of the guest channel: owns the virtio-serial port named ``atelier``, or listens on the guest's vsock
+where the machine has one, for as long as the agent runs.
 
 Called by the guest agent's ``__main__``. A stream to a port in ``local`` is handed over in-process; one to any other
 port is connected to the guest's own loopback. It opens no streams, listens on no network, and imports little, since
@@ -23,6 +24,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from atelier.guest_agent.channel_sockets import VSOCK, has_vsock, serve_connections, serve_vsock
 from atelier.guest_agent.local_stream import StreamServer, serve_locally
 from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.guest_protocol.frames import (
@@ -69,7 +71,8 @@ async def run_channel(
 ) -> None:
     """Serve the guest channel for ever (until cancelled).
 
-    ``port_path``: the device, ``unix:/path``, or None: find the port named ``atelier`` (and wait for it to appear).
+    ``port_path``: the device, ``vsock``, ``unix:/path``, or None: find the port named ``atelier`` or a vsock (and wait
+    for either to appear).
     ``local`` maps a port to the coroutine function that serves a stream to it, ``connectors`` to the one that returns the
     socket that its stream is joined with, in place of a server's on the loopback. ``on_token`` gets the sandbox's token
     at the begin of each epoch; it comes from the host only.
@@ -79,27 +82,20 @@ async def run_channel(
         if port_path is not None and port_path.startswith(UNIX_PREFIX):
             await _serve_unix(channel, port_path.removeprefix(UNIX_PREFIX))
         while True:
-            await _serve_device(channel, port_path)
+            path = port_path or await _find_port()
+            await (serve_vsock(channel.serve) if path == VSOCK else _serve_device(channel, path))
     finally:
         channel.end()
 
 
 async def _serve_unix(channel: _GuestChannel, path: str) -> None:
-    loop = asyncio.get_running_loop()
     Path(path).unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.setblocking(False)
         listener.bind(path)
-        listener.listen(1)
-        while True:
-            connection, _ = await loop.sock_accept(listener)
-            with connection:
-                connection.setblocking(False)
-                await channel.serve(connection.fileno())
+        await serve_connections(listener, channel.serve, lambda address: True)
 
 
-async def _serve_device(channel: _GuestChannel, port_path: str | None) -> None:
-    path = port_path or await _find_port()
+async def _serve_device(channel: _GuestChannel, path: str) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -118,9 +114,12 @@ async def _serve_device(channel: _GuestChannel, port_path: str | None) -> None:
 
 
 async def _find_port() -> str:
-    """The device of the port named ``atelier``. devtmpfs makes no such name without udev, so sysfs is asked."""
+    """The device of the port named ``atelier``, or ``VSOCK``. devtmpfs makes no such name without udev, so sysfs is
+    asked."""
     pause_seconds = 0.005
     while True:
+        if has_vsock():
+            return VSOCK
         for candidate in _CLASS_DIRECTORY.glob("*/name"):
             try:
                 found = candidate.read_text().strip() == PORT_NAME

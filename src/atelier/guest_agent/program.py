@@ -21,7 +21,7 @@ from atelier.guest_protocol import GUEST_AGENT_PORT, GUEST_SSH_PORT
 
 USAGE: Final = """usage: python -m atelier.guest_agent [options]
 
-  --channel PATH        the virtio-serial device, or unix:/path (default: find the port named "atelier")
+  --channel PATH        the virtio-serial device, "vsock", or unix:/path (default: find the port named "atelier", or a vsock)
   --listen ADDRESS      serve on 127.0.0.1:PORT or unix:/path instead of the channel; port 0: a free one, printed
   --development         offer the control services to --listen too
   --no-system           keep off clock, hostname, machine-id and host keys

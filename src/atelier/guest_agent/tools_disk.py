@@ -17,6 +17,11 @@ from atelier.guest_protocol.connect import ConnectError
 MOUNT_POINT: Final = "/opt/shared"
 SERIAL: Final = "atelier-tools"
 
+DISKS_IN_ORDER: Final = "atelier.disks=in-order"
+"""What the kernel's command line says where the VMM gives its disks no serials of ours: root is the first disk, the
+tools are on the second."""
+_SECOND_DISK: Final = "vdb"
+
 _BLOCK_DEVICES: Final = "/sys/block"
 # Source: mount(2), Linux include/uapi/linux/mount.h.
 _MS_RDONLY: Final = 1
@@ -25,7 +30,7 @@ _MS_NOATIME: Final = 1024
 
 def ensure_mounted() -> None:
     """Mount it at its place if something else, or nothing, is there. Raises ConnectError."""
-    name = _find_disk()
+    name = _find_disk() if DISKS_IN_ORDER not in _read("/proc/cmdline").split() else _SECOND_DISK
     if name is None:
         raise ConnectError("failed_precondition", f"the guest has no disk with the serial {SERIAL}")
     try:

@@ -9,5 +9,8 @@ PROTOCOL_VERSION = 1
 GUEST_AGENT_PORT = 49983
 """The guest port whose streams the agent takes itself; every other port is one of the guest's own servers."""
 
+GUEST_CHANNEL_VSOCK_PORT = 49983
+"""Where the agent takes the guest channel itself, on a machine that has vsock in place of a virtio-serial port."""
+
 GUEST_SSH_PORT = 49984
 """The guest port whose streams the agent gives an sshd each. A stream begins with a line: the public key that it trusts."""

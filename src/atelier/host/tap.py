@@ -16,6 +16,7 @@ from atelier.model.errors import ConflictError, HostError
 
 _TUNSETIFF = 0x400454CA
 _TUNSETPERSIST = 0x400454CB
+_TUNSETOWNER = 0x400454CC
 _TAP, _NO_PACKET_INFORMATION, _OFFLOAD_HEADER = 0x0002, 0x1000, 0x4000
 _NODE = "/dev/net/tun"
 
@@ -35,6 +36,15 @@ def open_existing(name: str) -> int:
     Raises ConflictError (``slot_in_use``) when a machine holds it already.
     """
     return _attach(name)
+
+
+def set_owner(name: str, user_id: int) -> None:
+    """Let this user open the TAP without root. Raises as ``open_existing``."""
+    descriptor = _attach(name)
+    try:
+        fcntl.ioctl(descriptor, _TUNSETOWNER, user_id)
+    finally:
+        os.close(descriptor)
 
 
 def _attach(name: str) -> int:

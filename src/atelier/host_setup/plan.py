@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atelier.config.host import HostSettings
-from atelier.config.production import CompanionChoice
+from atelier.config.production import CompanionChoice, VmmChoice
 from atelier.config.settings import NetworkChoice, NetworkHome, ServerMode, Settings
 from atelier.host_setup.access_changes import (
     BridgeNameCheck,
@@ -201,12 +201,25 @@ class Plan:
             volume_group=production.volume_group,
             thin_pool=production.thin_pool if production.volume_group else "",
             bridge_name=self.settings.bridge_name,
+            **self._firecracker_places(),
         )
         return [
             RootSettingsChange(wanted, self.python, CONFIG, str(FOLDER)),
             helper_program(self.python),
             SudoersChange(self.host.user),
         ]
+
+    def _firecracker_places(self) -> dict[str, str]:
+        """Nothing where there is no Firecracker, and none is to come."""
+        production = self.settings.production
+        is_there = bool(self.host.firecracker.source) or production.firecracker.exists()
+        if production.vmm is VmmChoice.QEMU or not is_there:
+            return {}
+        return {
+            "jails": str(production.jails_dir),
+            "firecracker": str(production.firecracker),
+            "jailer": str(production.jailer),
+        }
 
     def _ports(self) -> Sequence[Change]:
         listens = self.settings.listen

@@ -64,7 +64,9 @@ def _verbs_of(group: str, settings: RootSettings) -> Mapping[str, Verb]:
 
             return NetworkVerbs(settings).verbs
         case _:
-            raise AssertionError(group)
+            from atelier.host_setup.vmm_verbs import vmm_verbs
+
+            return vmm_verbs(settings).verbs
 
 
 async def _serve(

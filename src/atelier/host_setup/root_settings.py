@@ -24,13 +24,17 @@ ROOT_SETTINGS = Path("/etc/atelier/privileged.json")
 @dataclass(frozen=True, slots=True)
 class RootSettings:
     """``user``: whom Atelier's manager runs as, to whom devices and sockets are given. ``volume_group``, ``thin_pool``:
-    empty where disks are files."""
+    empty where disks are files. ``jails``: the folder that Firecracker's machines live in; ``firecracker``, ``jailer``: the
+    programs; empty where there is no Firecracker."""
 
     user: str
     installation_id: str
     volume_group: str = ""
     thin_pool: str = ""
     bridge_name: str = "br0"
+    jails: str = ""
+    firecracker: str = ""
+    jailer: str = ""
 
     @property
     def owner(self) -> tuple[int, int]:
@@ -87,4 +91,7 @@ def _parse(told: dict[str, Any]) -> RootSettings:
     for name in (settings.volume_group, settings.thin_pool):
         if name and not is_group_name(name):
             raise ValueError(f"{name!r} is no name of LVM's")
+    for path in (settings.jails, settings.firecracker, settings.jailer):
+        if path and not (Path(path).is_absolute() and ".." not in Path(path).parts):
+            raise ValueError(f"{path!r} is no absolute path")
     return settings

@@ -65,7 +65,13 @@ def network_to_json(attachment: NetworkAttachment) -> dict[str, Any]:
 
 def network_from_json(value: dict[str, Any]) -> NetworkAttachment:
     guest = value.get("guest")
-    return NetworkAttachment(value["kind"], value["mac_address"], GuestAddress(**guest) if guest else None)
+    return NetworkAttachment(
+        value["kind"],
+        value["mac_address"],
+        GuestAddress(**guest) if guest else None,
+        # Absent in what an older manager wrote.
+        value.get("device_name", ""),
+    )
 
 
 def process_to_json(identity: ProcessIdentity) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from atelier.drivers.network.interface import NetworkDriver
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.boot_gate import BootGate
+from atelier.lifecycle.connected_start import start_connected
 from atelier.lifecycle.consoles import KeptConsoles
 from atelier.lifecycle.file_system_growth import grow_root_file_system
 from atelier.lifecycle.network_policies import NetworkPolicies
@@ -299,8 +300,7 @@ class SandboxSteps:
                 )
             return running
         try:
-            async with self.network.opened(spec.sandbox_id) as descriptor:
-                return await self.vmm.ensure_started(spec, descriptor)
+            return await start_connected(self.vmm, self.network, spec)
         except ConflictError as error:
             if error.code != "slot_in_use":
                 raise
@@ -310,8 +310,7 @@ class SandboxSteps:
         if spec.restore_from is None:
             return running
         await self.vmm.ensure_stopped(spec.sandbox_id, spec.run_directory, running)
-        async with self.network.opened(spec.sandbox_id) as descriptor:
-            return await self.vmm.ensure_started(spec, descriptor)
+        return await start_connected(self.vmm, self.network, spec)
 
     async def _stop_vmm(self, context: StepContext) -> None:
         self.gate.leave(context.subject_id)

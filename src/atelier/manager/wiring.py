@@ -12,7 +12,15 @@ from pathlib import Path
 import atelier
 from atelier.api.services import Services
 from atelier.config.production import CompanionChoice
-from atelier.config.settings import NetworkHome, ServerMode, Settings, SignInSettings, StorageChoice, TemplateChoice
+from atelier.config.settings import (
+    GuestKernelChoice,
+    NetworkHome,
+    ServerMode,
+    Settings,
+    SignInSettings,
+    StorageChoice,
+    TemplateChoice,
+)
 from atelier.db.engine import Database
 from atelier.db.installation import Installation
 from atelier.drivers.guest.agent import AgentGuests
@@ -221,7 +229,12 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
         vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
         storage=_storage(settings, data),
         network=network,
-        images=DebianImages(settings.cache_dir, settings.recipes_dir, package),
+        images=DebianImages(
+            settings.cache_dir,
+            settings.recipes_dir,
+            package,
+            own_kernel=settings.guest_kernel is GuestKernelChoice.OWN,
+        ),
         guests=guests,
         gateway=GatewayProcess(
             run.root, run.gateway_socket, data.logs / "gateway.log", service=_service(settings, "gateway")

@@ -47,11 +47,13 @@ class GuestAddress:
 @dataclass(frozen=True, slots=True)
 class NetworkAttachment:
     """How the guest's network card is connected. ``user_restricted``: QEMU's own network, with no way out and no port
-    of the host reached. ``tap``: a TAP, which the network driver hands over open (``NetworkDriver.opened``)."""
+    of the host reached. ``tap``: a TAP, which the network driver hands over open (``NetworkDriver.opened``), or which a
+    VMM opens itself by ``device_name``, in the namespace that it is in."""
 
     kind: Literal["user_restricted", "tap", "none"]
     mac_address: str = ""
     guest: GuestAddress | None = None
+    device_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

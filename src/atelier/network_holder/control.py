@@ -173,7 +173,8 @@ class NetworkControl:
 
     async def _on_ensure_slot(self, request: Request) -> Answer:
         lease = Lease(_sandbox_id(request), _lease(request), _mac_address(request))
-        return {"guest": asdict(await self.home.slots.ensure(lease, _policy(request)))}
+        guest = await self.home.slots.ensure(lease, _policy(request))
+        return {"guest": asdict(guest), "device_name": self.home.slots.tap_name(lease.sandbox_id)}
 
     async def _on_ensure_slots_absent(self, request: Request) -> Answer:
         failed = free_together(self.home.slots, _sandbox_ids(request))

@@ -195,6 +195,9 @@ class NetworkSlots:
             if self._flows.forget(address, but_marked=mark, at_most=_FORGOTTEN_FLOWS) < _FORGOTTEN_FLOWS:
                 self._left.discard(address)
 
+    def tap_name(self, sandbox_id: str) -> str:
+        return self._names.tap(sandbox_id)
+
     def open_tap(self, sandbox_id: str) -> int:
         """Raises NotFoundError (``no_network_slot``), ConflictError (``slot_in_use``)."""
         self._get(sandbox_id)

@@ -96,9 +96,9 @@ class AgentGuests:
     # The channel.
 
     async def ensure_channel(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
-        if endpoint.kind != "virtio_serial":
+        if endpoint.kind == "fake":
             raise HostError(f"a guest channel of kind {endpoint.kind} is not offered by the gateway")
-        await self._gateway.attach(sandbox_id, endpoint.socket_path, token)
+        await self._gateway.attach(sandbox_id, endpoint, token)
         self._guest(sandbox_id).token = token
 
     async def ensure_channel_absent(self, sandbox_id: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from atelier.model.errors import AtelierError, GuestUnreachableError, HostError
+from atelier.model.machine import GuestEndpoint
 
 _ANSWER_MAX_BYTES = 4 * 1024 * 1024
 _TIMEOUT_SECONDS = 10.0
@@ -23,13 +24,14 @@ class GatewayControl:
     def __init__(self, socket_path: Path) -> None:
         self._socket_path = socket_path
 
-    async def attach(self, sandbox_id: str, socket_path: Path, token: str) -> None:
+    async def attach(self, sandbox_id: str, endpoint: GuestEndpoint, token: str) -> None:
         """Idempotent. Raises GuestUnreachableError when the gateway does not answer, HostError when it refuses."""
         await self._ask(
             "attach",
             f"attaching the guest channel of {sandbox_id}",
             sandbox_id=sandbox_id,
-            socket_path=str(socket_path),
+            socket_path=str(endpoint.socket_path),
+            kind=endpoint.kind,
             token=token,
         )
 

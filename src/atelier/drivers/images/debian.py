@@ -46,12 +46,14 @@ _ARCHITECTURES = {"x86_64": "amd64"}
 
 class DebianImages:
     """``cache_dir`` is made if absent; ``recipes_dir`` holds one folder per recipe, ``kernel`` and ``tools``;
-    ``agent_source`` is the folder of the package ``atelier`` (with guest_agent and guest_protocol in it)."""
+    ``agent_source`` is the folder of the package ``atelier`` (with guest_agent and guest_protocol in it); ``own_kernel``:
+    the guest kernel is compiled where it is not yet, rather than Debian's taken."""
 
-    def __init__(self, cache_dir: Path, recipes_dir: Path, agent_source: Path) -> None:
+    def __init__(self, cache_dir: Path, recipes_dir: Path, agent_source: Path, *, own_kernel: bool = False) -> None:
         self._cache_dir = cache_dir.absolute()
         self._recipes_dir = recipes_dir
         self._agent_source = agent_source
+        self._own_kernel = own_kernel
 
     @property
     def name(self) -> str:
@@ -167,7 +169,12 @@ class DebianImages:
 
     def _kernel_builder(self) -> KernelBuilder:
         return KernelBuilder(
-            self._cache_dir / "kernel", self._recipes_dir / "kernel", self._archive(_SUITE), self._source_key
+            self._cache_dir / "kernel",
+            self._recipes_dir / "kernel",
+            self._archive(_SUITE),
+            _SUITE,
+            self._architecture,
+            from_source=self._own_kernel,
         )
 
     def _tools_builder(self) -> ToolsBuilder:

@@ -1,7 +1,8 @@
 """The guest's kernel and its initramfs, from Debian's packages, which are unpacked and never installed.
 
-Called by ``debian.DebianImages``. The kernel is cached by the recipe, the initramfs by its content as well, so a change
-of the init script costs no download.
+Called by ``debian.DebianImages``. The kernel is Debian's, or one of our own compiled from Debian's source, which is
+preferred wherever it is built. It is cached by the recipe, the initramfs by its content as well, so a change of the init
+script costs no download.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from atelier.drivers.images.cache import (
     write_manifest,
 )
 from atelier.drivers.images.cpio import CpioArchive
+from atelier.drivers.images.kernel_build import SourceRecipe, build_kernel
 from atelier.drivers.images.kernel_payload import extract_kernel, read_module
 from atelier.host.file_lock import hold_lock
 from atelier.host.files import write_atomically
@@ -33,6 +35,7 @@ from atelier.model.errors import ImageBuildError
 from atelier.model.image import BuildProgress, ProgressReporter
 
 _FORMAT = 2
+_BUSYBOX = "busybox-static"
 _FOLDERS = ("bin", "dev", "proc", "sys", "root", "modules")
 
 
@@ -44,25 +47,47 @@ class GuestKernel:
 
 
 class KernelBuilder:
-    """``directory`` is this builder's own part of the cache; ``recipe_directory`` holds recipe.toml and init."""
+    """``directory`` is this builder's own part of the cache; ``recipe_directory`` holds recipe.toml and init.
+    ``from_source``: where there is none of our own it is compiled, in place of fetching Debian's."""
 
-    def __init__(self, directory: Path, recipe_directory: Path, archive: DebianArchive, source_key: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        recipe_directory: Path,
+        archive: DebianArchive,
+        suite: str,
+        architecture: str,
+        *,
+        from_source: bool,
+    ) -> None:
         self._directory = directory
         self._recipe_directory = recipe_directory
         self._archive = archive
-        self._source_key = source_key
+        self._suite = suite
+        self._architecture = architecture
+        self._from_source = from_source
 
     def find(self) -> GuestKernel | None:
         """The kernel and initramfs of the recipe as it stands, if both are built."""
-        recipe = self._read_recipe()
-        manifest = read_manifest(self._manifest(recipe))
+        manifest = self._find_parts(self._read_recipe())
         if manifest is None:
             return None
-        kernel = self._directory / str(manifest["kernel"])
-        initramfs = self._initramfs(manifest)
-        if not kernel.exists() or not initramfs.exists():
+        kernel, initramfs = self._directory / str(manifest["kernel"]), self._initramfs(manifest)
+        return GuestKernel(kernel, initramfs, str(manifest["release"])) if initramfs.exists() else None
+
+    def _find_parts(self, recipe: _KernelRecipe) -> dict[str, object] | None:
+        """The manifest of what there is to make an initramfs of."""
+        found = self._read_parts(self._manifest_of_own(recipe.source))
+        return found if found or self._from_source else self._read_parts(self._manifest_of_debians(recipe))
+
+    def _read_parts(self, manifest_file: Path) -> dict[str, object] | None:
+        """The manifest, if what it names is there."""
+        manifest = read_manifest(manifest_file)
+        if manifest is None or not all(
+            (self._directory / str(manifest[name])).exists() for name in ("kernel", "parts")
+        ):
             return None
-        return GuestKernel(kernel, initramfs, str(manifest["release"]))
+        return manifest
 
     async def ensure(self, report: ProgressReporter) -> GuestKernel:
         """Build what is missing. Raises ImageBuildError, HostError, MissingProgramError, DiskFullError."""
@@ -70,16 +95,16 @@ class KernelBuilder:
             return found
 
         def waiting() -> None:
-            report(BuildProgress("wait", "another process is fetching the guest kernel"))
+            report(BuildProgress("wait", "another process is making the guest kernel"))
 
         async with hold_lock(self._directory / "lock", on_wait=waiting):
             if found := self.find():
                 return found
             remove_left_over_work(self._directory)
             recipe = self._read_recipe()
-            manifest = read_manifest(self._manifest(recipe))
-            if manifest is None or not (self._directory / str(manifest["parts"])).is_dir():
-                manifest = await self._fetch(recipe, report)
+            manifest = self._find_parts(recipe)
+            if manifest is None:
+                manifest = await (self._build if self._from_source else self._fetch)(recipe, report)
             report(BuildProgress("initramfs", "packing the initramfs"))
             content = await asyncio.to_thread(self._pack, self._directory / str(manifest["parts"]))
             write_atomically(self._initramfs(manifest), content, mode=0o444)
@@ -87,17 +112,29 @@ class KernelBuilder:
         assert found is not None
         return found
 
+    async def _build(self, recipe: _KernelRecipe, report: ProgressReporter) -> dict[str, object]:
+        # Taken before they are read: a change in between makes the next build differ, not this one lie.
+        manifest_file = self._manifest_of_own(recipe.source)
+        await self._archive.update(report)
+        with work_folder(self._directory, "building the guest kernel") as work:
+            kernel, release = await build_kernel(
+                recipe.source, self._suite, self._architecture, self._archive, work, report
+            )
+            packages = await self._archive.download([_BUSYBOX], work / "packages", report)
+            await self._archive.unpack(packages, work / "tree")
+            return await asyncio.to_thread(self._publish, kernel, release, [], work, manifest_file)
+
     async def _fetch(self, recipe: _KernelRecipe, report: ProgressReporter) -> dict[str, object]:
         await self._archive.update(report)
         package = await self._archive.get_dependency(recipe.metapackage, recipe.pattern)
         with work_folder(self._directory, "unpacking the guest kernel") as work:
-            packages = await self._archive.download([package, "busybox-static"], work / "packages", report)
+            packages = await self._archive.download([package, _BUSYBOX], work / "packages", report)
             report(BuildProgress("unpack", f"unpacking {package}"))
             await self._archive.unpack(packages, work / "tree")
             return await asyncio.to_thread(self._collect, recipe, work)
 
     def _collect(self, recipe: _KernelRecipe, work: Path) -> dict[str, object]:
-        """Take kernel, modules and busybox out of the unpacked packages; returns the manifest."""
+        """Take kernel and modules out of the unpacked packages; returns the manifest."""
         tree = work / "tree"
         images = list((tree / "boot").glob("vmlinuz-*"))
         if len(images) != 1:
@@ -105,13 +142,19 @@ class KernelBuilder:
         release = images[0].name.removeprefix("vmlinuz-")
         kernel = work / "kernel"
         kernel.write_bytes(extract_kernel(images[0].read_bytes()))
-        kernel_name = f"vmlinux-{release}-{hash_file(kernel)[:KEY_DIGITS]}"
+        modules = _find_modules(tree, recipe.modules)
+        return self._publish(kernel, release, modules, work, self._manifest_of_debians(recipe))
 
+    def _publish(
+        self, kernel: Path, release: str, modules: Sequence[tuple[str, Path]], work: Path, manifest_file: Path
+    ) -> dict[str, object]:
+        """Give kernel, modules and the unpacked busybox their names; returns the manifest."""
+        kernel_name = f"vmlinux-{release}-{hash_file(kernel)[:KEY_DIGITS]}"
         parts = work / "parts"
         (parts / "modules").mkdir(parents=True)
-        for position, (name, path) in enumerate(_find_modules(tree, recipe.modules)):
+        for position, (name, path) in enumerate(modules):
             (parts / "modules" / f"{position:02}-{name}.ko").write_bytes(read_module(path))
-        (parts / "busybox").write_bytes(_find_busybox(tree).read_bytes())
+        (parts / "busybox").write_bytes(_find_busybox(work / "tree").read_bytes())
 
         digest = hashlib.sha256()
         for path in sorted(parts.rglob("*")):
@@ -121,7 +164,7 @@ class KernelBuilder:
         publish(kernel, self._directory / kernel_name)
         publish(parts, self._directory / parts_name)
         manifest: dict[str, object] = {"release": release, "kernel": kernel_name, "parts": parts_name}
-        write_manifest(self._manifest(recipe), manifest)
+        write_manifest(manifest_file, manifest)
         return manifest
 
     def _pack(self, parts: Path) -> bytes:
@@ -143,17 +186,36 @@ class KernelBuilder:
         script = hashlib.sha256(self._init_script()).hexdigest()
         return self._directory / f"initramfs-{manifest['release']}-{key_of(_FORMAT, manifest['parts'], script)}.cpio"
 
-    def _manifest(self, recipe: _KernelRecipe) -> Path:
-        key = key_of(_FORMAT, self._source_key, recipe.metapackage, recipe.pattern, recipe.modules)
+    def _manifest_of_debians(self, recipe: _KernelRecipe) -> Path:
+        key = key_of(_FORMAT, self._origin, recipe.metapackage, recipe.pattern, recipe.modules)
         return self._directory / f"kernel-{key}.json"
+
+    def _manifest_of_own(self, recipe: SourceRecipe) -> Path:
+        contents = (hash_file(recipe.script), hash_file(recipe.fragment))
+        key = key_of(_FORMAT, self._origin, recipe.metapackage, recipe.pattern, recipe.packages, *contents)
+        return self._directory / f"own-kernel-{key}.json"
+
+    @property
+    def _origin(self) -> str:
+        return f"{self._suite}-{self._architecture}"
 
     def _read_recipe(self) -> _KernelRecipe:
         file = self._recipe_directory / "recipe.toml"
         try:
             fields = tomllib.loads(file.read_text())
-            modules = tuple(str(name) for name in cast(list[object], fields["modules"]))
-            return _KernelRecipe(str(fields["metapackage"]), str(fields["pattern"]), modules)
-        except (OSError, KeyError, ValueError) as error:
+            source = fields["from_source"]
+            return _KernelRecipe(
+                str(fields["metapackage"]),
+                str(fields["pattern"]),
+                tuple(str(name) for name in cast(list[object], fields["modules"])),
+                SourceRecipe(
+                    self._recipe_directory / "from_source",
+                    str(source["metapackage"]),
+                    str(source["pattern"]),
+                    tuple(str(name) for name in cast(list[object], source["packages"])),
+                ),
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ImageBuildError(f"the kernel recipe {file} cannot be read: {error!r}") from error
 
 
@@ -162,6 +224,7 @@ class _KernelRecipe:
     metapackage: str
     pattern: str
     modules: tuple[str, ...]
+    source: SourceRecipe
 
 
 def _find_modules(tree: Path, names: Sequence[str]) -> list[tuple[str, Path]]:

@@ -8,16 +8,16 @@ in which the cache's owner is root: so owners come out right and everything left
 from __future__ import annotations
 
 import os
-import pwd
 import re
 from pathlib import Path
 
 from atelier.drivers.images.apt import DebianArchive
 from atelier.drivers.images.cache import as_build_error
 from atelier.drivers.images.ext4 import SYSTEM_PATH, WRITABLE_ROOT, make_ext4, user_namespace
+from atelier.drivers.images.mmdebstrap import check_user_namespace, mmdebstrap
 from atelier.drivers.images.recipe import ImageRecipe
 from atelier.host import command
-from atelier.model.errors import CommandError, HostError
+from atelier.model.errors import CommandError
 from atelier.model.image import BuildProgress, ProgressReporter
 
 _MMDEBSTRAP_SECONDS = 3600.0
@@ -58,14 +58,25 @@ async def build_root_image(
     await archive.check_packages(recipe.packages)
     sources = "\n".join(source.render() for source in await archive.find_sources())
     root = os.geteuid() == 0
-    _check_user_namespace(root)
+    check_user_namespace()
     namespace = user_namespace(whole_range=True)
     tree = work / TREE_NAME
     made = tree if root else work / "tree.tar"
     follow = PhaseFollower(report)
     try:
         await command.run(
-            [*_mmdebstrap(recipe, architecture, await archive.connection_settings(), root=root), str(made), "-"],
+            [
+                *mmdebstrap(
+                    recipe.suite,
+                    architecture,
+                    recipe.packages,
+                    await archive.connection_settings(),
+                    output_format="directory" if root else "tar",
+                    excluded_paths=recipe.excluded_paths,
+                    hooks=[str(recipe.customize)] if recipe.customize else [],
+                ),
+                *(str(made), "-"),
+            ],
             input_bytes=sources.encode(),
             timeout_seconds=_MMDEBSTRAP_SECONDS,
             environment=SYSTEM_PATH,
@@ -98,31 +109,6 @@ async def remove_built_tree(tree: Path) -> None:
             [*user_namespace(whole_range=True), "rm", "-rf", "--one-file-system", "--", str(tree)],
             timeout_seconds=_TAR_SECONDS,
         )
-
-
-def _mmdebstrap(recipe: ImageRecipe, architecture: str, connection: list[str], *, root: bool) -> list[str]:
-    # As root it mounts /proc, /sys and parts of /dev into the tree. In namespaces of its own these mounts and every
-    # process end with it, however it ends; otherwise removing the tree of a killed build could reach the machine's /dev.
-    confined = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"] if root else []
-    arguments = [
-        *confined,
-        "mmdebstrap",
-        "--verbose",
-        "--variant=minbase",
-        f"--mode={'root' if root else 'unshare'}",
-        f"--format={'directory' if root else 'tar'}",
-        f"--architectures={architecture}",
-        '--aptopt=APT::Install-Recommends "false"',
-    ]
-    # A power cut in the middle of a build costs the build, nothing else: dpkg need not wait for the disk.
-    arguments.append("--dpkgopt=force-unsafe-io")
-    arguments += [f"--aptopt={setting}" for setting in connection]
-    if recipe.packages:
-        arguments.append(f"--include={','.join(recipe.packages)}")
-    arguments += [f"--dpkgopt=path-exclude={path}" for path in recipe.excluded_paths]
-    if recipe.customize:
-        arguments.append(f"--customize-hook={recipe.customize}")
-    return [*arguments, recipe.suite]
 
 
 class PhaseFollower:
@@ -158,21 +144,3 @@ class PhaseFollower:
         if (message, per_cent) != self._reported:
             self._reported = (message, per_cent)
             self._report(BuildProgress(phase, message, per_cent / 100))
-
-
-def _check_user_namespace(root: bool) -> None:
-    """Raises HostError in words where an ordinary user cannot have a namespace with uids of its own."""
-    if root:
-        return
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    for file in (Path("/etc/subuid"), Path("/etc/subgid")):
-        try:
-            names = {line.split(":")[0] for line in file.read_text().splitlines()}
-        except OSError:
-            names = set[str]()
-        if not names & {user, str(os.geteuid())}:
-            raise HostError(
-                f"images cannot be built as {user}: {file} grants this user no subordinate ids",
-                code="no_subordinate_ids",
-                hint=f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
-            )

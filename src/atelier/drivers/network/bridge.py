@@ -68,7 +68,9 @@ class BridgeNetwork:
             mac_address=mac_address,
             policy=policy.to_json(),
         )
-        return NetworkAttachment("tap", mac_address, _guest_address(answer, what))
+        # Absent in the answer of an older holder.
+        name = str(answer.get("device_name", ""))
+        return NetworkAttachment("tap", mac_address, _guest_address(answer, what), name)
 
     async def ensure_slot_absent(self, sandbox_id: str) -> None:
         """Those that are freed at the same time are freed by one request: together they take little longer than one."""

@@ -78,6 +78,10 @@ class FakeVmm:
         return "fake"
 
     @property
+    def opens_network(self) -> bool:
+        return False
+
+    @property
     def running(self) -> list[str]:
         """Sandbox ids of the machines that run."""
         return list(self._machines)

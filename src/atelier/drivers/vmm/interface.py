@@ -34,13 +34,19 @@ class VmmDriver(Protocol):
         """``qemu-tcg``, ``qemu-kvm``, ``firecracker``, ``fake``."""
         ...
 
+    @property
+    def opens_network(self) -> bool:
+        """Whether it opens a TAP itself, by ``NetworkAttachment.device_name``: nobody else may hold it open then, and
+        ``ensure_started`` is given no descriptor."""
+        ...
+
     def boot_id(self) -> str:
         """Names the host's present boot: a machine whose identity bears another boot id ended with that boot."""
         ...
 
     async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
-        """Ids of this installation's sandboxes that have a live VMM process, whoever started it, or a run directory
-        in ``sandboxes_directory``; sorted. Another installation's processes never appear."""
+        """Ids of this installation's sandboxes that have a live VMM process, whoever started it, a jail, or a run
+        directory in ``sandboxes_directory``; sorted. Another installation's processes never appear."""
         ...
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
@@ -83,7 +89,8 @@ class VmmDriver(Protocol):
         ...
 
     async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
-        """Grow a disk of the running machine; the guest sees the new size at once, its file system is its own affair.
+        """Grow a disk of the running machine; the guest sees the new size at once, its file system is its own affair. A
+        block device has that size already: its storage has grown it.
 
         Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, VmmError when no machine runs there or
         it has no such disk.
@@ -145,7 +152,8 @@ class VmmDriver(Protocol):
     def disk_switch(self, run_directory: Path, serial: str, top: DiskFile) -> AbstractAsyncContextManager[SavingMoment]:
         """Make ready that the guest's writes to this disk go to ``top``, an empty qcow2 file over the present top. They
         do when what the block is given was awaited, by ``at_stop`` or while the machine runs; the present top is not
-        written to any more. Nothing if they do already. Both raise VmmError."""
+        written to any more. Nothing if they do already, as where storage freezes copies of a volume that is used on.
+        Both raise VmmError (``disk_cannot_switch`` for a VMM that has no overlays)."""
         ...
 
     async def writes_to(self, run_directory: Path, serial: str, file: DiskFile) -> bool:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import shutil
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -30,15 +28,14 @@ from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
 from atelier.drivers.vmm.qemu_saving import save_machine
 from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version
 from atelier.drivers.vmm.qmp import QmpConnection
-from atelier.drivers.vmm.run_folder import RunFolder
+from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
-from atelier.host.files import ensure_private_folder, read_tail, trim_to_tail, write_atomically
+from atelier.host.files import ensure_private_folder, read_tail
 from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.errors import CommandError, ConflictError, VmmError
-from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
 from atelier.model.machine import (
     BootFiles,
@@ -88,6 +85,10 @@ class QemuVmm:
         """``qemu-tcg`` until a probe has shown that KVM works."""
         return "qemu-kvm" if self._chosen == "kvm" else "qemu-tcg"
 
+    @property
+    def opens_network(self) -> bool:
+        return False
+
     async def prepare(self, boot: BootFiles) -> AcceleratorKind:
         """Find out, once, what the first start needs to know: whether KVM works, the counter's rate, and whether the
         limits of a running process can be raised.
@@ -124,9 +125,7 @@ class QemuVmm:
     async def list_sandboxes(self, sandboxes_directory: Path) -> list[str]:
         prefix = process_name(self._installation_id, "")
         names = await asyncio.to_thread(processes.list_argument_values, PROGRAM, "-name", prefix)
-        with contextlib.suppress(FileNotFoundError):
-            names += [entry.name for entry in sandboxes_directory.iterdir()]
-        return sorted({name for name in names if is_sandbox_id(name)})
+        return sandboxes_of(names, sandboxes_directory)
 
     async def ensure_run_directory(self, sandbox_id: str, run_directory: Path) -> None:
         for path in (RunFolder(run_directory).control_socket, RunFolder(run_directory).guest_socket):
@@ -168,7 +167,7 @@ class QemuVmm:
         except CommandError as error:
             raise self._failure(spec, folder, error.message) from error
         try:
-            write_atomically(folder.identity, json.dumps(asdict(identity)).encode(), durable=False)
+            folder.keep_identity(identity)
             timeout_seconds = _LOAD_TIMEOUT_SECONDS if spec.restore_from else _START_TIMEOUT_SECONDS
             async with await QmpConnection.open(folder.control_socket, timeout_seconds=timeout_seconds) as control:
                 if spec.restore_from is not None:
@@ -228,7 +227,7 @@ class QemuVmm:
         return VmmError(f"QEMU did not start the machine of sandbox {spec.sandbox_id}: {said or reason}", hint=hint)
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:
-        if (kept := _kept_identity(RunFolder(run_directory))) and self._is_ours(kept, sandbox_id):
+        if (kept := RunFolder(run_directory).find_identity()) and self._is_ours(kept, sandbox_id):
             return kept
         # Nobody wrote down what a manager started that died at that very moment.
         found = await asyncio.to_thread(processes.find_processes, PROGRAM, self._marks(sandbox_id))
@@ -263,7 +262,7 @@ class QemuVmm:
 
     async def resize_disk(self, run_directory: Path, serial: str, size_mib: int) -> None:
         folder = RunFolder(run_directory)
-        identity = _kept_identity(folder)
+        identity = folder.find_identity()
         if identity is None:
             raise VmmError(f"no machine runs in {run_directory}")
         async with self._control(run_directory) as control:
@@ -276,8 +275,7 @@ class QemuVmm:
         return read_tail(RunFolder(run_directory).console, limit_bytes)
 
     async def trim_console(self, run_directory: Path, limit_bytes: int) -> None:
-        # Half of it stays, so that a console at the limit is not rewritten each time.
-        trim_to_tail(RunFolder(run_directory).console, limit_bytes, keep_bytes=limit_bytes // 2)
+        RunFolder(run_directory).trim_console(limit_bytes)
 
     async def resume_after_full_disk(self, run_directory: Path) -> bool:
         # Source: QEMU's werror=enospc, the default: a full host halts the machine instead of telling its guest.
@@ -399,12 +397,3 @@ async def _set_link(control: QmpConnection, *, up: bool) -> None:
     except VmmError as error:
         if "not found" not in error.message:
             raise
-
-
-def _kept_identity(folder: RunFolder) -> ProcessIdentity | None:
-    """What was written down at the start, if that process lives."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        kept = ProcessIdentity(**json.loads(folder.identity.read_bytes()))
-        if processes.is_alive(kept):
-            return kept
-    return None

@@ -5,10 +5,10 @@ Called by the QEMU driver.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
+from atelier.drivers.vmm.processor import read_processor
 from atelier.drivers.vmm.qemu_arguments import MACHINE_TYPE, AcceleratorKind
 from atelier.host import command
 from atelier.model.errors import VmmError
@@ -17,9 +17,7 @@ from atelier.model.machine import MachineStamp
 _FORMAT = 1
 """To be raised with every change of the devices that a machine has, or of their order."""
 
-_CPUINFO = Path("/proc/cpuinfo")
 _VERSION = re.compile(r"version (\d+\.\d+\.\d+)")
-_SHOWN_PROCESSOR = ("vendor_id", "cpu family", "model", "stepping", "model name")
 
 
 async def read_version(executable: Path) -> str:
@@ -32,7 +30,7 @@ async def read_version(executable: Path) -> str:
 
 def make_stamp(version: str, accelerator: AcceleratorKind, tsc_khz: int, network_kind: str) -> MachineStamp:
     """Under emulation the guest sees QEMU's own processor, whatever the host's is, but for the counter's rate."""
-    model, flags = ("max", "") if accelerator == "tcg" else _read_processor(_CPUINFO.read_text())
+    model, flags = ("max", "") if accelerator == "tcg" else read_processor()
     return MachineStamp(
         vmm=f"qemu-{accelerator}",
         vmm_version=version,
@@ -43,11 +41,3 @@ def make_stamp(version: str, accelerator: AcceleratorKind, tsc_khz: int, network
         network_kind=network_kind,
         format=_FORMAT,
     )
-
-
-def _read_processor(cpuinfo: str) -> tuple[str, str]:
-    """(model in words, hash of the flags) of the first processor. Source: proc(5), /proc/cpuinfo."""
-    first = cpuinfo.split("\n\n", 1)[0].splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first)}
-    flags = " ".join(sorted(fields.get("flags", "").split()))
-    return " ".join(fields.get(name, "?") for name in _SHOWN_PROCESSOR), hashlib.sha256(flags.encode()).hexdigest()[:16]

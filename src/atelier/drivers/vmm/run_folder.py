@@ -1,24 +1,27 @@
 """The files of one VMM in its run directory, and how they are opened to be handed over.
 
-Called by the QEMU driver and the KVM probe. The folder stays the manager's own, mode 0700: sockets listen before QEMU
+Called by the VMM drivers and the KVM probe. The folder stays the manager's own, mode 0700: sockets listen before QEMU
 runs and are inherited by it, so a VMM broken out of can put nothing in their place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from atelier.drivers.vmm.qemu_arguments import MachineDescriptors
-from atelier.host.files import disk_full_as_error
+from atelier.host import processes
+from atelier.host.files import disk_full_as_error, trim_to_tail, write_atomically
 from atelier.model.errors import VmmError
+from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
-from atelier.model.machine import BootFiles
+from atelier.model.machine import BootFiles, ProcessIdentity
 
 _BACKLOG = 16
 
@@ -49,6 +52,35 @@ class RunFolder:
     def identity(self) -> Path:
         """Pid, start time and boot id of the VMM as JSON."""
         return self.root / "vmm.json"
+
+    @property
+    def jailed(self) -> Path:
+        """What the Firecracker driver has to know of its machine, as JSON."""
+        return self.root / "jailed.json"
+
+    def trim_console(self, limit_bytes: int) -> None:
+        """As ``VmmDriver.trim_console``."""
+        # Half of it stays, so that a console at the limit is not rewritten each time.
+        trim_to_tail(self.console, limit_bytes, keep_bytes=limit_bytes // 2)
+
+    def keep_identity(self, identity: ProcessIdentity) -> None:
+        write_atomically(self.identity, json.dumps(asdict(identity)).encode(), durable=False)
+
+    def find_identity(self) -> ProcessIdentity | None:
+        """What was written down at the start, if that process lives."""
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            kept = ProcessIdentity(**json.loads(self.identity.read_bytes()))
+            if processes.is_alive(kept):
+                return kept
+        return None
+
+
+def sandboxes_of(names: Iterable[str], sandboxes_directory: Path) -> list[str]:
+    """Those of ``names`` that are sandbox ids, and those that have a run directory; sorted."""
+    found = set(names)
+    with contextlib.suppress(FileNotFoundError):
+        found.update(entry.name for entry in sandboxes_directory.iterdir())
+    return sorted(filter(is_sandbox_id, found))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Which user a VMM runs as: each live one a user id of its own, so that one broken out of reaches no other.
 
-Called by the QEMU driver. An id is claimed by binding an abstract unix socket named after it, and the VMM inherits
+Called by the VMM drivers; Firecracker's jails hold their ids by themselves. For QEMU an id is claimed by binding an abstract unix socket named after it, and the VMM inherits
 that socket: the kernel frees the claim when the VMM ends, and no file can go stale. The ids need no passwd entry.
 """
 
@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import socket
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +60,7 @@ def claim_user(users: UserRange, sandbox_id: str) -> Generator[ClaimedUser]:
 
     Raises CapacityError when all are taken.
     """
-    start = int.from_bytes(hashlib.sha256(b"uid " + sandbox_id.encode()).digest()[:8], "big")
-    for offset in range(users.count):
-        user_id = users.first + (start + offset) % users.count
+    for user_id in user_candidates(users, sandbox_id):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
             try:
                 claim.bind(f"\0atelier-vmm-user-{user_id}")
@@ -72,7 +70,18 @@ def claim_user(users: UserRange, sandbox_id: str) -> Generator[ClaimedUser]:
                 raise
             yield ClaimedUser(user_id, claim.fileno())
             return
-    raise CapacityError(
+    raise all_users_taken(users)
+
+
+def user_candidates(users: UserRange, sandbox_id: str) -> Iterator[int]:
+    """All of the range, in an order of this sandbox's own."""
+    start = int.from_bytes(hashlib.sha256(b"uid " + sandbox_id.encode()).digest()[:8], "big")
+    for offset in range(users.count):
+        yield users.first + (start + offset) % users.count
+
+
+def all_users_taken(users: UserRange) -> CapacityError:
+    return CapacityError(
         f"all {users.count} user ids for virtual machines are taken", hint="remove sandboxes, then try again"
     )
 
