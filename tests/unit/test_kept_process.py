@@ -9,13 +9,17 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from atelier.host import processes
+from atelier.lifecycle.fleet import SandboxFleet
 from atelier.manager import kept_process
+from atelier.manager.installation import _close_run_folders
 from atelier.manager.kept_process import KeptProcess, OwnProcess
 from atelier.model.errors import HostError
+from atelier.model.layout import RunLayout
 from atelier.model.machine import ProcessIdentity
 
 PROGRAM = """
@@ -187,3 +191,20 @@ async def test_a_service_of_another_version_is_refused(tmp_path: Path, monkeypat
         assert service.find() == [identity]
     finally:
         await processes.kill_and_wait(identity)
+
+
+class _NothingRuns:
+    def list_running_names(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize("service", ["", "atelier-companion"])
+async def test_a_managers_end_leaves_the_sockets_of_services(tmp_path: Path, service: str) -> None:
+    run = RunLayout(tmp_path / "run")
+    for folder in (run.sandboxes, run.channels):
+        folder.mkdir(parents=True)
+    for file in (run.gateway_socket, run.network_socket, run.network_lock):
+        file.touch()
+    await _close_run_folders(run, cast("SandboxFleet", _NothingRuns()), [Companion(tmp_path, service)])
+    assert run.network_socket.exists() is bool(service)
+    assert run.root.exists() is bool(service)

@@ -11,6 +11,7 @@ import sys
 
 from atelier.config.settings import Settings, load_settings
 from atelier.db.closed_files import read_installation_id
+from atelier.host.files import ensure_private_folder
 from atelier.model.errors import AtelierError
 from atelier.model.layout import DataLayout, RunLayout
 
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:  # noqa: RET503  execv does
         return 2
     try:
         settings = load_settings()
+        # Whoever of the services is first makes it.
+        ensure_private_folder(settings.run_dir)
         program = gateway_program(settings) if words == ["gateway"] else network_program(settings)
     except AtelierError as error:
         sys.stderr.write(f"error: {error.message}\nhint: {error.hint}\n")

@@ -236,7 +236,9 @@ async def _close_run_folders(run: RunLayout, fleet: SandboxFleet, companions: Se
         return
     for companion in reversed(companions):
         await companion.close()
-    _remove_run_folders(run)
+    # The sockets of services are theirs.
+    if not any(companion.is_service for companion in companions):
+        _remove_run_folders(run)
 
 
 def _remove_run_folders(run: RunLayout) -> None:

@@ -100,6 +100,11 @@ class KeptProcess:
         """The one that answered last: it is there, though it may be too busy to answer."""
         self._told: frozenset[str] = frozenset()
 
+    @property
+    def is_service(self) -> bool:
+        """Whether it goes on when the manager ends, whatever becomes of the sandboxes."""
+        return bool(self._service)
+
     async def open(self) -> None:
         """Start it unless one of this version answers already, and keep one running. One of another version is replaced.
         Raises HostError if it does not start."""
