@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.architecture.source_files import PACKAGE, Import, imports_of, modules
 
-MAY_IMPORT_CONCRETE_DRIVERS = ("atelier.manager.wiring", "atelier.gateway")
+MAY_IMPORT_CONCRETE_DRIVERS = ("atelier.manager.wiring", "atelier.gateway", "atelier.host_setup")
 STANDARD_LIBRARY_ONLY = ("atelier.guest_agent", "atelier.guest_protocol")
 FIRST_PARTY_ROOMS_OF_THE_GUEST = ("atelier.guest_agent", "atelier.guest_protocol")
 
@@ -53,7 +53,7 @@ def model_violation(found: Import) -> bool:
 
 
 RULES = {
-    "only manager.wiring and the gateway name a concrete driver": concrete_driver_violation,
+    "only manager.wiring, the gateway and host_setup name a concrete driver": concrete_driver_violation,
     "guest agent and guest protocol use the standard library and each other alone": guest_violation,
     "the model uses the standard library alone": model_violation,
 }
@@ -73,9 +73,9 @@ def test_no_module_breaks_the_rule(rule: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "module", "statement"),
     [
-        ("only manager.wiring and the gateway name a concrete driver", "services/x.py", "import atelier.drivers.vmm.fake"),
-        ("only manager.wiring and the gateway name a concrete driver", "cli/x.py", "from atelier.drivers.vmm import fake"),
-        ("only manager.wiring and the gateway name a concrete driver", "manager/x.py", "def f():\n from atelier.drivers.images.debian import D"),
+        ("only manager.wiring, the gateway and host_setup name a concrete driver", "services/x.py", "import atelier.drivers.vmm.fake"),
+        ("only manager.wiring, the gateway and host_setup name a concrete driver", "cli/x.py", "from atelier.drivers.vmm import fake"),
+        ("only manager.wiring, the gateway and host_setup name a concrete driver", "manager/x.py", "def f():\n from atelier.drivers.images.debian import D"),
         ("guest agent and guest protocol use the standard library and each other alone", "guest_agent/x.py", "import httpx"),
         ("guest agent and guest protocol use the standard library and each other alone", "guest_agent/x.py", "from atelier.model import errors"),
         ("guest agent and guest protocol use the standard library and each other alone", "guest_protocol/x.py", "from ..host import files"),

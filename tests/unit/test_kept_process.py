@@ -9,12 +9,17 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from atelier.host import processes
+from atelier.lifecycle.fleet import SandboxFleet
 from atelier.manager import kept_process
+from atelier.manager.installation import _close_run_folders
 from atelier.manager.kept_process import KeptProcess, OwnProcess
+from atelier.model.errors import HostError
+from atelier.model.layout import RunLayout
 from atelier.model.machine import ProcessIdentity
 
 PROGRAM = """
@@ -57,13 +62,13 @@ async def until_answered(kept: KeptProcess) -> None:
 class Companion(KeptProcess):
     """``PROGRAM`` as a companion. It does not answer while ``wait_file`` exists."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, service: str = "") -> None:
         socket_path = folder / "control.sock"
         self.wait_file = folder / "control.sock.wait"
         self.log = folder / "log"
         self.arguments = ["-c", PROGRAM, str(socket_path)]
         starter = OwnProcess("companion", self.arguments, self.log)
-        super().__init__("companion", "companion_failed", starter, socket_path, self.log)
+        super().__init__("companion", "companion_failed", starter, socket_path, self.log, service)
 
     def find(self) -> list[ProcessIdentity]:
         return processes.find_processes(Path(sys.executable).resolve().name, self.arguments)
@@ -136,3 +141,70 @@ async def test_one_that_hangs_is_ended_too(kept: Companion, monkeypatch: pytest.
     os.kill(first.pid, signal.SIGSTOP)
     await kept.close()
     assert kept.find() == []
+
+
+async def _start_elsewhere(companion: Companion) -> ProcessIdentity:
+    return await processes.start_detached([sys.executable, *companion.arguments], stderr_path=companion.log)
+
+
+async def test_a_service_is_waited_for_and_never_started_or_ended(tmp_path: Path) -> None:
+    service = Companion(tmp_path, "atelier-companion")
+    told: list[int] = []
+    service.on_started_anew = lambda: told.append(1)
+    opening = asyncio.create_task(service.open())
+    await asyncio.sleep(0.3)
+    assert not opening.done()
+    assert service.find() == []
+    first = await _start_elsewhere(service)
+    try:
+        await opening
+        assert told == []
+        await processes.kill_and_wait(first)
+        await asyncio.sleep(1.5)
+        assert service.find() == [], "it is not this manager's to start"
+        second = await _start_elsewhere(service)
+        await until(lambda: bool(told))
+        await service.close()
+        assert service.find() == [second]
+        await processes.kill_and_wait(second)
+    finally:
+        for left in service.find():
+            await processes.kill_and_wait(left)
+
+
+async def test_a_service_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_process, "_START_SECONDS", 0.3)
+    with pytest.raises(HostError, match=r"companion \(atelier-companion\) does not answer") as refused:
+        await Companion(tmp_path, "atelier-companion").open()
+    assert refused.value.code == "companion_failed"
+    assert "systemctl restart atelier-companion" in refused.value.hint
+
+
+async def test_a_service_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Companion(tmp_path, "atelier-companion")
+    identity = await _start_elsewhere(service)
+    try:
+        await until_answered(service)
+        monkeypatch.setattr(kept_process.atelier, "__version__", "99.0")
+        with pytest.raises(HostError, match=r"this manager of 99\.0"):
+            await service.open()
+        assert service.find() == [identity]
+    finally:
+        await processes.kill_and_wait(identity)
+
+
+class _NothingRuns:
+    def list_running_names(self) -> list[str]:
+        return []
+
+
+@pytest.mark.parametrize("service", ["", "atelier-companion"])
+async def test_a_managers_end_leaves_the_sockets_of_services(tmp_path: Path, service: str) -> None:
+    run = RunLayout(tmp_path / "run")
+    for folder in (run.sandboxes, run.channels):
+        folder.mkdir(parents=True)
+    for file in (run.gateway_socket, run.network_socket, run.network_lock):
+        file.touch()
+    await _close_run_folders(run, cast("SandboxFleet", _NothingRuns()), [Companion(tmp_path, service)])
+    assert run.network_socket.exists() is bool(service)
+    assert run.root.exists() is bool(service)

@@ -55,6 +55,7 @@ COMMANDS = {
     "backup": LazyCommand(f"{_COMMANDS}.backup:backup", "Save the database and the key, on request disks too."),
     "restore": LazyCommand(f"{_COMMANDS}.restore:restore", "Bring a backup back, here or on another machine."),
     "doctor": LazyCommand(f"{_COMMANDS}.doctor:doctor", "Check whether this machine is fit, and say what is missing."),
+    "host": LazyCommand(f"{_COMMANDS}.host:host", "As root: make a production host of this machine."),
     "version": LazyCommand(f"{_COMMANDS}.version:version", "Show the versions of this program and of the manager."),
 }
 

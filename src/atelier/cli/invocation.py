@@ -36,8 +36,9 @@ class Invocation:
     def endpoint(self) -> Endpoint:
         """Raises AuthenticationError (``no_api_key``) when no manager is known."""
         from atelier.client.environment import find_endpoint
+        from atelier.config.file import find_data_dir
 
-        return find_endpoint(api_url=self.api_url, data_dir=self.data_dir)
+        return find_endpoint(api_url=self.api_url, data_dir=self.data_dir or find_data_dir())
 
     def connect(self) -> Connection:
         from atelier.client.connection import Connection

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from atelier.model.errors import InvalidRequestError
+from atelier.config.errors import InvalidSettingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class ListenAddress:
         return f"http://{host}:{self.port}"
 
 
-def parse_listen(text: str, setting: str = "ATELIER_LISTEN (or --listen)") -> ListenAddress:
+def parse_listen(text: str, variable: str = "ATELIER_LISTEN") -> ListenAddress:
     """``HOST:PORT`` with an address, ``localhost`` or ``[v6]``; port 0 lets the kernel choose."""
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -36,9 +36,9 @@ def parse_listen(text: str, setting: str = "ATELIER_LISTEN (or --listen)") -> Li
     except ValueError:
         number = -1
     if not separator or not 0 <= number <= 65535:
-        raise InvalidRequestError(
-            f"{setting} is {text!r}",
-            code="invalid_setting",
+        raise InvalidSettingError(
+            variable,
+            text,
             hint="write ADDRESS:PORT, as 127.0.0.1:7420 or [::1]:7420",
         )
     return ListenAddress(host, number)

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from atelier.config.addresses import ListenAddress, parse_listen
-from atelier.model.errors import InvalidRequestError
+from atelier.config.errors import InvalidSettingError
 from atelier.model.preview import LOCAL_DOMAIN
 
 DEFAULT_PREVIEWS_LISTEN = "127.0.0.1:7480"
@@ -33,7 +33,7 @@ class PreviewSettings:
 
 
 def load_previews(domain_text: str, listen_text: str, public_url: str, default_listen: str) -> PreviewSettings:
-    """``default_listen``: where the gateway listens if nothing is said and there is no domain. Raises InvalidRequestError (``invalid_setting``)."""
+    """``default_listen``: where the gateway listens if nothing is said and there is no domain. Raises InvalidSettingError."""
     public = urlsplit(public_url)
     is_tls = public.scheme == "https"
     if not domain_text and is_tls and "." in (public.hostname or "") and _DOMAIN.fullmatch(public.hostname or ""):
@@ -41,9 +41,9 @@ def load_previews(domain_text: str, listen_text: str, public_url: str, default_l
     domain, _, port_text = domain_text.lower().partition(":")
     port = int(port_text) if port_text.isdecimal() and len(port_text) <= 5 else None
     if (domain and not _DOMAIN.fullmatch(domain)) or (port_text and (port is None or not 0 < port < 65536)):
-        raise InvalidRequestError(
-            f"ATELIER_SANDBOX_DOMAIN is {domain_text!r}",
-            code="invalid_setting",
+        raise InvalidSettingError(
+            "ATELIER_SANDBOX_DOMAIN",
+            domain_text,
             hint="a domain, and a port if it is not the usual one, as sandboxes.example.org",
         )
     is_off = listen_text.strip().lower() == "off"
@@ -52,9 +52,9 @@ def load_previews(domain_text: str, listen_text: str, public_url: str, default_l
     if listen_text.startswith(_UNIX):
         socket = Path(listen_text.removeprefix(_UNIX))
         if not socket.is_absolute():
-            raise InvalidRequestError(
-                f"ATELIER_PREVIEWS_LISTEN is {listen_text!r}",
-                code="invalid_setting",
+            raise InvalidSettingError(
+                "ATELIER_PREVIEWS_LISTEN",
+                listen_text,
                 hint="ADDRESS:PORT, off, or unix: and an absolute path",
             )
     elif listen_text and not is_off:

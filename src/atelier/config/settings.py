@@ -1,10 +1,12 @@
-"""The settings of an installation: environment variables, overridden by a program's own options.
+"""The settings of an installation: the configuration file (``file``), overridden by environment variables, overridden by a
+program's own options.
 
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
 ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``,
 ``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
-Those of signing in stand in ``sign_in``, those of previews in ``previews``. Nothing defaults into a source checkout.
+Those of signing in stand in ``sign_in``, those of previews in ``previews``, those of a production host in ``production``. Nothing
+defaults into a source checkout.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlsplit
 
 from atelier.config.addresses import ListenAddress, parse_listen
+from atelier.config.choices import choose
+from atelier.config.errors import InvalidSettingError
+from atelier.config.file import ConfigFile, find_config_file
 from atelier.config.npm import find_npm_registry
 from atelier.config.previews import DEFAULT_PREVIEWS_LISTEN, PreviewSettings, load_previews
+from atelier.config.production import ProductionSettings, load_production
 from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
-from atelier.model.errors import InvalidRequestError
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
 DEFAULT_SSH_LISTEN = "127.0.0.1:2222"
@@ -32,9 +36,10 @@ _RUN_HASH_DIGITS = 8
 
 
 class ServerMode(StrEnum):
-    """Which drivers ``manager.wiring`` chooses. ``production`` (Firecracker, LVM) is not built yet and so not listed."""
+    """Which drivers ``manager.wiring`` chooses."""
 
     LOCAL = "local"
+    PRODUCTION = "production"
     MOCK = "mock"
 
 
@@ -114,23 +119,49 @@ class Settings:
     web_sockets_per_key: int
     npm_registry: str
     sign_in: SignInSettings
+    production: ProductionSettings
 
 
 def load_settings(
     *, mode: str = "", data_dir: str = "", listen: str = "", environment: Mapping[str, str] | None = None
 ) -> Settings:
-    """Settings from the environment; an option that is not empty wins over its variable.
+    """An option that is not empty wins over its variable, and that over the file.
 
-    Raises InvalidRequestError (``invalid_setting``) that names the variable and what it may hold.
+    Raises InvalidSettingError that names the variable, or file, line and key, and what it may hold; and what
+    ``find_config_file`` raises.
     """
-    variables = os.environ if environment is None else environment
+    own = os.environ if environment is None else environment
+    return load_settings_of(find_config_file(own), own, mode=mode, data_dir=data_dir, listen=listen)
+
+
+def load_settings_of(
+    file: ConfigFile,
+    variables: Mapping[str, str] | None = None,
+    *,
+    mode: str = "",
+    data_dir: str = "",
+    listen: str = "",
+) -> Settings:
+    """Of a file that is read already. Without ``variables`` nothing else has a say: what a service will find."""
+    own = variables or {}
+    try:
+        return _load({**file.variables(), **own}, mode=mode, data_dir=data_dir, listen=listen)
+    except InvalidSettingError as error:
+        place = "" if error.variable in own else file.place(error.variable)
+        if not place:
+            raise
+        message = f"{place} is {error.value!r}"
+        raise InvalidSettingError(error.variable, error.value, message=message, hint=error.hint) from error
+
+
+def _load(variables: Mapping[str, str], *, mode: str, data_dir: str, listen: str) -> Settings:
     home = Path(variables.get("HOME") or Path.home())
     data = _folder(data_dir or variables.get("ATELIER_DATA_DIR", ""), variables, "XDG_DATA_HOME", home / ".local/share")
     cache = _folder(variables.get("ATELIER_CACHE_DIR", ""), variables, "XDG_CACHE_HOME", home / ".cache")
     listens_at = parse_listen(listen or variables.get("ATELIER_LISTEN", DEFAULT_LISTEN))
     public_url = _public_url(variables.get("ATELIER_PUBLIC_URL", ""))
     return Settings(
-        mode=_choice(ServerMode, mode or variables.get("ATELIER_SERVER_MODE", ServerMode.LOCAL), "ATELIER_SERVER_MODE"),
+        mode=choose(ServerMode, variables, "ATELIER_SERVER_MODE", ServerMode.LOCAL, mode),
         data_dir=data,
         cache_dir=cache,
         run_dir=run_directory(data, variables),
@@ -143,19 +174,15 @@ def load_settings(
             # Beside a manager that is not at the usual place, as a second one, they are not either.
             DEFAULT_PREVIEWS_LISTEN if str(listens_at) == DEFAULT_LISTEN else "127.0.0.1:0",
         ),
-        accelerator=_choice(Accelerator, variables.get("ATELIER_ACCELERATOR", Accelerator.AUTO), "ATELIER_ACCELERATOR"),
-        network=_choice(NetworkChoice, variables.get("ATELIER_NETWORK", NetworkChoice.AUTO), "ATELIER_NETWORK"),
-        network_home=_choice(
-            NetworkHome, variables.get("ATELIER_NETWORK_HOME", NetworkHome.PRIVATE), "ATELIER_NETWORK_HOME"
-        ),
+        accelerator=choose(Accelerator, variables, "ATELIER_ACCELERATOR", Accelerator.AUTO),
+        network=choose(NetworkChoice, variables, "ATELIER_NETWORK", NetworkChoice.AUTO),
+        network_home=choose(NetworkHome, variables, "ATELIER_NETWORK_HOME", NetworkHome.PRIVATE),
         bridge_name=_bridge_name(variables.get("ATELIER_BRIDGE_NAME", "br0")),
         recipes_dir=_recipes_directory(variables),
         disk_overcommit=_overcommit(variables.get("ATELIER_DISK_OVERCOMMIT", "1")),
-        storage=_choice(StorageChoice, variables.get("ATELIER_STORAGE", StorageChoice.QCOW2), "ATELIER_STORAGE"),
-        templates=_choice(TemplateChoice, variables.get("ATELIER_TEMPLATES", TemplateChoice.ON), "ATELIER_TEMPLATES"),
-        guest_kernel=_choice(
-            GuestKernelChoice, variables.get("ATELIER_GUEST_KERNEL", GuestKernelChoice.DEBIAN), "ATELIER_GUEST_KERNEL"
-        ),
+        storage=choose(StorageChoice, variables, "ATELIER_STORAGE", StorageChoice.QCOW2),
+        templates=choose(TemplateChoice, variables, "ATELIER_TEMPLATES", TemplateChoice.ON),
+        guest_kernel=choose(GuestKernelChoice, variables, "ATELIER_GUEST_KERNEL", GuestKernelChoice.DEBIAN),
         log_level=variables.get("ATELIER_LOG_LEVEL", "INFO").upper(),
         public_url=public_url,
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
@@ -163,6 +190,7 @@ def load_settings(
         web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
         npm_registry=find_npm_registry(variables, home),
         sign_in=load_sign_in(variables),
+        production=load_production(variables, data),
     )
 
 
@@ -203,9 +231,9 @@ def _recipes_directory(variables: Mapping[str, str]) -> Path:
 
 def _bridge_name(text: str) -> str:
     if not is_link_name(text):
-        raise InvalidRequestError(
-            f"ATELIER_BRIDGE_NAME is {text!r}",
-            code="invalid_setting",
+        raise InvalidSettingError(
+            "ATELIER_BRIDGE_NAME",
+            text,
             hint=f"at most {LINK_NAME_MAX_LENGTH} letters, digits, '.', '_' or '-', as br0",
         )
     return text
@@ -217,9 +245,9 @@ def _overcommit(text: str) -> float:
     except ValueError:
         factor = 0.0
     if not 1 <= factor <= 1000:
-        raise InvalidRequestError(
-            f"ATELIER_DISK_OVERCOMMIT is {text!r}",
-            code="invalid_setting",
+        raise InvalidSettingError(
+            "ATELIER_DISK_OVERCOMMIT",
+            text,
             hint="how many times the room on disk may be promised to sandboxes: a number from 1 to 1000",
         )
     return factor
@@ -229,9 +257,9 @@ def _public_url(text: str) -> str:
     parts = urlsplit(text)
     is_origin = parts.scheme in ("http", "https") and parts.hostname and parts.path in ("", "/")
     if text and (not is_origin or parts.query or parts.fragment or parts.username):
-        raise InvalidRequestError(
-            f"ATELIER_PUBLIC_URL is {text!r}",
-            code="invalid_setting",
+        raise InvalidSettingError(
+            "ATELIER_PUBLIC_URL",
+            text,
             hint="scheme and name, and a port if it is not the usual one, as https://atelier.example.org",
         )
     return text.rstrip("/").lower()
@@ -244,20 +272,5 @@ def _limit(variables: Mapping[str, str], name: str, default: str) -> float:
     except ValueError:
         limit = -1.0
     if not 0 <= limit <= 1e6:
-        raise InvalidRequestError(
-            f"{name} is {text!r}", code="invalid_setting", hint="a number up to 1000000; 0: no limit"
-        )
+        raise InvalidSettingError(name, text, hint="a number up to 1000000; 0: no limit")
     return limit
-
-
-_E = TypeVar("_E", bound=StrEnum)
-
-
-def _choice(kind: type[_E], value: str, variable: str) -> _E:
-    try:
-        return kind(value)
-    except ValueError:
-        allowed = ", ".join(sorted(kind))
-        raise InvalidRequestError(
-            f"{variable} is {value!r}", code="invalid_setting", hint=f"it may be: {allowed}"
-        ) from None

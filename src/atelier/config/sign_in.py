@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from atelier.model.errors import InvalidRequestError
+from atelier.config.errors import InvalidSettingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class SignInSettings:
 
 
 def load_sign_in(variables: Mapping[str, str]) -> SignInSettings:
-    """Raises InvalidRequestError (``invalid_setting``)."""
+    """Raises InvalidSettingError."""
 
     def read(name: str, default: str = "") -> str:
         return variables.get(f"ATELIER_{name}", "").strip() or default
@@ -55,7 +55,7 @@ def load_sign_in(variables: Mapping[str, str]) -> SignInSettings:
         ("ATELIER_OIDC_CLIENT_ID", not settings.oidc_issuer or settings.oidc_client_id),
     ):
         if not is_complete:
-            raise InvalidRequestError(
-                f"{name} is missing", code="invalid_setting", hint="the provider gives it with the client id"
+            raise InvalidSettingError(
+                name, "", message=f"{name} is missing", hint="the provider gives it with the client id"
             )
     return settings

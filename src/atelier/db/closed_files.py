@@ -49,6 +49,20 @@ def copy_database(source: Path, destination: Path) -> None:
         raise translate_error(error) from error
 
 
+def read_installation_id(path: Path) -> str | None:
+    """None where there is no database yet, or one that no manager has opened to its end."""
+    if not path.exists():
+        return None
+    try:
+        with closing(connect_read_only(path)) as connection:
+            row = connection.execute("SELECT value FROM settings WHERE name = 'installation_id'").fetchone()
+    except sqlite3.OperationalError:
+        return None
+    except sqlite3.Error as error:
+        raise translate_error(error) from error
+    return None if row is None else str(row[0])
+
+
 def read_sandboxes(path: Path) -> list[StoredSandbox]:
     """All sandboxes of a database that is whole, in the order of their making."""
     try:

@@ -23,6 +23,7 @@ from atelier.gateway.preview_server import PreviewServer
 from atelier.gateway.ssh_server import SshServer
 from atelier.host.files import ensure_private_folder, lock_folder
 from atelier.host.line_server import LineServer
+from atelier.host.service_notices import stay_alive, tell_service_manager
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.telemetry.logs import configure
@@ -90,12 +91,16 @@ async def _serve(layout: RunLayout, epoch_wait_seconds: float) -> None:
     previews = PreviewServer(layout)
     channels = ChannelSet(layout, ssh, previews, epoch_wait_seconds=epoch_wait_seconds)
     control = LineServer(layout.gateway_socket, channels.answer)
+    living = asyncio.create_task(stay_alive())
     try:
         await channels.open()
         await control.open()
         log.info("the gateway serves %s", layout.root)
+        tell_service_manager("READY=1")
         await stop.wait()
+        tell_service_manager("STOPPING=1")
     finally:
+        living.cancel()
         await control.close()
         await ssh.close()
         await previews.close()

@@ -16,6 +16,7 @@ from atelier.host import command
 from atelier.model.errors import HostError
 
 _CLONE_NEWNET, _CLONE_NEWUSER = 0x40000000, 0x10000000
+_CAP_NET_ADMIN = 12
 _NAMED = Path("/run/netns")
 _PACKAGE = "iproute2"
 
@@ -62,14 +63,30 @@ def entered(namespace: int) -> Generator[None]:
 
 
 def enter(namespace: int) -> None:
-    """Move the calling thread, and with it all threads and programs that it starts from now on."""
-    if _libc.setns(namespace, _CLONE_NEWNET) != 0:
+    """Move the calling thread, and with it all threads and programs that it starts from now on. Where it is there already
+    that takes no right."""
+    current = open_current()
+    try:
+        is_there = os.path.sameopenfile(namespace, current)
+    finally:
+        os.close(current)
+    if not is_there and _libc.setns(namespace, _CLONE_NEWNET) != 0:
         number = ctypes.get_errno()
         raise HostError(
             f"a network namespace cannot be entered: {os.strerror(number)}",
             code="network_refused",
             hint="this takes root; is the name below /run/netns a leftover? ip netns delete removes it",
         )
+
+
+def may_change_network() -> bool:
+    """Whether this process may make links and rules where it is: as root, or with the one capability (ambient, say).
+    Source: capabilities(7), proc(5)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, mask = line.partition(":")
+        if name == "CapEff":
+            return bool(int(mask, 16) >> _CAP_NET_ADMIN & 1)
+    return False
 
 
 def enter_user(namespace: int) -> None:

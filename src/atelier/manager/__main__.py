@@ -19,9 +19,10 @@ import uvloop
 
 import atelier
 from atelier.config.settings import Settings, load_settings
+from atelier.host.service_notices import stay_alive, tell_service_manager
 from atelier.manager.backup_commands import run_backup, run_restore
 from atelier.manager.doctor import run_doctor
-from atelier.manager.installation import Installation
+from atelier.manager.installation import Installation, prepare_installation
 from atelier.manager.server import Server
 from atelier.model.errors import AtelierError
 from atelier.services.host import SandboxesAtEnd
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.restore:
             return run_restore(settings, options.restore, as_json=options.json)
         logs.configure(settings.log_level, "json" if options.log_format == "json" else "line")
+        if options.prepare:
+            sys.stdout.write(f"{asyncio.run(prepare_installation(settings))}\n")
+            return 0
         if options.down:
             return uvloop.run(_end_sandboxes(settings, options.down, as_json=options.json))
         return uvloop.run(_serve(settings, options.on_exit))
@@ -66,11 +70,15 @@ async def _serve(settings: Settings, on_exit: SandboxesAtEnd) -> int:
         installation = await stack.enter_async_context(Installation.open(settings))
         server = Server(installation.application, installation.socket)
         installation.announce(on_exit)
+        tell_service_manager("READY=1")
+        living = asyncio.create_task(stay_alive())
+        stack.callback(living.cancel)
         serving = asyncio.create_task(server.serve())
         stopping = [asyncio.create_task(event.wait()) for event in (stop, installation.end_asked)]
         await asyncio.wait({serving, *stopping}, return_when=asyncio.FIRST_COMPLETED)
         for waiting in stopping:
             waiting.cancel()
+        tell_service_manager("STOPPING=1")
         # A second Ctrl-C ends the manager at once; the next start goes on with what this one leaves.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
@@ -125,6 +133,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--down", choices=["stop", "destroy"], help="end the sandboxes of a manager that does not run, and serve nobody"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="have the data folder and its database, print the installation's id"
     )
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     parser.add_argument("--doctor", action="store_true", help="check this machine instead, and change nothing")

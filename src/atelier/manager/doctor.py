@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from atelier.config.production import CompanionChoice
 from atelier.config.settings import ServerMode, Settings
 from atelier.db.closed_files import read_stuck_sandboxes
 from atelier.host.checks.edge import check_edge
@@ -38,7 +39,8 @@ def run_doctor(settings: Settings, *, as_json: bool) -> int:
     if settings.mode is not ServerMode.MOCK:
         address = (settings.listen.host, settings.listen.port)
         results = check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
-        results += explain_network(settings.network)
+        if settings.production.companions is CompanionChoice.KEPT:
+            results += explain_network(settings.network)
         is_public = settings.public_url.startswith("https:")
         ssh = settings.ssh_listen
         results.append(check_ssh((ssh.host, ssh.port) if ssh else None, is_reached_from_elsewhere=is_public))

@@ -19,6 +19,7 @@ from atelier.api.application import create_application
 from atelier.api.authentication import Application
 from atelier.config.addresses import ListenAddress
 from atelier.config.settings import Settings
+from atelier.db.closed_files import read_installation_id
 from atelier.db.engine import Database
 from atelier.db.installation import load_installation, load_preview_key
 from atelier.host.files import ensure_private_folder, lock_folder, write_atomically
@@ -80,8 +81,7 @@ class Installation:
         """
         data, run = DataLayout(settings.data_dir), RunLayout(settings.run_dir)
         async with contextlib.AsyncExitStack() as stack:
-            for folder in (data.root, data.volumes, data.consoles, data.logs):
-                ensure_private_folder(folder)
+            _make_data_folders(data)
             settings.cache_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(data.lock_file))
             listening = stack.enter_context(_bind(settings.listen if serves else _ANY_PORT))
@@ -181,6 +181,27 @@ class Installation:
         return changed, self.fleet.list_running_names()
 
 
+async def prepare_installation(settings: Settings) -> str:
+    """The installation's id; its data folder and database are made if they are not there. No manager may run meanwhile,
+    unless all of it is there. Raises AlreadyRunningError, HostError."""
+    data = DataLayout(settings.data_dir)
+    if (known := read_installation_id(data.database)) is not None:
+        return known
+    _make_data_folders(data)
+    with lock_folder(data.lock_file):
+        database = Database(data.database)
+        database.open()
+        try:
+            return (await load_installation(database)).installation_id
+        finally:
+            database.close()
+
+
+def _make_data_folders(data: DataLayout) -> None:
+    for folder in (data.root, data.volumes, data.consoles, data.logs):
+        ensure_private_folder(folder)
+
+
 def _bind(address: ListenAddress) -> socket.socket:
     listening = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -214,7 +235,9 @@ async def _close_run_folders(run: RunLayout, fleet: SandboxFleet, companions: Se
         return
     for companion in reversed(companions):
         await companion.close()
-    _remove_run_folders(run)
+    # The sockets of services are theirs.
+    if not any(companion.is_service for companion in companions):
+        _remove_run_folders(run)
 
 
 def _remove_run_folders(run: RunLayout) -> None:

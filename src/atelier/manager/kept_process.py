@@ -1,7 +1,8 @@
 """Keeps one of the manager's companions running beside it: the gateway, the network holder.
 
 Each lives in a process (and session) of its own, so that a manager that dies takes nothing with it; the next manager
-finds it by its control socket, where it answers the operation ``ping``, and uses it on.
+finds it by its control socket, where it answers the operation ``ping``, and uses it on. On a production host the service
+manager starts and ends them: there they are only waited for and watched.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _START_SECONDS = 20.0
 _STOP_SECONDS = 10.0
 _CHECK_SECONDS = 1.0
+_SERVICE_POLL_SECONDS = 0.1
 _MAX_BACKOFF_SECONDS = 10.0
 _LAST_WORDS_BYTES = 2000
 
@@ -79,9 +81,13 @@ class OwnProcess:
 
 class KeptProcess:
     """``title`` is what messages call it, ``code`` that of the error when it does not start; ``socket_path`` is its
-    control socket, ``log_path`` where its log goes."""
+    control socket, ``log_path`` where its log goes. ``service``: the host's service that it is, where it is not this
+    manager's to start and to end; else empty."""
 
-    def __init__(self, title: str, code: str, starter: Starter, socket_path: Path, log_path: Path) -> None:
+    def __init__(
+        self, title: str, code: str, starter: Starter, socket_path: Path, log_path: Path, service: str = ""
+    ) -> None:
+        self._service = service
         self._title = title
         self._code = code
         self._starter = starter
@@ -94,9 +100,18 @@ class KeptProcess:
         """The one that answered last: it is there, though it may be too busy to answer."""
         self._told: frozenset[str] = frozenset()
 
+    @property
+    def is_service(self) -> bool:
+        """Whether it goes on when the manager ends, whatever becomes of the sandboxes."""
+        return bool(self._service)
+
     async def open(self) -> None:
         """Start it unless one of this version answers already, and keep one running. One of another version is replaced.
         Raises HostError if it does not start."""
+        if self._service:
+            await self._wait_for_service()
+            self._supervisor = asyncio.create_task(self._watch_service())
+            return
         answer = await self._ping()
         if answer is not None and answer.version != atelier.__version__:
             logger.info("replacing the %s of version %s", self._title, answer.version or "unknown")
@@ -113,14 +128,55 @@ class KeptProcess:
             await asyncio.gather(self._supervisor, return_exceptions=True)
 
     async def close(self) -> None:
-        """End it: to be called when no sandbox is left that needs it. Raises TimeoutExceededError."""
+        """End it, unless it is a service: to be called when no sandbox is left that needs it. Raises TimeoutExceededError."""
         await self.release()
+        if self._service:
+            return
         await self._ping()
         await self._end()
 
     async def _end(self) -> None:
         if self._last is not None:
             await self._starter.end(self._last)
+
+    async def _wait_for_service(self) -> None:
+        """Raises HostError when it does not answer in time, or is of another version than this manager."""
+        hint = f"systemctl restart {self._service}; its log: journalctl -u {self._service}"
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while (answer := await self._ping()) is None:  # noqa: ASYNC110  only asking tells
+                    await asyncio.sleep(_SERVICE_POLL_SECONDS)
+        except TimeoutError as error:
+            raise HostError(
+                f"the {self._title} ({self._service}) does not answer within {_START_SECONDS:g} s",
+                code=self._code,
+                hint=hint,
+            ) from error
+        if answer.version != atelier.__version__:
+            raise HostError(
+                f"the {self._title} ({self._service}) is of version {answer.version or 'unknown'}, "
+                f"this manager of {atelier.__version__}",
+                code=self._code,
+                hint=hint,
+            )
+
+    async def _watch_service(self) -> None:
+        """Say when it is gone, and let go on what waits for it when one that was started anew answers."""
+        was_gone = False
+        while True:
+            await asyncio.sleep(_CHECK_SECONDS)
+            before = self._last
+            answer = await self._ping()
+            if answer is None:
+                if not was_gone:
+                    logger.warning("the %s (%s) does not answer", self._title, self._service)
+                was_gone = True
+                continue
+            self._tell(answer.problems)
+            if was_gone or self._last != before:
+                logger.info("the %s (%s) was started anew", self._title, self._service)
+                self.on_started_anew()
+            was_gone = False
 
     async def _start(self) -> None:
         identity = await self._starter.start()

@@ -52,11 +52,16 @@ class NetworkHolderProcess(KeptProcess):
     """``check``: what the network needs of this machine, asked before anything is started."""
 
     def __init__(
-        self, starter: Starter, socket_path: Path, log_path: Path, check: Callable[[], list[CheckResult]]
+        self,
+        starter: Starter,
+        socket_path: Path,
+        log_path: Path,
+        check: Callable[[], list[CheckResult]],
+        service: str = "",
     ) -> None:
         self._check = check
         self._control = socket_path
-        super().__init__("network holder", "network_holder_failed", starter, socket_path, log_path)
+        super().__init__("network holder", "network_holder_failed", starter, socket_path, log_path, service)
 
     async def open(self) -> None:
         """Raises HostError (``network_not_possible``) with what is missing and how to get it."""
@@ -71,8 +76,10 @@ class NetworkHolderProcess(KeptProcess):
         await super().open()
 
     async def close(self) -> None:
-        """End the network too, which is then needed by nobody."""
+        """End the network too, which is then needed by nobody; a service keeps it."""
         await self.release()
+        if self._service:
+            return
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 reader, writer = await asyncio.open_unix_connection(self._control)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
+from atelier.config.production import CompanionChoice
 from atelier.config.settings import (
     GuestKernelChoice,
     NetworkHome,
@@ -109,7 +110,7 @@ def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
     match settings.mode:
         case ServerMode.MOCK:
             return _mock_drivers(settings, data)
-        case ServerMode.LOCAL:
+        case ServerMode.LOCAL | ServerMode.PRODUCTION:
             return _local_drivers(settings, data, run, ids)
 
 
@@ -232,7 +233,9 @@ def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: In
             own_kernel=settings.guest_kernel is GuestKernelChoice.OWN,
         ),
         guests=guests,
-        gateway=GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log"),
+        gateway=GatewayProcess(
+            run.root, run.gateway_socket, data.logs / "gateway.log", service=_service(settings, "gateway")
+        ),
         network_holder=holder,
         network_missing=chosen.missing,
         # More at once than there are processors only makes each of them late.
@@ -260,7 +263,8 @@ def _storage(settings: Settings, data: DataLayout) -> StorageDriver:
 def _local_network(
     bridged: bool, settings: Settings, data: DataLayout, run: RunLayout, ids: Installation
 ) -> tuple[NetworkDriver, NetworkHolderProcess | None]:
-    if bridged and settings.network_home is NetworkHome.HOST and os.geteuid() != 0:
+    service = _service(settings, "network")
+    if bridged and settings.network_home is NetworkHome.HOST and os.geteuid() != 0 and not service:
         layout = root_network_layout(ids.installation_id)
         starter = RootsHolder(Privileges("network"))
         # What the host must have is root's to look at: it says what is missing when it starts.
@@ -272,12 +276,19 @@ def _local_network(
     )
     if bridged:
         log = data.logs / "network.log"
-        return bridge, NetworkHolderProcess(starter, run.network_socket, log, check_bridge_network)
+        # What a service needs of the machine is not what this user would need.
+        check = list if service else check_bridge_network
+        return bridge, NetworkHolderProcess(starter, run.network_socket, log, check, service)
     if run.network_lock.exists():
         # Sandboxes were started on a bridge, and may run still.
         former = FormerNetworkHolder(starter, run.network_socket, data.logs / "network.log", list)
         return SucceededNetwork(UserNetwork(), bridge), former
     return UserNetwork(), None
+
+
+def _service(settings: Settings, name: str) -> str:
+    """The host's service that a companion is; empty: the manager keeps it itself."""
+    return f"atelier-{name}" if settings.production.companions is CompanionChoice.SERVICES else ""
 
 
 def _mock_drivers(settings: Settings, data: DataLayout) -> Drivers:

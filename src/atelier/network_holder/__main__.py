@@ -19,6 +19,7 @@ from typing import Literal
 
 from atelier.host.files import lock_folder
 from atelier.host.nameservers import RESOLV_CONF, NameserverFile
+from atelier.host.service_notices import stay_alive, tell_service_manager
 from atelier.model.errors import AlreadyRunningError, AtelierError
 from atelier.model.layout import RunLayout
 from atelier.network_holder.control import NetworkControl
@@ -131,6 +132,7 @@ async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, groun
         asyncio.create_task(control.end.wait()),
         asyncio.create_task(ground.uplink.wait_lost()),
     ]
+    living = asyncio.create_task(stay_alive())
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -138,7 +140,8 @@ async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, groun
     finally:
         for watch in watches:
             loop.remove_reader(watch.fileno())
-        for task in tasks:
+        tell_service_manager("STOPPING=1")
+        for task in (*tasks, living):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         home.close()

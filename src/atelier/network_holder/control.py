@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import atelier
 from atelier.host.peers import has_gone
+from atelier.host.service_notices import tell_service_manager
 from atelier.model.errors import AtelierError, ConflictError, InvalidRequestError
 from atelier.model.ids import is_sandbox_id
 from atelier.model.layout import check_socket_path
@@ -73,6 +74,7 @@ class NetworkControl:
                 os.chown(fresh, *self.client)
             listening.listen(_BACKLOG)
             fresh.rename(self.path)
+            tell_service_manager("READY=1")
             try:
                 while True:
                     while len(self._clients) >= _MAX_CLIENTS:

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from atelier.host.namespaces import entered, open_current
+from atelier.host.namespaces import entered, may_change_network, open_current
 from atelier.host.netlink import AddressWatch, RouteSocket
 from atelier.model.errors import HostError
 from atelier.model.layout import RunLayout
@@ -34,17 +34,19 @@ class Ground:
 
 def open_ground(layout: RunLayout, names: NetworkNames, keeper_log: Path, *, in_host: bool) -> Ground:
     """``in_host``: in the host's own namespace. Raises HostError, MissingProgramError."""
+    if in_host:
+        if not may_change_network():
+            raise HostError(
+                "only root, or who has the capability NET_ADMIN, can have the sandboxes' bridge in the host's own namespace",
+                code="network_not_possible",
+                hint="run the manager as root, let the host's service atelier-network hold it (atelier host init), "
+                "or set ATELIER_NETWORK_HOME=private",
+            )
+        host = NetworkSide.open(open_current())
+        return Ground(HostPlace(), HostUplink(names, host, AddressWatch()), _made_in(host.namespace))
     if os.geteuid() == 0:
         host = NetworkSide.open(open_current())
-        if in_host:
-            return Ground(HostPlace(), HostUplink(names, host, AddressWatch()), _made_in(host.namespace))
         return Ground(NamedPlace(names.namespace), VethUplink(names, host, AddressWatch()), _made_in(host.namespace))
-    if in_host:
-        raise HostError(
-            "only root can have the sandboxes' bridge in the host's own namespace",
-            code="network_not_possible",
-            hint="run the manager as root, or set ATELIER_NETWORK_HOME=private",
-        )
     keeper = NetworkKeeper.ensure(layout, names.installation_id, keeper_log)
     uplink = PastaUplink(names, keeper, RouteSocket(), AddressWatch())
     keeper.enter()

@@ -54,8 +54,12 @@ def up(
 
 
 def become_manager(arguments: list[str]) -> NoReturn:
-    """Replace this process by ``python -m atelier.manager``. ``-P``: a folder called ``atelier`` in the working
-    directory is not taken for the program."""
+    become_program("atelier.manager", arguments)
+
+
+def become_program(module: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by ``python -m MODULE``. ``-P``: a folder called ``atelier`` in the working directory is not
+    taken for the program."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "atelier.manager", *arguments])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])  # noqa: S606
