@@ -92,6 +92,9 @@ def tcg_kernel_arguments(tsc_khz: int) -> list[str]:
         # clearing memory as it is handed out, and asking AppArmor and TOMOYO at each file that is opened.
         "init_on_alloc=0",
         "lsm=landlock,yama",
+        # Programs lie at the same addresses each time. At new ones all of a program's code is translated anew: it starts
+        # in twice the time, and some twenty programs fill the code cache, after which everything is translated again.
+        "norandmaps",
     ]
 
 
