@@ -122,8 +122,14 @@ def _read(path: str) -> str:
 
 
 def _write_if_changed(path: str, content: str) -> None:
-    if _read(path) != content:
-        Path(path).write_text(content, encoding="utf-8", errors="surrogateescape")
+    """In place: a file that was emptied first has its blocks allocated and written out as it is closed, which ext4 does to
+    spare people a zero-length file, and which keeps whoever waits for a name waiting for the disk."""
+    if _read(path) == content:
+        return
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    with open(descriptor, "wb") as file:
+        file.write(content.encode("utf-8", "surrogateescape"))
+        file.truncate()
 
 
 def _failed(what: str, error: OSError) -> ConnectError:

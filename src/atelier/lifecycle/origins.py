@@ -29,6 +29,9 @@ from atelier.model.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)
 
+_TEMPLATE_FORMAT = 2
+"""To be raised when a fresh guest comes out otherwise without a change of its files: another kernel argument, say."""
+
 
 class AdoptTemplate(Protocol):
     """``SharedTemplates.adopt``."""
@@ -91,6 +94,7 @@ class Origins:
         # Measured anew at each boot of the host, and compared with some tolerance when it counts.
         del stamp["tsc_khz"]
         parts = {
+            "format": _TEMPLATE_FORMAT,
             "image": image.id,
             "tools": boot.tools_id,
             "kernel": boot.kernel.name,
