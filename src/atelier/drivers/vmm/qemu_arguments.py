@@ -92,9 +92,6 @@ def tcg_kernel_arguments(tsc_khz: int) -> list[str]:
         # clearing memory as it is handed out, and asking AppArmor and TOMOYO at each file that is opened.
         "init_on_alloc=0",
         "lsm=landlock,yama",
-        # Programs lie at the same addresses each time. At new ones all of a program's code is translated anew: it starts
-        # in twice the time, and some twenty programs fill the code cache, after which everything is translated again.
-        "norandmaps",
     ]
 
 
@@ -176,8 +173,8 @@ class _DescriptorSets:
 def _processor(accelerator: AcceleratorKind) -> list[str]:
     if accelerator == "kvm":
         return ["-accel", "kvm", "-cpu", "host"]
-    # A code cache of 8 MiB is six times slower. One of 32 is full once bash, Python and some programs have run, and then
-    # everything is translated anew, 200 ms at a time; one of 256 costs 60 MiB more a machine.
+    # A code cache of 8 MiB is six times slower. One of 32 is full once bash, Python and some programs have run, which lie at
+    # new addresses each time, and then everything is translated anew for 200 ms; one of 256 costs 60 MiB more a machine.
     return ["-accel", f"tcg,thread=multi,tb-size={_CODE_CACHE_MIB}", "-cpu", "max"]
 
 
