@@ -36,7 +36,7 @@ async def check_host(host: Host, journal: Journal, plan: Plan) -> list[CheckResu
     if group := settings.production.volume_group:
         results.append(await _check_pool(host, group, settings.production.thin_pool))
     if settings.public_url.startswith("https:"):
-        results += check_edge(settings.public_url)
+        results += check_edge(settings.public_url, settings.previews.domain, settings.previews.port)
     return results
 
 
