@@ -102,7 +102,7 @@ async def test_a_process_of_the_guest_itself_is_not_taken_over_vsock(capsys: pyt
     serving = asyncio.create_task(serve_vsock(_serve_echo))
     await asyncio.sleep(0.1)
     if serving.done():
-        pytest.skip(f"vsock's port is taken: {serving.exception()}")
+        pytest.skip(f"not applicable: vsock's port is taken: {serving.exception()}")
     try:
         with socket.socket(socket.AF_VSOCK) as connection:
             connection.settimeout(PATIENCE_SECONDS)
@@ -110,7 +110,7 @@ async def test_a_process_of_the_guest_itself_is_not_taken_over_vsock(capsys: pyt
                 await asyncio.to_thread(connection.connect, (_LOOPBACK_CID, GUEST_CHANNEL_VSOCK_PORT))
             except OSError as error:
                 if error.errno in (errno.ETIMEDOUT, errno.ENODEV, errno.ECONNRESET, errno.EHOSTUNREACH):
-                    pytest.skip(f"no loopback of vsock in this kernel: {error.strerror}")
+                    pytest.skip(f"not applicable: no loopback of vsock in this kernel: {error.strerror}")
                 raise
             assert await asyncio.to_thread(connection.recv, 1) == b""
     finally:

@@ -107,10 +107,7 @@ def bring_the_attacker(hostile: Sandbox, scratch: Path) -> None:
     source = REPOSITORY / "src"
     for file in (
         *source.glob("atelier/guest_protocol/*.py"),
-        *(
-            source / f"atelier/guest_agent/{name}.py"
-            for name in ("__init__", "channel", "direct_reader", "gate", "local_stream")
-        ),
+        *source.glob("atelier/guest_agent/*.py"),
         REPOSITORY / "tests/contract/hostile_peer.py",
         REPOSITORY / "tests/vm/hostile_guest.py",
     ):

@@ -69,25 +69,26 @@ class KernelBuilder:
 
     def find(self) -> GuestKernel | None:
         """The kernel and initramfs of the recipe as it stands, if both are built."""
-        manifest = self._find_parts(self._read_recipe())
+        manifest = self._find_kernel(self._read_recipe())
         if manifest is None:
             return None
         kernel, initramfs = self._directory / str(manifest["kernel"]), self._initramfs(manifest)
         return GuestKernel(kernel, initramfs, str(manifest["release"])) if initramfs.exists() else None
 
-    def _find_parts(self, recipe: _KernelRecipe) -> dict[str, object] | None:
-        """The manifest of what there is to make an initramfs of."""
-        found = self._read_parts(self._manifest_of_own(recipe.source))
-        return found if found or self._from_source else self._read_parts(self._manifest_of_debians(recipe))
+    def _find_kernel(self, recipe: _KernelRecipe) -> dict[str, object] | None:
+        """The manifest of the kernel that is to be taken; None where it has to be made."""
+        found = self._read_built(self._manifest_of_own(recipe.source))
+        if found and not self._parts(found).is_dir():
+            found = None  # spoilt: it could not be given another initramfs
+        return found if found or self._from_source else self._read_built(self._manifest_of_debians(recipe))
 
-    def _read_parts(self, manifest_file: Path) -> dict[str, object] | None:
-        """The manifest, if what it names is there."""
+    def _read_built(self, manifest_file: Path) -> dict[str, object] | None:
         manifest = read_manifest(manifest_file)
-        if manifest is None or not all(
-            (self._directory / str(manifest[name])).exists() for name in ("kernel", "parts")
-        ):
-            return None
-        return manifest
+        return manifest if manifest and (self._directory / str(manifest["kernel"])).exists() else None
+
+    def _parts(self, manifest: dict[str, object]) -> Path:
+        """The folder of busybox and modules, which an initramfs is packed of."""
+        return self._directory / str(manifest["parts"])
 
     async def ensure(self, report: ProgressReporter) -> GuestKernel:
         """Build what is missing. Raises ImageBuildError, HostError, MissingProgramError, DiskFullError."""
@@ -102,11 +103,11 @@ class KernelBuilder:
                 return found
             remove_left_over_work(self._directory)
             recipe = self._read_recipe()
-            manifest = self._find_parts(recipe)
-            if manifest is None:
+            manifest = self._find_kernel(recipe)
+            if manifest is None or not self._parts(manifest).is_dir():
                 manifest = await (self._build if self._from_source else self._fetch)(recipe, report)
             report(BuildProgress("initramfs", "packing the initramfs"))
-            content = await asyncio.to_thread(self._pack, self._directory / str(manifest["parts"]))
+            content = await asyncio.to_thread(self._pack, self._parts(manifest))
             write_atomically(self._initramfs(manifest), content, mode=0o444)
         found = self.find()
         assert found is not None
