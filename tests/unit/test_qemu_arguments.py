@@ -114,7 +114,7 @@ def test_no_network_is_no_card(network: NetworkAttachment | None) -> None:
 def test_the_accelerators() -> None:
     assert _values(_arguments(accelerator="kvm"), "-accel") == ["kvm"]
     (tcg,) = _values(_arguments(), "-accel")
-    assert tcg == "tcg,thread=multi,tb-size=32"
+    assert tcg == "tcg,thread=multi,tb-size=64"
 
 
 def test_only_an_emulated_guest_is_told_the_counters_rate() -> None:
