@@ -80,6 +80,8 @@ class FileDrivers:
 
     attachment_kind = "none"
 
+    opens_network = False
+
     enforces_policies = True
 
     async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy) -> NetworkAttachment:
