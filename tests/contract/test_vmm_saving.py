@@ -226,7 +226,7 @@ async def test_a_folder_that_is_not_there(stage: Stage) -> None:
 async def test_a_disk_is_switched_once_and_it_is_told(stage: Stage) -> None:
     run, present = stage.parent.run_directory, stage.layers[0]
     if isinstance(stage, FirecrackerStage):
-        pytest.skip("it switches no disks: test_firecracker_machines.py")
+        pytest.skip("not applicable: it switches no disks, see test_firecracker_machines.py")
     top = stage.overlay("switched-next").top
     assert await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, present)
     assert not await stage.vmm.writes_to(run, ROOT_DISK_SERIAL, top)
