@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Generator
@@ -79,6 +80,12 @@ def is_folder_locked(lock_file: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def ensure_folder_absent(folder: Path) -> None:
+    """With all that is in it. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
 
 
 def ensure_private_folder(folder: Path) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import stat
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -42,7 +41,7 @@ from atelier.drivers.vmm.processor import read_processor
 from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import UserRange, all_users_taken, user_candidates
 from atelier.host import processes
-from atelier.host.files import ensure_private_folder, read_tail, write_atomically
+from atelier.host.files import ensure_folder_absent, ensure_private_folder, read_tail, write_atomically
 from atelier.model.errors import CommandError, ConflictError, InvalidRequestError, VmmError
 from atelier.model.jail import (
     JAIL_API_SOCKET,
@@ -134,8 +133,7 @@ class FirecrackerVmm:
         ensure_private_folder(run_directory)
 
     async def ensure_run_directory_absent(self, run_directory: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(run_directory)
+        ensure_folder_absent(run_directory)
 
     # --- start and end ------------------------------------------------------------------------------------------------
 

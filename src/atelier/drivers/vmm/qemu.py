@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import find_user_range
 from atelier.host import command, processes
 from atelier.host.disk_files import virtual_size_bytes
-from atelier.host.files import ensure_private_folder, read_tail
+from atelier.host.files import ensure_folder_absent, ensure_private_folder, read_tail
 from atelier.host.process_limits import may_raise_hard_limits
 from atelier.host.tsc import cached_tsc_khz
 from atelier.model.errors import CommandError, ConflictError, VmmError
@@ -133,8 +132,7 @@ class QemuVmm:
         ensure_private_folder(run_directory)
 
     async def ensure_run_directory_absent(self, run_directory: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(run_directory)
+        ensure_folder_absent(run_directory)
 
     async def ensure_started(self, spec: MachineSpec, network_descriptor: int | None = None) -> ProcessIdentity:
         lock = self._starting.setdefault(spec.sandbox_id, asyncio.Lock())
