@@ -30,6 +30,7 @@ FIGURES = (
     "edge_websocket_drops",
     "slot_setup",
     "slot_delete_50",
+    "volume_create",
     "network_throughput",
     # While nothing else runs in the guest's place.
     "create_cold",

@@ -16,7 +16,7 @@ import pytest
 
 from atelier.host import command
 from atelier.host.lvm import ThinPool
-from atelier.host_setup.root_settings import RootSettings, read_root_settings, write_root_settings
+from atelier.host_setup.root_settings import RootSettings, read_root_settings, root_settings_text
 from atelier.host_setup.storage_verbs import StorageVerbs
 from atelier.host_setup.vmm_verbs import is_own_volume
 from atelier.model.errors import AtelierError, HostError
@@ -41,7 +41,8 @@ cat {folder}/report
 @pytest.fixture
 def settings_file(tmp_path: Path) -> Path:
     path = tmp_path / "privileged.json"
-    write_root_settings(SETTINGS, path)
+    path.write_bytes(root_settings_text(SETTINGS))
+    path.chmod(0o644)
     return path
 
 

@@ -7,8 +7,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
-from tests.host.emulated_host import EmulatedHost, SavedHost, save_host, started_from
+from tests.host.emulated_host import EmulatedHost, SavedHost, save_further, save_host, started_from
 from tests.host.host_image import ensure_image, why_not
+from tests.host.production_host import Operator, make_production_host
 
 from atelier.config.settings import load_settings
 
@@ -33,3 +34,16 @@ def shared_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory)
     """One for all tests of a file that leave it as they find it."""
     with started_from(saved_host, tmp_path_factory.mktemp("shared-host")) as host:
         yield host
+
+
+@pytest.fixture(scope="session")
+def saved_production_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory) -> SavedHost:
+    """Made by ``atelier host init``, without a sandbox."""
+    return save_further(saved_host, tmp_path_factory.mktemp("production-host"), make_production_host)
+
+
+@pytest.fixture
+def operator(saved_production_host: SavedHost, tmp_path: Path) -> Generator[Operator]:
+    """Of a production host of one's own."""
+    with started_from(saved_production_host, tmp_path) as host:
+        yield Operator(host)

@@ -20,10 +20,11 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.host.guest_files import pack_guest_files
 from tests.host.host_image import HostImage
 from tests.real_machines import REPOSITORY
 
@@ -53,13 +54,16 @@ class SavedHost:
     disk: Path
     lvm_disk: Path
     parcel: Path
+    guest_files: Path
     state: Path
 
 
 class EmulatedHost:
     """One machine, in ``folder``, until ``end``. Not for use by several threads at once."""
 
-    def __init__(self, image: HostImage, folder: Path, disk: Path, lvm_disk: Path, parcel: Path) -> None:
+    def __init__(
+        self, image: HostImage, folder: Path, disk: Path, lvm_disk: Path, parcel: Path, guest_files: Path
+    ) -> None:
         self.disk, self.lvm_disk = disk, lvm_disk
         self._folder = folder
         self._console = folder / "console"
@@ -85,6 +89,7 @@ class EmulatedHost:
             *_drive("root", disk, "qcow2"),
             *_drive("lvm", lvm_disk, "qcow2"),
             *_drive("parcel", parcel, "raw", read_only=True),
+            *_drive("guest-files", guest_files, "raw", read_only=True),
             *("-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net"),
             *("-device", "virtio-serial-pci"),
             *("-chardev", f"socket,id=agent,path={folder / 'agent'},server=on,wait=off"),
@@ -259,12 +264,14 @@ def _drive(name: str, path: Path, file_format: str, *, read_only: bool = False) 
 
 def save_host(image: HostImage, folder: Path) -> SavedHost:
     """Boot the image, put this checkout's package and tests into it, and save it."""
-    disk, lvm_disk, parcel = folder / "root.qcow2", folder / "lvm.qcow2", folder / "parcel.tar"
+    disk, lvm_disk = folder / "root.qcow2", folder / "lvm.qcow2"
+    parcel, guest_files = folder / "parcel.tar", folder / "guest-files.tar"
     _overlay(disk, image.disk)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(lvm_disk), LVM_DISK_SIZE], check=True)
     parcel.write_bytes(_pack_checkout())
     os.truncate(parcel, _PARCEL_BYTES)
-    host = EmulatedHost(image, folder, disk, lvm_disk, parcel)
+    pack_guest_files(guest_files)
+    host = EmulatedHost(image, folder, disk, lvm_disk, parcel, guest_files)
     try:
         host.start()
         host.run("mkdir -p /opt/atelier/checkout && tar -x -f /dev/vdc -C /opt/atelier/checkout --no-same-owner")
@@ -273,23 +280,39 @@ def save_host(image: HostImage, folder: Path) -> SavedHost:
         host.save(folder / "state")
     finally:
         host.end()
-    return SavedHost(image, disk, lvm_disk, parcel, folder / "state")
+    return SavedHost(image, disk, lvm_disk, parcel, guest_files, folder / "state")
 
 
 @contextlib.contextmanager
 def started_from(saved: SavedHost, folder: Path) -> Generator[EmulatedHost]:
     """A host of one's own that goes on from the saved one."""
-    disk, lvm_disk = folder / "root.qcow2", folder / "lvm.qcow2"
-    _overlay(disk, saved.disk)
-    _overlay(lvm_disk, saved.lvm_disk)
-    host = EmulatedHost(saved.image, folder, disk, lvm_disk, saved.parcel)
+    host = _standing_over(saved, folder)
     try:
         host.start(saved.state)
         yield host
     finally:
         host.end()
-        for file in (disk, lvm_disk):
+        for file in (host.disk, host.lvm_disk):
             file.unlink()
+
+
+def save_further(saved: SavedHost, folder: Path, prepare: Callable[[EmulatedHost], None]) -> SavedHost:
+    """The saved one with what ``prepare`` makes of it, at rest again."""
+    host = _standing_over(saved, folder)
+    try:
+        host.start(saved.state)
+        prepare(host)
+        host.save(folder / "state")
+    finally:
+        host.end()
+    return replace(saved, disk=host.disk, lvm_disk=host.lvm_disk, state=folder / "state")
+
+
+def _standing_over(saved: SavedHost, folder: Path) -> EmulatedHost:
+    disk, lvm_disk = folder / "root.qcow2", folder / "lvm.qcow2"
+    _overlay(disk, saved.disk)
+    _overlay(lvm_disk, saved.lvm_disk)
+    return EmulatedHost(saved.image, folder, disk, lvm_disk, saved.parcel, saved.guest_files)
 
 
 def _overlay(path: Path, base: Path) -> None:

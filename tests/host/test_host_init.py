@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import tarfile
-
 import pytest
 from tests.host.emulated_host import LVM_DISK, PYTHON, EmulatedHost
+from tests.host.production_host import BRIDGE, CONFIG, GROUP, HOST, SERVICES, prepare_bare_host
 
-HOST = f"{PYTHON} -P -m atelier.cli host"
-CONFIG = f"""
-[storage]
-volume_group = "sandboxes"
-[network]
-bridgeName = "sandbr0"
-[host]
-storage_device = "{LVM_DISK}"
-"""
-SERVICES = ("atelier-network", "atelier-gateway", "atelier-manager")
 # What a package manager, services of others and the clock write by themselves is nobody's change.
 _STATE = r"""
 dpkg-query -W -f '${Package} ${db:Status-Status}\n'
@@ -28,57 +15,56 @@ sysctl net.ipv4.ip_forward
 cat /etc/passwd /etc/group /etc/subuid
 vgs --noheadings; lvs --noheadings; wipefs /dev/vdb
 systemctl list-unit-files --no-legend | grep -i atelier | grep -v test-agent || true
-find /etc /usr/local /opt/atelier /var/lib/atelier /run/atelier* -not -path '/etc/lvm/archive*' -not -path '/etc/lvm/backup*' \
+find /etc /usr/local /opt/atelier /var/lib/atelier /run/atelier* /dev/atelier -not -path '/etc/lvm/archive*' -not -path '/etc/lvm/backup*' \
     -not -path '/etc/lvm/devices*' -not -name '*.pyc' -not -name __pycache__ -not -name 'passwd-' -not -name 'group-' \
     -not -name 'subuid-' -not -name 'subgid-' -not -name 'shadow*' -not -name 'gshadow*' -not -name '.pwd.lock' \
     -not -name 'ld.so.cache' -type f -printf '%p %m %u:%g %s\n' 2>/dev/null | sort || true
 """
 
-
-def _package(name: str) -> bytes:
-    """A Debian package with nothing in it: the machine has no archive at hand."""
-
-    def member(file: str, content: bytes) -> bytes:
-        head = f"{file:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
-        return head + content + b"\n" * (len(content) % 2)
-
-    def packed(files: dict[str, bytes]) -> bytes:
-        data = io.BytesIO()
-        with tarfile.open(fileobj=data, mode="w:gz") as archive:
-            for path, content in files.items():
-                entry = tarfile.TarInfo(path)
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-        return data.getvalue()
-
-    control = _control(name).encode()
-    parts = (
-        ("debian-binary", b"2.0\n"),
-        ("control.tar.gz", packed({"./control": control})),
-        ("data.tar.gz", packed({})),
-    )
-    return b"!<arch>\n" + b"".join(member(file, content) for file, content in parts)
-
-
-def _control(name: str) -> str:
-    return (
-        f"Package: {name}\nVersion: 1.0\nArchitecture: all\nMaintainer: Nobody <nobody@example.org>\n"
-        "Description: stands for the one of the archive\n"
-    )
+_AS_IT_WAS = f"""
+for link in br0 {BRIDGE}; do ip link del $link 2>/dev/null || true; done
+! vgs {GROUP} >/dev/null 2>&1 || vgremove -q -f -y {GROUP}
+! pvs {LVM_DISK} >/dev/null 2>&1 || pvremove -q {LVM_DISK}
+wipefs -q -a {LVM_DISK}
+! id -u atelier >/dev/null 2>&1 || userdel atelier
+"""
 
 
 @pytest.fixture(scope="module")
 def host(shared_host: EmulatedHost) -> EmulatedHost:
-    index = ""
-    for name in ("mmdebstrap", "uidmap"):
-        content = _package(name)
-        shared_host.write(f"/srv/archive/{name}.deb", content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        index += f"{_control(name)}Filename: ./{name}.deb\nSize: {len(content)}\nSHA256: {sha256}\n\n"
-    shared_host.write("/srv/archive/Packages", index)
-    shared_host.write("/etc/apt/sources.list", "deb [trusted=yes] file:/srv/archive ./\n")
-    shared_host.write("/root/host.toml", CONFIG)
+    prepare_bare_host(shared_host)
     return shared_host
+
+
+@pytest.mark.parametrize(
+    ("begins", "config", "said"),
+    [
+        (f"ip link add {BRIDGE} type bridge", CONFIG, f"this host has a link {BRIDGE} already"),
+        ("ip link add br0 type bridge", CONFIG.replace("bridgeName", "#"), "this host has a link br0 already"),
+        (f"mke2fs -q {LVM_DISK}", CONFIG, f"{LVM_DISK} is not empty"),
+        ("true", CONFIG.replace("storage_device", "#"), f"this host has no volume group {GROUP}"),
+        ("useradd --system atelier", CONFIG, "the user atelier is there, and not of Atelier's making"),
+        ("true", CONFIG.replace("volume_group", "volume_grup"), "did you mean storage.volume_group?"),
+        (
+            f"pvcreate -q {LVM_DISK} && vgcreate -q {GROUP} {LVM_DISK} && lvcreate -q -L 8M -n atelier {GROUP}",
+            CONFIG.replace("storage_device", "#"),
+            f"{GROUP}/atelier is there, and no thin pool",
+        ),
+    ],
+)
+def test_what_is_in_the_way_is_told_and_nothing_is_changed(
+    host: EmulatedHost, begins: str, config: str, said: str
+) -> None:
+    host.run(begins)
+    try:
+        host.write("/root/other.toml", config)
+        before = host.run(_STATE).out
+        refused = host.run(f"{HOST} init --config /root/other.toml --yes", seconds=600, check=False)
+        assert refused.status == 1
+        assert said in refused.err
+        assert host.run(_STATE).out == before
+    finally:
+        host.run(_AS_IT_WAS)
 
 
 def test_a_host_is_made_lives_and_is_taken_back(host: EmulatedHost) -> None:
@@ -87,7 +73,11 @@ def test_a_host_is_made_lives_and_is_taken_back(host: EmulatedHost) -> None:
     assert "make the volume group sandboxes on /dev/vdb" in shown.err
     assert host.run(_STATE).out == before, "--check changes nothing"
 
-    host.run(f"{HOST} init --config /root/host.toml --yes", seconds=1500)
+    _cut_off(host, f"{HOST} init --config /root/host.toml --yes", "make the thin pool")
+    _cut_off(host, f"{HOST} init --yes", "start atelier-network")
+    found = host.run(f"{HOST} doctor", seconds=600, check=False)
+    assert "was interrupted at services" in found.out
+    host.run(f"{HOST} init --yes", seconds=1500)
     _expect_running(host)
     again = host.run(f"{HOST} init --yes", seconds=600)
     assert "nothing is to be changed" in again.err
@@ -111,6 +101,16 @@ def test_a_host_is_made_lives_and_is_taken_back(host: EmulatedHost) -> None:
     assert host.run(_STATE).out == before
 
 
+def _cut_off(host: EmulatedHost, command: str, moment: str) -> None:
+    """Kill it when it says that it begins with ``moment``."""
+    host.run(
+        f"""({command}) >/dev/null 2>/root/progress & pid=$!
+        until grep -q '{moment}.*\\.\\.\\.$' /root/progress; do kill -0 $pid; sleep 0.2; done
+        pkill -KILL -P $pid; kill -KILL $pid || true""",
+        seconds=1500,
+    )
+
+
 def _expect_running(host: EmulatedHost) -> None:
     for name in SERVICES:
         state = host.run(f"systemctl is-active {name}", check=False).out.strip()
@@ -121,4 +121,4 @@ def _expect_running(host: EmulatedHost) -> None:
         if name == "atelier-manager":
             assert "NoNewPrivs:\t0" in status
     host.run("sudo -n -l -- /usr/local/sbin/atelier-privileged storage", user="atelier")
-    assert "sandbr0" in host.run("ip -brief link").out
+    assert BRIDGE in host.run("ip -brief link").out

@@ -10,12 +10,21 @@ PROGRAM = "/usr/local/sbin/atelier-privileged"
 _INSTALL = f"""
 import asyncio
 from pathlib import Path
-from atelier.host_setup.root_settings import RootSettings, write_root_settings
-from atelier.host_setup.sudo_access import install_sudo_access
+from atelier.host_setup.access_changes import SudoersChange, helper_program
+from atelier.host_setup.changes import FileChange
+from atelier.host_setup.host import Host
+from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, root_settings_text
 from atelier.host_setup.thin_pool import ensure_thin_pool
-asyncio.run(ensure_thin_pool("{GROUP}", "pool"))
-write_root_settings(RootSettings("atelier", "aaaa", "{GROUP}", "pool"))
-asyncio.run(install_sudo_access("atelier", Path("{PYTHON}")))
+
+async def main():
+    await ensure_thin_pool("{GROUP}", "pool")
+    host = Host()
+    host.check_roots_own(Path("{PYTHON}"))
+    told = root_settings_text(RootSettings("atelier", "aaaa", "{GROUP}", "pool"))
+    for change in (FileChange(str(ROOT_SETTINGS), told), helper_program(Path("{PYTHON}")), SudoersChange("atelier")):
+        await change.apply(host, None, lambda record: None)
+
+asyncio.run(main())
 """
 _AS_USER = """
 import asyncio, os, sys

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from atelier.host.privilege import PROGRAM
 from atelier.host_setup.changes import THERE, FileChange, Look, Note, foreign, missing
 from atelier.host_setup.host import Host
 from atelier.host_setup.journal import Record
-from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings
+from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, root_settings_text
 from atelier.host_setup.sudo_access import SUDOERS, program_text, sudoers_text
 from atelier.model.errors import CommandError, HostError
 from atelier.model.lvm_names import is_installation_id
@@ -63,8 +63,8 @@ class RootSettingsChange:
             return {}
 
     def _file(self, installation_id: str) -> FileChange:
-        told = {**asdict(self.wanted), "installation_id": installation_id}
-        return FileChange(str(ROOT_SETTINGS), json.dumps(told, indent=1).encode() + b"\n")
+        told = replace(self.wanted, installation_id=installation_id)
+        return FileChange(str(ROOT_SETTINGS), root_settings_text(told))
 
 
 @dataclass(frozen=True, slots=True)

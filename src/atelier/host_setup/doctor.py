@@ -23,8 +23,8 @@ async def check_host(host: Host, journal: Journal, plan: Plan) -> list[CheckResu
     results = [
         each
         for each in check_machine(settings.data_dir, settings.cache_dir, settings.run_dir, address)
-        # Its own manager holds the port.
-        if each.name != "listen address"
+        # Its own manager holds the port, and KVM is not for root to use.
+        if each.name not in ("listen address", "kvm")
     ]
     results += await _check_changes(host, journal, plan)
     for name in SERVICES:
@@ -33,6 +33,7 @@ async def check_host(host: Host, journal: Journal, plan: Plan) -> list[CheckResu
         results.append(await _check_service(host, name))
     results.append(await _check_new_privileges(host))
     results.append(await _check_sudo(host, plan.host.user))
+    results.append(await _check_kvm(host, plan.host.user))
     if group := settings.production.volume_group:
         results.append(await _check_pool(host, group, settings.production.thin_pool))
     if settings.public_url.startswith("https:"):
@@ -102,6 +103,26 @@ async def _check_sudo(host: Host, user: str) -> CheckResult:
         if allowed is None:
             return CheckResult(name, CheckStatus.FAILED, f"{user} may not start {PROGRAM} {group}", "atelier host init")
     return CheckResult(name, CheckStatus.OK, f"{user} may start {PROGRAM}, and it alone")
+
+
+async def _check_kvm(host: Host, user: str) -> CheckResult:
+    """As the manager meets it: which groups its user is in decides."""
+    name, node = "kvm", "/dev/kvm"
+    if not host.path(node).exists():
+        return CheckResult(
+            name,
+            CheckStatus.WARNING,
+            f"there is no {node}: sandboxes run in software emulation, about ten times slower",
+            "enable virtualization in the firmware, or use a host that offers nested virtualization",
+        )
+    if await host.ask("runuser", "--user", user, "--", "test", "-r", node, "-a", "-w", node) is None:
+        return CheckResult(
+            name,
+            CheckStatus.FAILED,
+            f"{user} may not open {node}: sandboxes run in software emulation",
+            f"usermod --append --groups kvm {user} && systemctl restart atelier-manager; ls -l {node} tells its group",
+        )
+    return CheckResult(name, CheckStatus.OK, f"{user} may open {node}; a test guest decides whether it is used")
 
 
 async def _check_pool(host: Host, group: str, pool: str) -> CheckResult:

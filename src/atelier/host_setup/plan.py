@@ -245,7 +245,7 @@ class Plan:
             for name in units
         ]
         services = tuple(name for name in SERVICES if name in units)
-        return [*files, ServicesChange(services, (str(RUN_FOLDER), "/run/atelier-privileged"))]
+        return [*files, ServicesChange(services, (str(RUN_FOLDER), "/run/atelier-privileged", "/dev/atelier"))]
 
     def _units(self) -> Sequence[str]:
         """Without a way out for sandboxes there is no network to be held."""

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from atelier.host.files import write_atomically
 from atelier.model.errors import HostError
 from atelier.model.lvm_names import is_group_name, is_installation_id
 
@@ -48,9 +47,9 @@ class RootSettings:
         return found.pw_uid, found.pw_gid
 
 
-def write_root_settings(settings: RootSettings, path: Path = ROOT_SETTINGS) -> None:
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(settings), indent=1).encode() + b"\n", mode=0o644)
+def root_settings_text(settings: RootSettings) -> bytes:
+    """What the file holds."""
+    return json.dumps(asdict(settings), indent=1).encode() + b"\n"
 
 
 def read_root_settings(path: Path = ROOT_SETTINGS) -> RootSettings:

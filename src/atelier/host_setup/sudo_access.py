@@ -1,20 +1,17 @@
-"""The privileged helper program and the sudoers file that lets Atelier's user start it: their text, and their putting in
-place.
+"""The privileged helper program and the sudoers file that lets Atelier's user start it: their text, and whether a program
+is root's alone.
 
-Called by ``atelier host init``. Each entry states its one argument exactly: a wildcard of sudo's matches spaces, and so
-further arguments. A file that sudo cannot read would keep everybody from sudo, so visudo reads it first.
+Called by ``access_changes``, which puts both in place. Each entry states its one argument exactly: a wildcard of sudo's
+matches spaces, and so further arguments.
 """
 
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
-from atelier.host import command
-from atelier.host.files import write_atomically
 from atelier.host.privilege import GROUPS, PROGRAM, sudoers_entry
-from atelier.model.errors import CommandError, HostError, InvalidRequestError
+from atelier.model.errors import HostError, InvalidRequestError
 
 SUDOERS = Path("/etc/sudoers.d/atelier")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -43,17 +40,6 @@ def program_text(python: Path) -> str:
     return f"#!{python} -I\nimport sys\n\nfrom atelier.host_setup.privileged import main\n\nsys.exit(main())\n"
 
 
-async def install_sudo_access(user: str, python: Path, *, program: Path = PROGRAM, sudoers: Path = SUDOERS) -> None:
-    """Have both in place, root's own. Raises HostError (``program_not_roots``, ``sudoers_refused``), CommandError."""
-    check_roots_own(python)
-    text = sudoers_text(user, program)
-    await _check_with_visudo(text)
-    program.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    write_atomically(program, program_text(python).encode(), mode=0o755)
-    check_roots_own(program)
-    write_atomically(sudoers, text.encode(), mode=0o440)
-
-
 def check_roots_own(path: Path) -> None:
     """That nobody but root can change what ``path`` leads to. Raises HostError (``program_not_roots``)."""
     # Both ways: a link, as a virtual environment's Python is, lies where somebody could put another.
@@ -66,18 +52,3 @@ def check_roots_own(path: Path) -> None:
                 code="program_not_roots",
                 hint=f"install Atelier for the whole host, or: chown root:root {part} && chmod go-w {part}",
             )
-
-
-async def _check_with_visudo(text: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        candidate = Path(folder) / "sudoers"
-        candidate.write_text(text)
-        candidate.chmod(0o440)
-        try:
-            await command.run(["visudo", "-c", "-f", str(candidate)], package_hint="sudo")
-        except CommandError as error:
-            raise HostError(
-                f"sudo would not take the entries: {error.message}",
-                code="sudoers_refused",
-                hint="sudo is older than 1.9.10, or something else is odd: sudo --version",
-            ) from error

@@ -191,7 +191,8 @@ class ModulesChange:
 
 @dataclass(frozen=True, slots=True)
 class ServicesChange:
-    """Services that run, and are started at boot, in this order. ``run_folders``: what they leave below /run."""
+    """Services that run, and are started at boot, in this order. ``run_folders``: what they leave where
+    nothing outlives a reboot."""
 
     names: tuple[str, ...]
     run_folders: tuple[str, ...] = ()

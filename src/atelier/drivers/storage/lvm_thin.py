@@ -60,6 +60,10 @@ class _Volume:
     base_id: str
 
 
+_Volumes = dict[tuple[LvmKind, str], _Volume]
+"""By kind and id."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolState:
     """``data_used``, ``metadata_used``: fractions. ``free_bytes``: what new blocks can still take."""
@@ -84,11 +88,12 @@ class LvmThinStorage:
 
     async def ensure_volume(self, request: VolumeRequest) -> Disk:
         sandbox_id = _check_sandbox(request.sandbox_id)
-        if present := await self.find_volume(sandbox_id):
-            return present
         # Held until it is made: a base that nothing is made from may go.
         async with self._bases:
-            kind, source_id, base_bytes = await self._ensure_source(request.base)
+            volumes = await self._volumes()
+            if present := volumes.get((LvmKind.VOLUME, sandbox_id)):
+                return await self._present(sandbox_id, present)
+            kind, source_id, base_bytes = await self._ensure_source(request.base, volumes)
             size_bytes = request.size_mib * _MIB
             if size_bytes < base_bytes:
                 needed = -(-base_bytes // _MIB)
@@ -102,9 +107,8 @@ class LvmThinStorage:
             )
         return _disk(Path(made["path"]))
 
-    async def _ensure_source(self, base: DiskFile) -> tuple[LvmKind, str, int]:
+    async def _ensure_source(self, base: DiskFile, volumes: _Volumes) -> tuple[LvmKind, str, int]:
         """What a volume over ``base`` is a snapshot of, and how large that is."""
-        volumes = await self._volumes()
         for (kind, found_id), volume in volumes.items():
             if kind is LvmKind.SNAPSHOT and volume.path == base.path:
                 return kind, found_id, volume.size_bytes
@@ -134,8 +138,9 @@ class LvmThinStorage:
 
     async def find_volume(self, sandbox_id: str) -> Disk | None:
         found = (await self._volumes()).get((LvmKind.VOLUME, _check_sandbox(sandbox_id)))
-        if found is None:
-            return None
+        return await self._present(sandbox_id, found) if found else None
+
+    async def _present(self, sandbox_id: str, found: _Volume) -> Disk:
         if not found.whole:
             # Its making, or its growing, was broken off.
             await self._privileges.ask("grow", id=sandbox_id, size_bytes=found.size_bytes)
@@ -295,7 +300,7 @@ class LvmThinStorage:
             found.update(volume.freezing)
         return sorted(found)
 
-    async def _volumes(self) -> dict[tuple[LvmKind, str], _Volume]:
+    async def _volumes(self) -> _Volumes:
         told = await self._privileges.ask("look")
         self._pool_state(told["pool"])
         return {
