@@ -15,9 +15,9 @@ from atelier.manager.wiring import Drivers, choose_drivers
 from atelier.model.layout import DataLayout, RunLayout
 
 
-def choose(settings: Settings, data: DataLayout, run: RunLayout, ids: Ids) -> Drivers:
+async def choose(settings: Settings, data: DataLayout, run: RunLayout, ids: Ids) -> Drivers:
     gateway = GatewayProcess(run.root, run.gateway_socket, data.logs / "gateway.log")
-    return replace(choose_drivers(settings, data, run, ids), gateway=gateway)
+    return replace(await choose_drivers(settings, data, run, ids), gateway=gateway)
 
 
 if __name__ == "__main__":

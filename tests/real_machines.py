@@ -22,6 +22,7 @@ from atelier.model.machine import (
     MachineSpec,
     NetworkAttachment,
 )
+from atelier.model.machine_limits import UNLIMITED, DiskRate
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -114,6 +115,6 @@ def machine_spec(
     )
 
 
-def emulated(installation_id: str, folder: Path) -> QemuVmm:
+def emulated(installation_id: str, folder: Path, *, disk_rate: DiskRate = UNLIMITED) -> QemuVmm:
     """The real driver, in software emulation, so that it behaves alike everywhere."""
-    return QemuVmm(installation_id, cache_dir=folder / "cache", accelerator="tcg")
+    return QemuVmm(installation_id, cache_dir=folder / "cache", accelerator="tcg", disk_rate=disk_rate)

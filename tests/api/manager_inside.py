@@ -60,8 +60,8 @@ class ManagerInside:
 async def open_manager_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManagerInside]:
     chosen: list[Drivers] = []
 
-    def choose(*arguments: object) -> Drivers:
-        chosen.append(choose_drivers(*arguments))  # type: ignore[arg-type]
+    async def choose(*arguments: object) -> Drivers:
+        chosen.append(await choose_drivers(*arguments))  # type: ignore[arg-type]
         return chosen[-1]
 
     monkeypatch.setattr(installation, "choose_drivers", choose)

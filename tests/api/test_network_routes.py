@@ -365,8 +365,8 @@ async def test_a_network_holder_that_was_started_anew_gets_all_policies_again(
 
     holder = Holder()
 
-    def choose(*arguments: Any) -> Drivers:
-        return replace(choose_drivers(*arguments), network_holder=cast(NetworkHolderProcess, holder))
+    async def choose(*arguments: Any) -> Drivers:
+        return replace(await choose_drivers(*arguments), network_holder=cast(NetworkHolderProcess, holder))
 
     monkeypatch.setattr(manager_inside, "choose_drivers", choose)
     async with open_manager_inside(tmp_path, monkeypatch) as inside:

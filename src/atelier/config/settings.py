@@ -4,7 +4,8 @@ program's own options.
 ``ATELIER_SERVER_MODE``, ``ATELIER_DATA_DIR``, ``ATELIER_CACHE_DIR``, ``ATELIER_RUN_DIR``, ``ATELIER_LISTEN``, ``ATELIER_SSH_LISTEN``,
 ``ATELIER_ACCELERATOR``, ``ATELIER_NETWORK``, ``ATELIER_NETWORK_HOME``, ``ATELIER_BRIDGE_NAME``, ``ATELIER_RECIPES_DIR``,
 ``ATELIER_DISK_OVERCOMMIT``, ``ATELIER_STORAGE``, ``ATELIER_TEMPLATES``, ``ATELIER_GUEST_KERNEL``, ``ATELIER_LOG_LEVEL``,
-``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``.
+``ATELIER_PUBLIC_URL``, ``ATELIER_REQUESTS_PER_SECOND``, ``ATELIER_SIGN_INS_PER_MINUTE``, ``ATELIER_WEB_SOCKETS_PER_KEY``,
+``ATELIER_DISK_MIB_PER_SECOND``, ``ATELIER_DISK_OPERATIONS_PER_SECOND``.
 Those of signing in stand in ``sign_in``, those of previews in ``previews``, those of a production host in ``production``. Nothing
 defaults into a source checkout.
 """
@@ -29,6 +30,7 @@ from atelier.config.previews import DEFAULT_PREVIEWS_LISTEN, PreviewSettings, lo
 from atelier.config.production import ProductionSettings, load_production
 from atelier.config.sign_in import SignInSettings, load_sign_in
 from atelier.model.address_plan import LINK_NAME_MAX_LENGTH, is_link_name
+from atelier.model.machine_limits import DiskRate
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
 DEFAULT_SSH_LISTEN = "127.0.0.1:2222"
@@ -117,6 +119,7 @@ class Settings:
     requests_per_second: float
     sign_ins_per_minute: float
     web_sockets_per_key: int
+    disk_rate: DiskRate
     npm_registry: str
     sign_in: SignInSettings
     production: ProductionSettings
@@ -188,6 +191,7 @@ def _load(variables: Mapping[str, str], *, mode: str, data_dir: str, listen: str
         requests_per_second=_limit(variables, "ATELIER_REQUESTS_PER_SECOND", "500"),
         sign_ins_per_minute=_limit(variables, "ATELIER_SIGN_INS_PER_MINUTE", "30"),
         web_sockets_per_key=int(_limit(variables, "ATELIER_WEB_SOCKETS_PER_KEY", "256")),
+        disk_rate=_disk_rate(variables),
         npm_registry=find_npm_registry(variables, home),
         sign_in=load_sign_in(variables),
         production=load_production(variables, data),
@@ -263,6 +267,12 @@ def _public_url(text: str) -> str:
             hint="scheme and name, and a port if it is not the usual one, as https://atelier.example.org",
         )
     return text.rstrip("/").lower()
+
+
+def _disk_rate(variables: Mapping[str, str]) -> DiskRate:
+    bytes_per_second = int(_limit(variables, "ATELIER_DISK_MIB_PER_SECOND", "0") * 1024 * 1024)
+    operations_per_second = int(_limit(variables, "ATELIER_DISK_OPERATIONS_PER_SECOND", "0"))
+    return DiskRate(bytes_per_second or None, operations_per_second or None)
 
 
 def _limit(variables: Mapping[str, str], name: str, default: str) -> float:

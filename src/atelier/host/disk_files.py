@@ -40,7 +40,9 @@ def virtual_size_bytes(disk: DiskFile) -> int:
     """
     if disk.format == "raw":
         try:
-            return disk.path.stat().st_size
+            with disk.path.open("rb") as file:
+                # A block device has a size of 0 for stat.
+                return file.seek(0, os.SEEK_END)
         except FileNotFoundError as error:
             raise missing_disk_file(disk.path) from error
     return int.from_bytes(_read_header(disk.path)[24:32], "big")

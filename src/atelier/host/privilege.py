@@ -29,8 +29,8 @@ from atelier.model.errors import (
     NotFoundError,
 )
 
-Group = Literal["network", "storage", "vmm"]
-GROUPS: tuple[Group, ...] = ("network", "storage", "vmm")
+Group = Literal["storage", "vmm"]
+GROUPS: tuple[Group, ...] = ("storage", "vmm")
 PROGRAM = Path("/usr/local/sbin/atelier-privileged")
 PROTOCOL_VERSION = 1
 LINE_MAX_BYTES = 4 * 1024 * 1024

@@ -97,6 +97,11 @@ def runs(identity: ProcessIdentity, executable_name: str, arguments: Sequence[st
     return is_alive(identity)
 
 
+def user_id(pid: int) -> int:
+    """Whom the process belongs to. Raises FileNotFoundError when there is none."""
+    return (_PROC / str(pid)).stat().st_uid
+
+
 def find_processes(executable_name: str, arguments: Sequence[str]) -> list[ProcessIdentity]:
     """Live processes whose executable file has this name and whose argument list holds ``arguments`` in a row.
 

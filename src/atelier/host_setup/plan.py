@@ -200,7 +200,6 @@ class Plan:
             installation_id="",
             volume_group=production.volume_group,
             thin_pool=production.thin_pool if production.volume_group else "",
-            bridge_name=self.settings.bridge_name,
             **self._firecracker_places(),
         )
         return [

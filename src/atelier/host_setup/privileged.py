@@ -1,4 +1,4 @@
-"""``atelier-privileged <network|storage|vmm>``: does for the manager what only root can do, and nothing else.
+"""``atelier-privileged <storage|vmm>``: does for the manager what only root can do, and nothing else.
 
 Started through sudo by ``host.privilege``, once for each group of verbs; a line of JSON there, a line back, in order. It
 trusts nothing of what it is told: what it may touch stands in root's own settings, names are built here, and each verb
@@ -59,14 +59,10 @@ def _verbs_of(group: str, settings: RootSettings) -> Mapping[str, Verb]:
             from atelier.host_setup.storage_verbs import StorageVerbs
 
             return StorageVerbs(settings).verbs
-        case "network":
-            from atelier.host_setup.network_verbs import NetworkVerbs
-
-            return NetworkVerbs(settings).verbs
         case _:
             from atelier.host_setup.vmm_verbs import vmm_verbs
 
-            return vmm_verbs(settings).verbs
+            return vmm_verbs(settings)
 
 
 async def _serve(

@@ -30,7 +30,6 @@ class RootSettings:
     installation_id: str
     volume_group: str = ""
     thin_pool: str = ""
-    bridge_name: str = "br0"
     jails: str = ""
     firecracker: str = ""
     jailer: str = ""

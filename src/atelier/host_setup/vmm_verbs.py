@@ -1,15 +1,17 @@
-"""Root's side of Firecracker's jails: where they lie, which programs run in them and whose devices they may get is root's to
-say; the rest is ``host.jail_verbs``.
+"""Root's side of the VMMs: limits of QEMU's machines, and Firecracker's jails. Where those lie, which programs run in them and
+whose devices they may get is root's to say; the rest is ``host.jail_verbs``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from atelier.host.jail_verbs import JailVerbs
+from atelier.host.jail_verbs import JailVerbs, Verb
 from atelier.host.jails import RootJails, root_host
 from atelier.host_setup.root_settings import RootSettings
+from atelier.host_setup.scope_verbs import ScopeVerbs
 from atelier.host_setup.sudo_access import check_roots_own
 from atelier.model.errors import HostError
 from atelier.model.lvm_names import LvmKind, LvmName
@@ -17,12 +19,18 @@ from atelier.model.lvm_names import LvmKind, LvmName
 _DEVICES = Path("/sys/dev/block")
 
 
-def vmm_verbs(settings: RootSettings) -> JailVerbs:
-    """Raises HostError (``firecracker_missing``, ``program_not_roots``)."""
+def vmm_verbs(settings: RootSettings) -> Mapping[str, Verb]:
+    """Those of jails where root's settings name a folder for them. Raises HostError (``firecracker_missing``,
+    ``program_not_roots``)."""
+    verbs = ScopeVerbs(settings).verbs
+    return {**verbs, **_jail_verbs(settings)} if settings.jails else verbs
+
+
+def _jail_verbs(settings: RootSettings) -> Mapping[str, Verb]:
     programs = (Path(settings.firecracker), Path(settings.jailer))
-    if not settings.jails or not all(program.is_file() for program in programs):
+    if not all(program.is_file() for program in programs):
         raise HostError(
-            "root's settings name no Firecracker, jailer and folder for jails that are there",
+            "root's settings name a Firecracker and a jailer that are not there",
             code="firecracker_missing",
             hint="as root: atelier host firecracker",
         )
@@ -30,7 +38,7 @@ def vmm_verbs(settings: RootSettings) -> JailVerbs:
         check_roots_own(program)
     user_id, group_id = settings.owner
     host = root_host(settings.installation_id, Path(settings.jails), *programs, user_id=user_id, group_id=group_id)
-    return JailVerbs(RootJails(host, may_have_device=lambda device: is_own_volume(settings, device)))
+    return JailVerbs(RootJails(host, may_have_device=lambda device: is_own_volume(settings, device))).verbs
 
 
 def is_own_volume(settings: RootSettings, device: int, devices: Path = _DEVICES) -> bool:

@@ -380,7 +380,7 @@ class SandboxSteps:
         if sandbox.spec.disk_mib <= max(sandbox.file_system_mib, context.outputs["image"].get("size_mib", 0)):
             return {"file_system_mib": sandbox.spec.disk_mib}
         if _is_restored(context):
-            await self.vmm.resize_disk(self.directory(context), ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
+            await self._grow_volume(sandbox)
         warning = await self.while_machine_runs(context, grow_root_file_system(self.guests, sandbox.id))
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
 
@@ -413,13 +413,16 @@ class SandboxSteps:
         return {"forced": True, "reason": reason}
 
     async def _grow_disk(self, context: StepContext) -> dict[str, Any]:
-        sandbox = self.sandbox(context)
-        directory = self.directory(context)
-        if await self.vmm.find_process(sandbox.id, directory) is not None:
-            await self.vmm.resize_disk(directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
-        else:
-            await self.storage.grow_volume(sandbox.id, sandbox.spec.disk_mib)
+        await self._grow_volume(self.sandbox(context))
         return {}
+
+    async def _grow_volume(self, sandbox: Sandbox) -> None:
+        directory = self.run.vmm_directory(sandbox.id)
+        runs = await self.vmm.find_process(sandbox.id, directory) is not None
+        if not runs or self.storage.grows_open_volumes:
+            await self.storage.grow_volume(sandbox.id, sandbox.spec.disk_mib)
+        if runs:
+            await self.vmm.resize_disk(directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
 
     async def _grow_running_file_system(self, context: StepContext) -> dict[str, Any]:
         """Without a running guest nothing is to be done: the next start does it."""

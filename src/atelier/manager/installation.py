@@ -95,7 +95,7 @@ class Installation:
             database.open()
             stack.callback(database.close)
             ids = await load_installation(database)
-            drivers = choose_drivers(settings, data, run, ids)
+            drivers = await choose_drivers(settings, data, run, ids)
             stack.push_async_callback(drivers.close)
             lifecycle = build_lifecycle(drivers, database, data, run, ids)
             if drivers.network_holder is not None:

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atelier.host.checks.local import CheckResult, CheckStatus
-from atelier.host.privilege import Privileges
 from atelier.manager.kept_process import KeptProcess, OwnProcess, Starter
 from atelier.model.errors import AtelierError, HostError
 from atelier.model.layout import DataLayout, RunLayout
-from atelier.model.machine import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +27,6 @@ def own_holder(data: DataLayout, run: RunLayout, installation_id: str, *, home: 
         *("--keeper-log", str(data.logs / "network-keeper.log")),
     )
     return OwnProcess("network holder", arguments, data.logs / "network.log")
-
-
-class RootsHolder:
-    """The network holder as a process of root's, for a manager who is not root."""
-
-    def __init__(self, privileges: Privileges) -> None:
-        self._privileges = privileges
-
-    async def start(self) -> ProcessIdentity:
-        return ProcessIdentity(**(await self._privileges.ask("start_holder"))["process"])
-
-    async def end(self, identity: ProcessIdentity) -> None:
-        await self._privileges.ask("end_holder")
-
-    async def is_there(self) -> bool:
-        """Root's side starts none where one runs."""
-        return False
 
 
 class NetworkHolderProcess(KeptProcess):

@@ -4,6 +4,7 @@ drivers. A mode is nothing else than what stands here; no other file asks which 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import atelier
 from atelier.api.services import Services
-from atelier.config.production import CompanionChoice
+from atelier.config.production import CompanionChoice, VmmChoice
 from atelier.config.settings import (
+    Accelerator,
     GuestKernelChoice,
+    NetworkChoice,
     NetworkHome,
     ServerMode,
     Settings,
@@ -42,9 +45,16 @@ from atelier.drivers.storage.fake import FakeStorage
 from atelier.drivers.storage.interface import StorageDriver
 from atelier.drivers.storage.lvm_thin import LvmThinStorage
 from atelier.drivers.storage.qcow2 import Qcow2Storage
+from atelier.drivers.vmm.asked_jails import AskedJails
+from atelier.drivers.vmm.confinement import AskedConfinement
 from atelier.drivers.vmm.fake import FakeVmm
+from atelier.drivers.vmm.firecracker import FirecrackerVmm
+from atelier.drivers.vmm.firecracker_choice import takes_firecracker
+from atelier.drivers.vmm.firecracker_config import rate_limiter
+from atelier.drivers.vmm.firecracker_launch import MachineChoices
 from atelier.drivers.vmm.interface import VmmDriver
 from atelier.drivers.vmm.qemu import QemuVmm
+from atelier.drivers.vmm.vmm_users import VMM_USERS
 from atelier.host.checks.network import check_bridge_network
 from atelier.host.memory import memory_bytes
 from atelier.host.privilege import Privileges
@@ -54,8 +64,10 @@ from atelier.lifecycle.fleet import SandboxFleet
 from atelier.lifecycle.sandboxes import SandboxLifecycle
 from atelier.manager.gateway_process import GatewayProcess
 from atelier.manager.network_choice import choose_network
-from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess, RootsHolder, own_holder
-from atelier.model.layout import CacheLayout, DataLayout, RunLayout, root_network_layout
+from atelier.manager.network_process import FormerNetworkHolder, NetworkHolderProcess, own_holder
+from atelier.model.errors import HostError
+from atelier.model.jail import JailPlaces
+from atelier.model.layout import CacheLayout, DataLayout, RunLayout
 from atelier.schemas.health import Health
 from atelier.services.access import AccessService
 from atelier.services.accounts import AccountService
@@ -76,6 +88,8 @@ from atelier.services.sign_in import Admission, SignInService
 from atelier.services.snapshots import SnapshotService
 from atelier.services.ssh_keys import SshEntry, SshKeyService
 from atelier.services.warm_pools import WarmPoolService
+
+logger = logging.getLogger(__name__)
 
 _MEMORY_RESERVE_MIB = 512
 """What the host itself, manager and gateway keep of its memory."""
@@ -106,12 +120,22 @@ class Drivers:
     close: Callable[[], Awaitable[None]]
 
 
-def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
+async def choose_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
+    """Raises HostError, MissingProgramError, VmmError for a VMM that was asked for and cannot be had here."""
     match settings.mode:
         case ServerMode.MOCK:
             return _mock_drivers(settings, data)
-        case ServerMode.LOCAL | ServerMode.PRODUCTION:
-            return _local_drivers(settings, data, run, ids)
+        case ServerMode.LOCAL:
+            accelerator = settings.accelerator.value
+            vmm = QemuVmm(
+                ids.installation_id,
+                cache_dir=settings.cache_dir,
+                accelerator=accelerator,
+                disk_rate=settings.disk_rate,
+            )
+            return _real_drivers(vmm, settings, data, run, ids)
+        case ServerMode.PRODUCTION:
+            return _real_drivers(await _production_vmm(settings, ids), settings, data, run, ids)
 
 
 def assemble(
@@ -217,20 +241,59 @@ def _sign_in_providers(settings: SignInSettings) -> dict[str, SignInProvider]:
     return {each.name: each for each in found}
 
 
-def _local_drivers(settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
+async def _production_vmm(settings: Settings, ids: Installation) -> VmmDriver:
+    production, privileges = settings.production, Privileges("vmm")
+    if await takes_firecracker(production.vmm.value, production.firecracker, production.jailer):
+        lacking = firecracker_lacks(settings)
+        if not lacking:
+            return FirecrackerVmm(
+                ids.installation_id,
+                AskedJails(privileges, JailPlaces(production.jails_dir, production.firecracker.name)),
+                production.firecracker,
+                users=VMM_USERS,
+                choices=MachineChoices(
+                    disk_rate=rate_limiter(
+                        settings.disk_rate.bytes_per_second, settings.disk_rate.operations_per_second
+                    )
+                ),
+            )
+        if production.vmm is VmmChoice.FIRECRACKER:
+            raise HostError(f"Firecracker cannot be used: {lacking}", code="firecracker_unusable", hint=lacking)
+        logger.warning("machines are QEMU's, though Firecracker is installed: %s", lacking)
+    return QemuVmm(
+        ids.installation_id,
+        cache_dir=settings.cache_dir,
+        # Emulation only for who asks for it: it would be taken for a slow host.
+        accelerator="tcg" if settings.accelerator is Accelerator.TCG else "kvm",
+        disk_rate=settings.disk_rate,
+        confinement=AskedConfinement(privileges),
+    )
+
+
+def firecracker_lacks(settings: Settings) -> str:
+    """Which setting keeps it from being used, with what it is to be; empty: none."""
+    if settings.storage is not StorageChoice.LVM_THIN:
+        return "it takes volumes alone: set storage.kind (ATELIER_STORAGE) to lvm-thin"
+    if settings.network is not NetworkChoice.BRIDGE or settings.network_home is not NetworkHome.HOST:
+        return "it opens TAPs of the host: set network.kind (ATELIER_NETWORK) to bridge and network.home to host"
+    return ""
+
+
+def _real_drivers(vmm: VmmDriver, settings: Settings, data: DataLayout, run: RunLayout, ids: Installation) -> Drivers:
     package = Path(__file__).resolve().parents[1]
     guests = AgentGuests(run.channel_socket, run.gateway_socket)
     chosen = choose_network(settings.network)
     network, holder = _local_network(chosen.bridged, settings, data, run, ids)
     return Drivers(
-        vmm=QemuVmm(ids.installation_id, cache_dir=settings.cache_dir, accelerator=settings.accelerator.value),
+        vmm=vmm,
         storage=_storage(settings, data),
         network=network,
         images=DebianImages(
             settings.cache_dir,
             settings.recipes_dir,
             package,
-            own_kernel=settings.guest_kernel is GuestKernelChoice.OWN,
+            # Debian's is no ELF image, which is what Firecracker boots.
+            own_kernel=settings.guest_kernel is GuestKernelChoice.OWN or isinstance(vmm, FirecrackerVmm),
         ),
         guests=guests,
         gateway=GatewayProcess(
@@ -264,12 +327,6 @@ def _local_network(
     bridged: bool, settings: Settings, data: DataLayout, run: RunLayout, ids: Installation
 ) -> tuple[NetworkDriver, NetworkHolderProcess | None]:
     service = _service(settings, "network")
-    if bridged and settings.network_home is NetworkHome.HOST and os.geteuid() != 0 and not service:
-        layout = root_network_layout(ids.installation_id)
-        starter = RootsHolder(Privileges("network"))
-        # What the host must have is root's to look at: it says what is missing when it starts.
-        holder = NetworkHolderProcess(starter, layout.network_socket, data.logs / "network.log", list)
-        return BridgeNetwork(layout.network_socket), holder
     bridge = BridgeNetwork(run.network_socket)
     starter = own_holder(
         data, run, ids.installation_id, home=settings.network_home.value, bridge_name=settings.bridge_name

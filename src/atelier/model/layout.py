@@ -220,11 +220,6 @@ class RunLayout:
         return self.root / "manager.sock"
 
 
-def root_network_layout(installation_id: str) -> RunLayout:
-    """Where the network holder's files are when root has started it for a manager who is not root."""
-    return RunLayout(Path("/run/atelier-network") / installation_id)
-
-
 def check_socket_path(path: Path) -> Path:
     """Return ``path``, or raise HostError if the kernel would refuse it for its length."""
     length = len(bytes(path))

@@ -46,7 +46,6 @@ class _Options(argparse.Namespace):
     resolv_conf: Path
     home: Literal["private", "host"]
     keeper_log: Path | None
-    client: tuple[int, int] | None
     log_level: str
     log_format: Literal["line", "json"]
 
@@ -95,23 +94,15 @@ def _parse(arguments: list[str] | None) -> _Options:
     parser.add_argument(
         "--keeper-log", type=Path, help="where an ordinary user's keeper writes (default: into the run directory)"
     )
-    parser.add_argument(
-        "--client", type=_user_and_group, help="UID:GID of the manager that may ask (default: this process's own)"
-    )
     parser.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="INFO")
     parser.add_argument("--log-format", choices=["line", "json"], default="line")
     return parser.parse_args(arguments, namespace=_Options())
 
 
-def _user_and_group(text: str) -> tuple[int, int]:
-    user_id, _, group_id = text.partition(":")
-    return int(user_id), int(group_id)
-
-
 async def _hold(layout: RunLayout, options: _Options, names: NetworkNames, ground: Ground) -> None:
     loop = asyncio.get_running_loop()
     home = NetworkHome(names, ground.place, ground.uplink, options.plan_file, layout.network_policies)
-    control = NetworkControl(home, layout.network_socket, options.client)
+    control = NetworkControl(home, layout.network_socket)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, control.end.set)
     await home.open()

@@ -50,12 +50,10 @@ Request = dict[str, object]
 
 @dataclass
 class NetworkControl:
-    """``client``: user and group id of who may ask, where this process is another's. ``end`` is set when a client has
-    asked for the home's end."""
+    """``end`` is set when a client has asked for the home's end."""
 
     home: NetworkHome
     path: Path
-    client: tuple[int, int] | None = None
     end: asyncio.Event = field(default_factory=asyncio.Event)
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     _clients: set[asyncio.Task[None]] = field(default_factory=lambda: set[asyncio.Task[None]]())
@@ -70,8 +68,6 @@ class NetworkControl:
             listening.bind(str(fresh))
             # Under its own name only once it listens and is closed to others.
             fresh.chmod(0o600)
-            if self.client is not None:
-                os.chown(fresh, *self.client)
             listening.listen(_BACKLOG)
             fresh.rename(self.path)
             tell_service_manager("READY=1")

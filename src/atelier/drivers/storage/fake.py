@@ -93,6 +93,10 @@ class FakeStorage:
         await self.faults.before("find_volume")
         return self.volumes.get(_sandbox(sandbox_id))
 
+    @property
+    def grows_open_volumes(self) -> bool:
+        return False
+
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         await self.faults.before("grow_volume")
         disk = self._get(sandbox_id)

@@ -34,8 +34,14 @@ class StorageDriver(Protocol):
         """
         ...
 
+    @property
+    def grows_open_volumes(self) -> bool:
+        """Whether a volume grows while a VMM has it open, and must before that looks at its size. Else it is the VMM that
+        grows what it has open."""
+        ...
+
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
-        """Grow a volume that no VMM has open to ``size_mib``; nothing if it has that size.
+        """Grow a volume, which no VMM has open unless ``grows_open_volumes``, to ``size_mib``; nothing if it has that size.
 
         Raises InvalidRequestError (``disk_cannot_shrink``) for less than it has, NotFoundError (``volume_not_found``),
         ConflictError (``layer_under_way``).

@@ -147,6 +147,10 @@ class LvmThinStorage:
         exposed = await self._privileges.ask("expose", kind=LvmKind.VOLUME, id=sandbox_id)
         return _disk(Path(exposed["path"]))
 
+    @property
+    def grows_open_volumes(self) -> bool:
+        return True
+
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         volume = await self._volume(sandbox_id)
         _check_none_under_way(sandbox_id, volume)

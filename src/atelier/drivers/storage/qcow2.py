@@ -75,6 +75,10 @@ class Qcow2Storage:
             return None
         return Disk(ROOT_DISK_SERIAL, volume, chain_below(self._layout, volume, sandbox_id))
 
+    @property
+    def grows_open_volumes(self) -> bool:
+        return False
+
     async def grow_volume(self, sandbox_id: str, size_mib: int) -> None:
         volume = self._volume(sandbox_id)
         if not volume.exists():

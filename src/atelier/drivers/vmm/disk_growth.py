@@ -5,7 +5,7 @@ Called by the QEMU driver. Source: QEMU qapi/block-core.json (block_resize).
 
 from __future__ import annotations
 
-from atelier.drivers.vmm.qemu_disks import find_disk
+from atelier.drivers.vmm.qemu_disks import find_disk, is_device
 from atelier.drivers.vmm.qmp import QmpConnection
 from atelier.host.process_limits import highest_inherited_file_size, raise_file_size_limit
 from atelier.model.errors import InvalidRequestError
@@ -43,6 +43,9 @@ async def grow_disk(control: QmpConnection, identity: ProcessIdentity, serial: s
     Raises InvalidRequestError (``disk_cannot_shrink``), HostError (``limit_not_raised``), VmmError.
     """
     node, present_bytes = await find_disk(control, serial)
+    if is_device(node):
+        # Its storage has grown it, to a whole number of its own blocks; QEMU looks how large it is.
+        size_bytes = max(size_bytes, present_bytes)
     if size_bytes < present_bytes:
         raise InvalidRequestError(
             f"the disk has {present_bytes // _MIB} MiB and cannot shrink to {size_bytes // _MIB} MiB",

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 from weakref import WeakValueDictionary
 
+from atelier.drivers.vmm.confinement import Confinement
 from atelier.drivers.vmm.disk_growth import file_size_limits, grow_disk
 from atelier.drivers.vmm.interface import SavingMoment
 from atelier.drivers.vmm.kvm_probe import KvmAnswer, probe_kvm
 from atelier.drivers.vmm.qemu_arguments import NETWORK_NODE, AcceleratorKind, OpenMemory, process_name
 from atelier.drivers.vmm.qemu_baking import BAKING, bake_image
-from atelier.drivers.vmm.qemu_disks import DiskSwitch, open_disk, writes_to
-from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, find_executable, launch
+from atelier.drivers.vmm.qemu_disks import DiskSwitch, limit_disk, open_disk, writes_to
+from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, find_executable, launch, machine_limits
 from atelier.drivers.vmm.qemu_memory import SealedImages
 from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
 from atelier.drivers.vmm.qemu_saving import save_machine
@@ -47,6 +48,7 @@ from atelier.model.machine import (
     ProcessIdentity,
     SavedMachine,
 )
+from atelier.model.machine_limits import UNLIMITED, DiskRate
 
 _START_TIMEOUT_SECONDS = 30.0
 _LOAD_TIMEOUT_SECONDS = 300.0
@@ -59,14 +61,23 @@ _NOT_YET_RUNNING = frozenset({"inmigrate", "prelaunch", "paused"})
 
 class QemuVmm:
     """``accelerator``: ``auto`` asks the KVM probe; ``kvm`` refuses to start a machine where the probe fails.
-    ``cache_dir`` keeps the probe's answer and the counter's rate for this boot of the host."""
+    ``cache_dir`` keeps the probe's answer and the counter's rate for this boot of the host. ``confinement`` None: a machine
+    takes of the host what its processors and memory come to."""
 
     def __init__(
-        self, installation_id: str, *, cache_dir: Path, accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+        self,
+        installation_id: str,
+        *,
+        cache_dir: Path,
+        accelerator: Literal["auto", "kvm", "tcg"] = "auto",
+        disk_rate: DiskRate = UNLIMITED,
+        confinement: Confinement | None = None,
     ) -> None:
         self._installation_id = installation_id
         self._cache_dir = cache_dir
         self._wanted = accelerator
+        self._disk_rate = disk_rate
+        self._confinement = confinement
         self._users = find_user_range()
         self._chosen: AcceleratorKind | None = "tcg" if accelerator == "tcg" else None
         self._tsc_khz = 0
@@ -114,7 +125,15 @@ class QemuVmm:
         if self._wanted == "kvm":
             raise VmmError(
                 f"KVM was asked for but does not work: {self.kvm_answer.reason}",
-                hint="; ".join(filter(None, [self.kvm_answer.hint, "or set ATELIER_ACCELERATOR=auto"])),
+                hint="; ".join(
+                    filter(
+                        None,
+                        [
+                            self.kvm_answer.hint,
+                            "or set ATELIER_ACCELERATOR=tcg: software emulation, some ten times slower",
+                        ],
+                    )
+                ),
             )
         return "tcg"
 
@@ -166,8 +185,12 @@ class QemuVmm:
             raise self._failure(spec, folder, error.message) from error
         try:
             folder.keep_identity(identity)
+            if self._confinement is not None:
+                await self._confinement.confine(spec.sandbox_id, identity, machine_limits(spec))
             timeout_seconds = _LOAD_TIMEOUT_SECONDS if spec.restore_from else _START_TIMEOUT_SECONDS
             async with await QmpConnection.open(folder.control_socket, timeout_seconds=timeout_seconds) as control:
+                if self._disk_rate:
+                    await limit_disk(control, spec.root.serial, self._disk_rate)
                 if spec.restore_from is not None:
                     await _restore(control, spec)
                 status = await query_status(control)

@@ -34,11 +34,12 @@ LOCKED_DOWN = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontro
 @dataclass(frozen=True, slots=True)
 class OpenDisk:
     """A disk whose files are open: ``descriptors[0]`` is ``disk.top``, then ``disk.backing`` in order. ``node``: how
-    QEMU is to call the top file's block node, at most 26 bytes."""
+    QEMU is to call the top file's block node, at most 26 bytes. ``is_device``: the top is a block device of the host's."""
 
     disk: Disk
     descriptors: tuple[int, ...]
     node: str
+    is_device: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,13 +225,14 @@ def _disk(open_disk: OpenDisk, files: _DescriptorSets) -> list[str]:
     for depth in reversed(range(len(chain))):
         file, descriptor = chain[depth]
         node = name if depth == 0 else f"{name}-b{depth}"
+        driver = "host_device" if depth == 0 and open_disk.is_device else "file"
         access = "read-only=on" if depth > 0 or disk.read_only else "read-only=off,discard=unmap"
         # No locking: the files are ours alone, and a lock would need a second opening. The host's page cache is used,
         # and a flush of the guest's reaches the disk.
         cache = "cache.direct=off,cache.no-flush=off"
         arguments += [
             "-blockdev",
-            f"driver=file,node-name={node}-file,filename={files.add(descriptor)},locking=off,aio=threads,{access},{cache}",
+            f"driver={driver},node-name={node}-file,filename={files.add(descriptor)},locking=off,aio=threads,{access},{cache}",
             "-blockdev",
             f"driver={file.format},node-name={node},file={node}-file,{access},{cache}{below}",
         ]

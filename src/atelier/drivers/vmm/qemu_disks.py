@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from typing import cast
 
@@ -17,28 +18,49 @@ from atelier.drivers.vmm.qmp import JsonObject, QmpConnection
 from atelier.drivers.vmm.run_folder import opened
 from atelier.model.errors import VmmError
 from atelier.model.machine import Disk, DiskFile
+from atelier.model.machine_limits import DiskRate
+
+_DEVICE_NODE = "device-"
 
 
 def open_disk(disk: Disk, stack: contextlib.ExitStack) -> OpenDisk:
     """Its files, open until the stack ends; all but a writable disk's top for reading only. Raises VmmError."""
     top = stack.enter_context(opened(disk.top.path, os.O_RDONLY if disk.read_only else os.O_RDWR))
     backing = [stack.enter_context(opened(file.path)) for file in disk.backing]
-    return OpenDisk(disk, (top, *backing), _node_name(disk.serial, os.fstat(top)))
+    found = os.fstat(top)
+    return OpenDisk(disk, (top, *backing), _node_name(disk.serial, found), is_device=stat.S_ISBLK(found.st_mode))
 
 
 async def find_disk(control: QmpConnection, serial: str) -> tuple[str, int]:
     """Block node and size in bytes of the disk with this serial. Raises VmmError if there is none."""
+    _, node = await _find_device(control, serial)
+    name, size_bytes = node.get("node-name"), _object(node.get("image")).get("virtual-size")
+    if isinstance(name, str) and isinstance(size_bytes, int):
+        return name, size_bytes
+    raise VmmError(f"QEMU does not say how large the disk {serial} is")
+
+
+def is_device(node: str) -> bool:
+    """Whether the block node is a device of the host's, which QEMU cannot grow."""
+    return node.startswith(_DEVICE_NODE)
+
+
+async def limit_disk(control: QmpConnection, serial: str, rate: DiskRate) -> None:
+    """Source: QEMU qapi/block.json (block_set_io_throttle): 0 is no limit, and total excludes what is of one direction."""
+    path, _ = await _find_device(control, serial)
+    total = {"bps": rate.bytes_per_second or 0, "iops": rate.operations_per_second or 0}
+    apart: JsonObject = {"bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0}
+    await control.execute("block_set_io_throttle", {"id": path, **total, **apart})
+
+
+async def _find_device(control: QmpConnection, serial: str) -> tuple[str, JsonObject]:
+    """The device's path in QEMU's object tree, and what is inserted in it. Raises VmmError if there is none."""
     for device in _objects(await control.execute("query-block")):
         path = device.get("qdev")
         if not isinstance(path, str):
             continue
-        if await control.execute("qom-get", {"path": path, "property": "serial"}) != serial:
-            continue
-        node = _object(device.get("inserted"))
-        name, size_bytes = node.get("node-name"), _object(node.get("image")).get("virtual-size")
-        if isinstance(name, str) and isinstance(size_bytes, int):
-            return name, size_bytes
-        raise VmmError(f"QEMU does not say how large the disk {serial} is")
+        if await control.execute("qom-get", {"path": path, "property": "serial"}) == serial:
+            return path, _object(device.get("inserted"))
     raise VmmError(f"the machine has no disk {serial}")
 
 
@@ -105,8 +127,15 @@ async def _forget_nodes(control: QmpConnection, node: str) -> None:
 
 
 def _node_name(serial: str, found: os.stat_result) -> str:
-    """21 characters, since QEMU takes 31 and its file's node and those below it bear endings."""
-    return "disk-" + hashlib.sha256(f"{serial} {found.st_dev} {found.st_ino}".encode()).hexdigest()[:16]
+    """At most 23 characters, since QEMU takes 31 and its file's node and those below it bear endings. A device is known by
+    its number, however often the node that leads to it is made anew."""
+    if stat.S_ISBLK(found.st_mode):
+        return _DEVICE_NODE + _digest(f"{serial} {found.st_rdev}")
+    return "disk-" + _digest(f"{serial} {found.st_dev} {found.st_ino}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _objects(value: object) -> Iterator[JsonObject]:

@@ -28,9 +28,15 @@ from atelier.host import processes
 from atelier.host.processes import ResourceLimits
 from atelier.model.errors import MissingProgramError
 from atelier.model.machine import MachineSpec, ProcessIdentity
+from atelier.model.machine_limits import ProcessorAndMemoryLimits
 
 PROGRAM = "qemu-system-x86_64"
 _OPEN_FILES_LIMIT = 256
+_MIB = 1024 * 1024
+_OWN_MEMORY_MIB = 256
+"""Beside its guest's memory: 40 MiB of its own, its stacks, a code cache where it emulates, what it has open of files."""
+_OWN_TASKS = 80
+"""Beside its processors: QEMU's pool of threads for disks grows to 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,13 @@ class FileLimits:
 
     file_size_bytes: int
     ceiling_bytes: int
+
+
+def machine_limits(spec: MachineSpec) -> ProcessorAndMemoryLimits:
+    """Of the whole QEMU process: its guest, and what it needs itself."""
+    return ProcessorAndMemoryLimits(
+        spec.vcpu_count, (spec.memory_mib + _OWN_MEMORY_MIB) * _MIB, spec.vcpu_count + _OWN_TASKS
+    )
 
 
 def find_executable() -> Path:

@@ -27,7 +27,10 @@ class UserRange:
     count: int
 
 
-_CANDIDATE_RANGES = (UserRange(1_900_000_000, 65_536), UserRange(60_706, 478))
+VMM_USERS = UserRange(1_900_000_000, 65_536)
+"""What a host has that is not within a small user namespace."""
+
+_CANDIDATE_RANGES = (VMM_USERS, UserRange(60_706, 478))
 """Ranges that neither distributions nor systemd assign; the second for a root whose user namespace is small.
 Source: systemd docs/UIDS-GIDS.md."""
 
