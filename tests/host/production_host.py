@@ -18,9 +18,6 @@ from tests.host.guest_files import unpack_guest_files
 HOST = f"{PYTHON} -P -m atelier.cli host"
 GROUP, BRIDGE = "sandboxes", "sandbr0"
 CONFIG = f"""
-[vmm]
-kind = "qemu"
-accelerator = "kvm"
 [storage]
 volume_group = "{GROUP}"
 [network]
@@ -28,7 +25,6 @@ bridgeName = "{BRIDGE}"
 [host]
 storage_device = "{LVM_DISK}"
 """
-"""KVM by name: the probe has 3 s for its guest, too few for a processor that is emulated."""
 SERVICES = ("atelier-network", "atelier-gateway", "atelier-manager")
 DATA, CACHE = "/var/lib/atelier/data", "/var/lib/atelier/cache"
 

@@ -103,7 +103,7 @@ class QemuVmm:
         """Find out, once, what the first start needs to know: whether KVM works, the counter's rate, and whether the
         limits of a running process can be raised.
 
-        Takes up to 3 s; ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
+        Takes up to 3 s (60 s where KVM was demanded); ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
         demanded and does not work.
         """
         find_executable()
@@ -119,10 +119,12 @@ class QemuVmm:
     async def _choose(self, boot: BootFiles) -> AcceleratorKind:
         executable = find_executable()
         version = (await command.run([str(executable), "--version"])).stdout.decode(errors="replace").splitlines()[0]
-        self.kvm_answer = await probe_kvm(executable, version, boot, self._cache_dir / "kvm.json", self._users)
+        is_demanded = self._wanted == "kvm"
+        cache_file = self._cache_dir / "kvm.json"
+        self.kvm_answer = await probe_kvm(executable, version, boot, cache_file, self._users, is_demanded=is_demanded)
         if self.kvm_answer.usable:
             return "kvm"
-        if self._wanted == "kvm":
+        if is_demanded:
             raise VmmError(
                 f"KVM was asked for but does not work: {self.kvm_answer.reason}",
                 hint="; ".join(
