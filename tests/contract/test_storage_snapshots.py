@@ -20,6 +20,7 @@ FIRST, SECOND = "ssssssssssss", "tttttttttttt"
 def base(tmp_path: Path) -> DiskFile:
     path = tmp_path / "base.img"
     with path.open("wb") as file:
+        file.write(b"the base's first bytes")
         file.truncate(BASE_MIB * 1024 * 1024)
     path.chmod(0o444)
     return DiskFile(path, "raw")

@@ -26,13 +26,18 @@ PROFILE = "atelier"
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """``used_bytes``: what is mapped in the pool, shared with others or not."""
+    """``used_bytes``: what is mapped in the pool, shared with others or not, to within half of ``grain_bytes``."""
 
     name: str
     size_bytes: int
     tags: tuple[str, ...]
     origin: str
     used_bytes: int
+
+    @property
+    def grain_bytes(self) -> int:
+        """LVM tells hundredths of a percent."""
+        return self.size_bytes // 10_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,8 @@ class StorageVerbs:
             parsed = LvmName.parse(name)
             if parsed is not None and parsed.installation_id == self._settings.installation_id:
                 origin = found.get(volume.origin)
-                shared = min(volume.used_bytes, origin.used_bytes) if origin else 0
+                # An origin is no larger, so this covers what both are told wrong by.
+                shared = origin.used_bytes + volume.grain_bytes if origin else 0
                 made_from = LvmName.parse(volume.origin)
                 volumes.append(
                     {
@@ -73,7 +74,7 @@ class StorageVerbs:
                         "id": parsed.id,
                         "size_bytes": _tagged_size(volume),
                         "used_bytes": volume.used_bytes,
-                        "own_bytes": volume.used_bytes - shared,
+                        "own_bytes": max(0, volume.used_bytes - shared),
                         "freezing": [tag[len(FREEZING_TAG) :] for tag in volume.tags if tag.startswith(FREEZING_TAG)],
                         "checksum": next(
                             (t[len(CHECKSUM_TAG) :] for t in volume.tags if t.startswith(CHECKSUM_TAG)), ""
