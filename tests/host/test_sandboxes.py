@@ -23,26 +23,26 @@ def test_a_sandbox_lives_through_kills_of_its_manager(operator: Operator) -> Non
     (link,) = operator.links()
     assert "isolated on" in host.run(f"bridge -d link show dev {link}").out
     assert (
-        operator.execute("box", "uname -s; echo words >/root/kept; sync; cat /proc/sys/kernel/hostname")
+        operator.execute("box", "uname -s; echo words >kept; sync; cat /proc/sys/kernel/hostname")
         == "Linux\nbox\n"
     )
 
     operator.kill_manager()
     assert operator.vmm_pids() == [vmm], "a guest needs no manager"
-    assert operator.execute("box", "cat /root/kept") == "words\n"
+    assert operator.execute("box", "cat kept") == "words\n"
 
     operator.run("snapshot", "box", "ready")
     operator.kill_manager()
-    assert operator.execute("box", "echo later >/root/kept; sync; cat /root/kept") == "later\n"
+    assert operator.execute("box", "echo later >kept; sync; cat kept") == "later\n"
     operator.run("create", "--name", "again", "--snapshot", "ready")
-    assert operator.execute("again", "cat /root/kept; cat /proc/sys/kernel/hostname") == "words\nagain\n"
+    assert operator.execute("again", "cat kept; cat /proc/sys/kernel/hostname") == "words\nagain\n"
     operator.run("rm", "again")
 
     operator.run("fork", "box", "--name-prefix", "twin")
     (twin,) = [name for name in operator.names() if name.startswith("twin")]
     operator.kill_manager()
-    assert operator.execute(twin, "cat /root/kept") == "later\n"
-    assert operator.execute(twin, "echo twin >/root/kept; cat /root/kept") == "twin\n"
+    assert operator.execute(twin, "cat kept") == "later\n"
+    assert operator.execute(twin, "echo twin >kept; cat kept") == "twin\n"
     assert len(operator.links()) == len(operator.vmm_pids()) == 2
     operator.run("rm", twin)
 
@@ -51,7 +51,7 @@ def test_a_sandbox_lives_through_kills_of_its_manager(operator: Operator) -> Non
     operator.kill_manager()
     assert operator.state_of("box") == "stopped"
     operator.run("start", "box")
-    assert operator.execute("box", "cat /root/kept") == "later\n"
+    assert operator.execute("box", "cat kept") == "later\n"
 
     operator.run("rm", "box")
     operator.run("snapshots", "rm", "ready")
@@ -62,14 +62,14 @@ def test_what_was_under_way_goes_on_after_a_kill(operator: Operator) -> None:
     operator.run("create", "--name", "box", *SMALL, "--no-wait")
     operator.kill_manager()
     operator.wait_for_state("box", "running")
-    assert operator.execute("box", "echo words >/root/kept; sync; cat /root/kept") == "words\n"
+    assert operator.execute("box", "echo words >kept; sync; cat kept") == "words\n"
     operator.run("stop", "box", "--no-wait")
     operator.kill_manager()
     operator.wait_for_state("box", "stopped")
     operator.run("start", "box", "--no-wait")
     operator.kill_manager()
     operator.wait_for_state("box", "running")
-    assert operator.execute("box", "cat /root/kept") == "words\n"
+    assert operator.execute("box", "cat kept") == "words\n"
     operator.run("rm", "box", "--no-wait")
     operator.kill_manager()
     wait_until(lambda: operator.names() == [], 600)
@@ -79,7 +79,7 @@ def test_what_was_under_way_goes_on_after_a_kill(operator: Operator) -> None:
 def test_after_a_reboot_of_the_host_sandboxes_can_be_started(operator: Operator) -> None:
     for name in ("running", "stopped"):
         operator.run("create", "--name", name, *SMALL)
-        operator.execute(name, f"echo {name} >/root/kept; sync")
+        operator.execute(name, f"echo {name} >kept; sync")
     operator.run("stop", "stopped")
     before = operator.volumes()
     operator.host.reboot()
@@ -89,13 +89,13 @@ def test_after_a_reboot_of_the_host_sandboxes_can_be_started(operator: Operator)
     operator.wait_for_state("running", "stopped")
     for name in ("running", "stopped"):
         operator.run("start", name)
-        assert operator.execute(name, "cat /root/kept") == f"{name}\n"
+        assert operator.execute(name, "cat kept") == f"{name}\n"
 
 
 def test_a_full_pool_is_told_and_nothing_is_lost(operator: Operator) -> None:
     host = operator.host
     operator.run("create", "--name", "box", *SMALL)
-    operator.execute("box", "echo words >/root/kept; sync")
+    operator.execute("box", "echo words >kept; sync")
     host.run(f"lvcreate -q -V 6G -T {GROUP}/atelier -n filler")
     # Until the pool, which LVM extends meanwhile, has only what is kept for those that are there.
     host.run(
@@ -112,12 +112,12 @@ def test_a_full_pool_is_told_and_nothing_is_lost(operator: Operator) -> None:
     assert "disk" in refused.err or "pool" in refused.err, refused.err
     assert "hint:" in refused.err
     assert (
-        operator.execute("box", "cat /root/kept; echo more >>/root/kept; sync; cat /root/kept")
+        operator.execute("box", "cat kept; echo more >>kept; sync; cat kept")
         == "words\nwords\nmore\n"
     )
     host.run(f"lvremove -q -y {GROUP}/filler")
     operator.run("create", "--name", "more", *SMALL)
-    assert operator.execute("box", "cat /root/kept") == "words\nmore\n"
+    assert operator.execute("box", "cat kept") == "words\nmore\n"
 
 
 def test_an_entry_of_sudo_that_was_removed_is_named(operator: Operator) -> None:

@@ -371,6 +371,9 @@ class QemuVmm:
             return await writes_to(control, serial, file)
 
     async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+        if self._wanted == "kvm" and self._chosen is None:
+            # It boots nothing that KVM could be tried with, and nothing else would do.
+            self._chosen = "kvm"
         await self.prepare(spec.boot)
         await self._end_baking(spec.sandbox_id)
         await self.ensure_run_directory(spec.sandbox_id, spec.run_directory)
