@@ -20,6 +20,7 @@ GROUP, BRIDGE = "sandboxes", "sandbr0"
 CONFIG = f"""
 [storage]
 volume_group = "{GROUP}"
+disk_overcommit = 10
 [network]
 bridgeName = "{BRIDGE}"
 [host]
