@@ -10,10 +10,10 @@ from tests.kill_under_load import Moment, create_witnesses, kill_again_and_again
 from tests.leftovers import leftovers
 from tests.running_manager import LocalInstallation, local_installation
 
-CREATES = 8
+CREATES = 5
 MOMENTS = (
     # While requests are answered; while disks are made and the first machines start; while guests boot.
-    Moment(6),
+    Moment(4),
     Moment(CREATES, 0.7),
     Moment(CREATES, 5),
 )
