@@ -50,7 +50,9 @@ def view(manager: RunningManager, terminal: str, columns: int = 100, rows: int =
     with socket.create_connection((host, int(port))) as carrier:
         # Little of what is not read waits here.
         carrier.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        with connect("ws" + manager.url.removeprefix("http") + path, sock=carrier, additional_headers=headers) as opened:
+        with connect(
+            "ws" + manager.url.removeprefix("http") + path, sock=carrier, additional_headers=headers
+        ) as opened:
             yield Viewer(opened)
 
 
