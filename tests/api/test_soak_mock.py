@@ -8,8 +8,8 @@ from pathlib import Path
 from tests.running_manager import LocalInstallation, stop_manager
 from tests.soak import soak
 
-WARM_UP = 40
-CYCLES = 120
+WARM_UP = 50
+CYCLES = 200
 
 
 def test_fake_sandboxes_leave_no_cost_behind() -> None:

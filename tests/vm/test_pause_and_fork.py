@@ -36,8 +36,8 @@ from atelier.model.states import UNDER_WAY, SandboxState
 T = TypeVar("T")
 
 MEMORY_MIB = 192
-PAUSES = 8
-FORKS = 8
+PAUSES = 20
+FORKS = 20
 LOOKED_AT = 4
 AT_A_TIME = 4
 WAIT_SECONDS = 900.0
@@ -193,7 +193,7 @@ def rows(manager: RunningManager, query: str) -> list[tuple[Any, ...]]:
         return database.execute(query).fetchall()
 
 
-def test_pauses_are_not_noticed(box: Sandbox) -> None:
+def test_twenty_pauses_are_not_noticed(box: Sandbox) -> None:
     start(box, COUNTER, "/home/user/ticks")
     with box.open_terminal(["/bin/sh"]) as terminal:
         terminal.send(b"cd /tmp; kept=in-$((40+2)); echo scroll-$kept\n")

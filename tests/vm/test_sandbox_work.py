@@ -58,11 +58,11 @@ def test_a_time_limit_ends_the_whole_group(sandbox: Sandbox) -> None:
 
 
 def test_stdout_and_stderr_are_separate_and_complete(sandbox: Sandbox) -> None:
-    """16 MB of each kind, told apart and hashed."""
+    """50 MB of each kind, told apart and hashed."""
     script = (
         "import sys, os\n"
         "a, b = b'o' * 65536, b'e' * 65536\n"
-        "for _ in range(16 * 10**6 // 65536):\n"
+        "for _ in range(50 * 10**6 // 65536):\n"
         "    sys.stdout.buffer.write(a); sys.stderr.buffer.write(b)\n"
     )
     counts = {"stdout": 0, "stderr": 0}
@@ -73,7 +73,7 @@ def test_stdout_and_stderr_are_separate_and_complete(sandbox: Sandbox) -> None:
                 counts[event.stream] += len(event.data)
                 wrong += len(event.data) - event.data.count(b"o" if event.stream == "stdout" else b"e")
         assert program.wait().exit_code == 0
-    expected = 16 * 10**6 // 65536 * 65536
+    expected = 50 * 10**6 // 65536 * 65536
     assert counts == {"stdout": expected, "stderr": expected}
     assert wrong == 0
 
@@ -128,7 +128,7 @@ def test_a_large_file_comes_back_the_same(sandbox: Sandbox, tmp_path: Path) -> N
     original = tmp_path / "original"
     digest = hashlib.sha256()
     with original.open("wb") as file:
-        for _ in range(64):
+        for _ in range(200):
             piece = os.urandom(MEGABYTE)
             digest.update(piece)
             file.write(piece)
