@@ -25,7 +25,8 @@ from atelier.guest_protocol.frames import (
     Greeting,
     encode_greeting,
 )
-from atelier.guest_protocol.multiplexer import Multiplexer, Stream
+from atelier.guest_protocol.multiplexer import Multiplexer
+from atelier.guest_protocol.stream import Stream
 
 
 class DirectChannel:

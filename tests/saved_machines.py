@@ -49,7 +49,7 @@ for block in /sys/block/vd*; do
 done
 mkdir -p /kept
 mount -t tmpfs kept /kept
-dd if=/dev/urandom of=/kept/random bs=1M count=8 2>/dev/null
+dd if=/dev/urandom of=/kept/random bs=1M count=1 2>/dev/null
 sum=$(md5sum </kept/random)
 ip link set eth0 up
 count=0
@@ -61,7 +61,7 @@ while true; do
     [ "$(md5sum </kept/random)" = "$sum" ] || memory=BROKEN
     link=$(cat /sys/class/net/eth0/carrier)
     echo "COUNT $count disk $((was)) of $(cat /sys/block/${root#/dev/}/size) memory $memory link $link"
-    sleep 0.1
+    sleep 0.2
 done
 """
 )

@@ -1,4 +1,4 @@
-"""A manager killed while it has a hundred fake sandboxes and as many requests: nothing acknowledged is lost."""
+"""A manager killed while it has fifty fake sandboxes and as many requests: nothing acknowledged is lost."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def installation() -> Iterator[LocalInstallation]:
 
 
 def test_a_kill_under_load_loses_and_leaks_nothing(installation: LocalInstallation) -> None:
-    witnesses = create_witnesses(installation, 100)
+    witnesses = create_witnesses(installation, 50)
     kill_again_and_again(installation, witnesses, [], 40, (Moment(5), Moment(30), Moment(60)))
     assert leftovers(installation.folder) == []

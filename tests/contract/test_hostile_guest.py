@@ -20,7 +20,7 @@ from tests.forked_programs import ForkedProgram, Program
 from tests.real_machines import REPOSITORY
 
 from atelier.guest_agent.channel import run_channel
-from atelier.guest_protocol.multiplexer import INITIAL_WINDOW_BYTES
+from atelier.guest_protocol.stream import INITIAL_WINDOW_BYTES
 from atelier.model.layout import RunLayout
 
 HOSTILE = "hostilehosti"

@@ -1,5 +1,5 @@
 """One suite for the fake image driver and the real one. The real one builds a tiny image of its own, once, in a cache
-that all of this module's tests share; kernel and tools image come from the machine's cache.
+that all of this module's tests share; kernel, tools image and package lists come from the machine's cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from tests.real_machines import REPOSITORY, images_of_this_checkout, missing_programs
 
+from atelier.config.settings import load_settings
 from atelier.drivers.images.debian import DebianImages
 from atelier.drivers.images.fake import FakeImages
 from atelier.drivers.images.interface import ImageDriver
@@ -58,7 +59,16 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (recipes / NAME).mkdir()
     (recipes / NAME / "recipe.toml").write_text(RECIPE)
     (recipes / NAME / "customize.sh").write_text(CUSTOMIZE)
+    _share_package_lists(folder / "cache")
     return folder
+
+
+def _share_package_lists(cache: Path) -> None:
+    """Those that the machine's cache has, or will have: they are fetched once."""
+    lists = load_settings().cache_dir / "packages"
+    lists.mkdir(parents=True, exist_ok=True)
+    cache.mkdir()
+    (cache / "packages").symlink_to(lists)
 
 
 @pytest.fixture(
@@ -213,6 +223,7 @@ async def test_a_package_that_does_not_exist_is_named_before_anything_is_built(
     (recipes / "broken" / "recipe.toml").write_text(
         'suite = "bookworm"\nsize_mib = 64\npackages = ["git", "no-such-package-anywhere"]\n'
     )
+    _share_package_lists(tmp_path / "cache")
     images = DebianImages(tmp_path / "cache", recipes, REPOSITORY / "src" / "atelier")
     with pytest.raises(ImageBuildError, match="no-such-package-anywhere"):
         await images.ensure_image("broken", _ignore)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from atelier.guest_protocol import frames, multiplexer
+from atelier.guest_protocol import PROTOCOL_VERSION, frames, multiplexer
 from atelier.guest_protocol.frames import (
     FRAME_HEADER,
     MAGIC,
@@ -15,7 +15,8 @@ from atelier.guest_protocol.frames import (
     ProtocolViolation,
     encode_greeting,
 )
-from atelier.guest_protocol.multiplexer import FULL_WINDOW_BYTES, INITIAL_WINDOW_BYTES, Multiplexer, Stream
+from atelier.guest_protocol.multiplexer import Multiplexer
+from atelier.guest_protocol.stream import FULL_WINDOW_BYTES, INITIAL_WINDOW_BYTES, Stream
 
 
 class Recorder:
@@ -51,7 +52,14 @@ class Recorder:
 class Pair:
     """A host's and a guest's end, and two wires between that move bytes when told to."""
 
-    def __init__(self, *, guest_accepts: bool = True, guest_reads: bool = True, max_streams: int = 1024) -> None:
+    def __init__(
+        self,
+        *,
+        guest_accepts: bool = True,
+        guest_reads: bool = True,
+        max_streams: int = 1024,
+        version: int = PROTOCOL_VERSION,
+    ) -> None:
         self.guest_reads = guest_reads
         self.guest_accepts = guest_accepts
         self.guest_ends: list[Recorder] = []
@@ -59,8 +67,8 @@ class Pair:
         self.host = Multiplexer(on_output=lambda: None, on_greeting=self.greetings.append, max_streams=max_streams)
         self.guest = Multiplexer(on_output=lambda: None, on_greeting=self.greetings.append, accept=self._accept)
         nonce = os.urandom(16)
-        self.host.begin_epoch(nonce)
-        self.guest.begin_epoch(nonce)
+        self.host.begin_epoch(nonce, version)
+        self.guest.begin_epoch(nonce, version)
 
     def _accept(self, stream: Stream) -> None:
         end = Recorder(reads=self.guest_reads)
@@ -341,7 +349,7 @@ def violations():
     yield "no credit", lambda h: frame(h, d.WINDOW, 1, 0)
     yield "credit overflow", lambda h: frame(h, d.WINDOW, 1, 0xFFFFFFFF)
     yield "credit never due", lambda h: frame(h, d.WINDOW, 1, FULL_WINDOW_BYTES)
-    yield "credit flood", lambda h: frame(h, d.WINDOW, 1, 16_384) * 50
+    yield "credit flood", lambda h: frame(h, d.WINDOW, 1, 16_384) * 300
     yield "unknown kind", lambda h: frame(h, 77, 1)
     yield "greeting as frame", lambda h: frame(h, d.HELLO, 1)
     yield "unknown reason", lambda h: frame(h, d.CLOSE, 1, reason=200)
@@ -505,3 +513,20 @@ def test_credit_comes_back_in_few_steps_and_leaves_the_sender_half_a_window():
         pair.move()
     assert len(client.data) == 2 * FULL_WINDOW_BYTES + total
     assert pair.guest.frames_received - before <= 2 * total // FULL_WINDOW_BYTES
+
+
+@pytest.mark.parametrize(("version", "window_bytes"), [(1, 1024 * 1024), (2, FULL_WINDOW_BYTES)])
+def test_an_agent_of_the_version_before_is_not_given_more_than_it_takes(version: int, window_bytes: int):
+    pair = Pair(version=version)
+    client = pair.open()
+    pair.move()
+    server = pair.guest_ends[0]
+    server.to_send = bytes(2 * FULL_WINDOW_BYTES)
+    server.may_send()
+    pair.move()
+    client.reads = False
+    server.to_send = bytes(2 * FULL_WINDOW_BYTES)
+    server.may_send()
+    pair.move()
+    ahead_bytes = 2 * FULL_WINDOW_BYTES - len(server.to_send)
+    assert window_bytes // 2 < ahead_bytes <= window_bytes

@@ -290,7 +290,9 @@ def try_guests(manager: BridgedManager) -> None:
     assert manager.in_guest("one", f"ping -c 2 -W 2 {neighbour}").exit_code != 0
     assert manager.in_guest("two", f"ping -c 2 -W 2 {plan.address_of(0)}").exit_code != 0
 
-    try_packets(manager)
+    # A guest's own kernel sends the same in each home; each home's rules are tried by test_network_packets.
+    if manager.lab.home is Home.ROOT:
+        try_packets(manager)
 
     # The manager dies; network and guests go on, and the next one finds them.
     manager.end(signal.SIGKILL)

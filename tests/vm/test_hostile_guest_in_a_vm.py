@@ -18,7 +18,7 @@ import pytest
 from tests.api.cli_program import Cli
 from tests.footprint import MemoryWatch, ask_gateway, gateway_pid, left_of, processes_naming
 from tests.real_machines import REPOSITORY
-from tests.running_manager import RunningManager, running_local_manager
+from tests.running_manager import WITH_TEMPLATES, RunningManager, running_local_manager
 from tests.vm.hostile_guest import ANSWERS, QUIET
 
 from atelier import Sandbox
@@ -82,7 +82,7 @@ class Neighbour(threading.Thread):
 
 @pytest.fixture(scope="module")
 def own_manager() -> Iterator[RunningManager]:
-    with running_local_manager() as running:
+    with running_local_manager(WITH_TEMPLATES) as running:
         yield running
     assert processes_naming(str(running.run_dir.parent)) == []
 

@@ -10,10 +10,10 @@ from tests.kill_under_load import Moment, create_witnesses, kill_again_and_again
 from tests.leftovers import leftovers
 from tests.running_manager import LocalInstallation, local_installation
 
-CREATES = 8
+CREATES = 4
 MOMENTS = (
     # While requests are answered; while disks are made and the first machines start; while guests boot.
-    Moment(6),
+    Moment(3),
     Moment(CREATES, 0.7),
     Moment(CREATES, 5),
 )
@@ -26,6 +26,6 @@ def installation() -> Iterator[LocalInstallation]:
 
 
 def test_a_kill_under_load_loses_and_leaks_nothing(installation: LocalInstallation) -> None:
-    victim, *witnesses = create_witnesses(installation, 3)
+    victim, *witnesses = create_witnesses(installation, 2)
     kill_again_and_again(installation, witnesses, [victim.sandbox_id], CREATES, MOMENTS)
     assert leftovers(installation.folder) == []

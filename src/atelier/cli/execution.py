@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from atelier.cli.output import print_note, printable
 from atelier.client import calls
@@ -113,11 +113,9 @@ class _Relay:
             _discard_stdout()
             return EXIT_BROKEN_PIPE
         finally:
-            for task in (output, pump, *self._signalling):
-                if task is not None:
-                    task.cancel()
             for number in handled:
                 loop.remove_signal_handler(number)
+            await _end(output, pump, *self._signalling)
 
     async def _show_output(self) -> int:
         async for event in self._execution:
@@ -164,6 +162,15 @@ class _Relay:
     async def _send(self, number: signal.Signals) -> None:
         with contextlib.suppress(AtelierError):
             await self._execution.send_signal(number.name)
+
+
+async def _end(*tasks: asyncio.Task[Any] | None) -> None:
+    """Cancel those that are still under way and wait for them: as long as one of them reads the stream, it cannot be
+    closed. What they raise was told, or came too late to matter."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
 
 
 def _as_line(event: object) -> bytes:

@@ -32,7 +32,8 @@ from atelier.guest_protocol.frames import (
     ProtocolViolation,
     encode_greeting,
 )
-from atelier.guest_protocol.multiplexer import Multiplexer, Stream, StreamEnd
+from atelier.guest_protocol.multiplexer import Multiplexer
+from atelier.guest_protocol.stream import Stream, StreamEnd
 from atelier.host.unix_sockets import connect_exactly
 
 log = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class GuestChannel:
         if self._hello_timer is not None:
             self._hello_timer.cancel()
             self._hello_timer = None
-        self._multiplexer.begin_epoch(self._nonce)
+        self._multiplexer.begin_epoch(self._nonce, greeting.version)
         self.state = "open"
         self.last_error = ""
         self.epochs += 1

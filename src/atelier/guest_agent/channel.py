@@ -26,6 +26,7 @@ from typing import Final
 
 from atelier.guest_agent.channel_sockets import VSOCK, has_vsock, serve_connections, serve_vsock
 from atelier.guest_agent.local_stream import StreamServer, serve_locally
+from atelier.guest_agent.output_pipes import OutputPipes
 from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.guest_protocol.frames import (
     CLOSED_REFUSED,
@@ -41,9 +42,10 @@ from atelier.guest_protocol.frames import (
     ProtocolViolation,
     encode_greeting,
 )
-from atelier.guest_protocol.multiplexer import Multiplexer, Stream
+from atelier.guest_protocol.multiplexer import Multiplexer
 from atelier.guest_protocol.output_queue import Piece
 from atelier.guest_protocol.splice import SocketSplice
+from atelier.guest_protocol.stream import Stream
 
 PORT_NAME: Final = "atelier"
 UNIX_PREFIX: Final = "unix:"
@@ -174,8 +176,12 @@ class _GuestChannel:
         self._connectors = connectors
         self._on_token = on_token
         self._loop = asyncio.get_running_loop()
+        self._pipes = OutputPipes()
         self._multiplexer = Multiplexer(
-            on_output=self._schedule_flush, on_greeting=self._greeted, accept=self._accept_stream
+            on_output=self._schedule_flush,
+            on_greeting=self._greeted,
+            accept=self._accept_stream,
+            on_forgotten=self._pipes.forget,
         )
         self._descriptor = -1
         self._left: asyncio.Future[bool] | None = None
@@ -304,7 +310,7 @@ class _GuestChannel:
             multiplexer.end_epoch()
             multiplexer.put_raw(encode_greeting(Greeting(HELLO_ACK, PROTOCOL_VERSION, greeting.nonce)))
             return
-        multiplexer.begin_epoch(greeting.nonce)
+        multiplexer.begin_epoch(greeting.nonce, version)
         if self._on_token is not None:
             self._on_token(greeting.token)
         multiplexer.put_raw(encode_greeting(Greeting(HELLO_ACK, version, greeting.nonce)))
@@ -320,11 +326,14 @@ class _GuestChannel:
         multiplexer = self._multiplexer
         budget = _WRITE_BYTES_PER_TURN
         while budget > 0 and self._descriptor >= 0:
-            pieces = multiplexer.next_pieces()
-            if not pieces:
+            piped = multiplexer.next_piped()
+            pieces = [] if piped else multiplexer.next_pieces()
+            if not piped and not pieces:
                 break
             try:
-                if len(pieces) == 1 and len(pieces[0]) <= PORT_WRITE_BYTES:
+                if piped:
+                    count = self._pipes.give_to(self._descriptor, piped)
+                elif len(pieces) == 1 and len(pieces[0]) <= PORT_WRITE_BYTES:
                     count = os.write(self._descriptor, pieces[0])
                 else:
                     count = os.writev(self._descriptor, _cut(pieces))
@@ -359,7 +368,7 @@ class _GuestChannel:
     def _accept_stream(self, stream: Stream) -> None:
         server = self._local.get(stream.port)
         if server is not None:
-            self._track(serve_locally(self._loop, stream, server))
+            self._track(serve_locally(self._loop, stream, server, self._pipes))
             return
         splice = SocketSplice(self._loop)
         stream.end = splice

@@ -7,6 +7,7 @@ Made by ``channel`` for the ports that the agent serves itself. Never copies mor
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 import traceback
@@ -15,21 +16,28 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from atelier.guest_agent.direct_reader import DirectReader
-from atelier.guest_protocol.frames import CLOSED_DONE, CLOSED_RESET
-from atelier.guest_protocol.multiplexer import Stream
+from atelier.guest_agent.output_pipes import OutputPipes
+from atelier.guest_protocol.frames import CLOSED_DONE, CLOSED_RESET, MAX_PAYLOAD_BYTES
+from atelier.guest_protocol.stream import Stream
 
 StreamServer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 _READER_LIMIT_BYTES: Final = 256 * 1024
 _WRITE_HIGH_BYTES: Final = 256 * 1024
+_NO_PAGES_MOVED: Final = (errno.EINVAL, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+"""Of splice: the file's system cannot, or there is no pipe to be had."""
 
 
 class _FilePart:
-    """A part of a file on its way into a stream, read straight into the frames that are written."""
+    """A part of a file on its way into a stream: moved by the kernel through the channel's pipes, or, where the file's
+    system moves no pages, read straight into the frames that are written."""
 
-    __slots__ = ("_descriptor", "_left_bytes", "_position", "sent")
+    __slots__ = ("_descriptor", "_left_bytes", "_pipes", "_position", "sent")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, descriptor: int, first: int, length: int) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, pipes: OutputPipes, descriptor: int, first: int, length: int
+    ) -> None:
+        self._pipes: OutputPipes | None = pipes
         self._descriptor = descriptor
         self._position = first
         self._left_bytes = length
@@ -42,34 +50,57 @@ class _FilePart:
             if not left:
                 self.sent.set_result(None)
                 return
-            frame = stream.borrow_frame(left)
-            if frame is None:
-                return
-            payload = frame.payload
             try:
-                count = os.preadv(
-                    self._descriptor, [payload if left >= len(payload) else payload[:left]], self._position
-                )
+                count = self._move(stream, left) if self._pipes is not None else self._read(stream, left)
             except OSError as error:
+                if self._pipes is not None and error.errno in _NO_PAGES_MOVED:
+                    self._pipes = None
+                    continue
                 self.sent.set_exception(error)
+                return
+            if count is None:
                 return
             if not count:
                 # The length is promised already; a broken connection is the only honest end.
                 self.sent.set_exception(ConnectionAbortedError("the file became shorter while it was read"))
                 return
-            stream.send_frame(frame, count)
             self._position += count
             self._left_bytes = left - count
+
+    def _move(self, stream: Stream, left: int) -> int | None:
+        """How many bytes were sent, 0 at the file's end; None if the stream takes none now. Raises OSError."""
+        wanted = min(left, MAX_PAYLOAD_BYTES)
+        if not stream.takes_frame(wanted):
+            return None
+        assert self._pipes is not None
+        count = self._pipes.take_from(self._descriptor, self._position, wanted)
+        if count:
+            stream.send_piped(count)
+        return count
+
+    def _read(self, stream: Stream, left: int) -> int | None:
+        """As ``_move``."""
+        frame = stream.borrow_frame(left)
+        if frame is None:
+            return None
+        payload = frame.payload
+        count = os.preadv(self._descriptor, [payload if left >= len(payload) else payload[:left]], self._position)
+        if count:
+            stream.send_frame(frame, count)
+        return count
 
 
 class LocalTransport(asyncio.Transport):
     """Both the StreamEnd of one stream and the transport of one asyncio protocol."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Stream, protocol: asyncio.Protocol) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, stream: Stream, protocol: asyncio.Protocol, pipes: OutputPipes
+    ) -> None:
         super().__init__({"peername": ("guest-channel", stream.identifier), "sockname": ("guest-channel", stream.port)})
         self._loop = loop
         self._stream = stream
         self._protocol = protocol
+        self._pipes = pipes
         self._paused = False
         self._held_bytes = 0
         self._pending: deque[memoryview] = deque()
@@ -149,7 +180,7 @@ class LocalTransport(asyncio.Transport):
         may be written meanwhile. Raises OSError: of the file, or ConnectionError when the stream ends before."""
         if self._closing or self._end_asked:
             raise ConnectionResetError("the stream is closed")
-        part = self._file = _FilePart(self._loop, descriptor, first, length)
+        part = self._file = _FilePart(self._loop, self._pipes, descriptor, first, length)
         try:
             self.may_send()
             await part.sent
@@ -232,11 +263,14 @@ class LocalTransport(asyncio.Transport):
         return self._protocol
 
 
-def serve_locally(loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer) -> asyncio.Task[None]:
-    """Hand ``stream`` to ``server`` in a task of its own; what it raises is written to stderr and ends its stream."""
+def serve_locally(
+    loop: asyncio.AbstractEventLoop, stream: Stream, server: StreamServer, pipes: OutputPipes
+) -> asyncio.Task[None]:
+    """Hand ``stream`` to ``server`` in a task of its own; what it raises is written to stderr and ends its stream.
+    ``pipes`` are those of the channel whose stream it is."""
     reader = DirectReader(limit=_READER_LIMIT_BYTES, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport = LocalTransport(loop, stream, protocol)
+    transport = LocalTransport(loop, stream, protocol, pipes)
     writer = asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def run() -> None:

@@ -3,8 +3,9 @@
 Imported by the guest agent inside the VM and by gateway and guest driver on the host.
 """
 
-PROTOCOL_VERSION = 1
-"""Version of the guest protocol. The host speaks this one and the one before it."""
+PROTOCOL_VERSION = 2
+"""Version of the guest protocol. The host speaks this one and the one before it, in which a stream's
+full window was smaller."""
 
 GUEST_AGENT_PORT = 49983
 """The guest port whose streams the agent takes itself; every other port is one of the guest's own servers."""

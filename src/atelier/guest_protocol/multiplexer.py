@@ -5,23 +5,19 @@ received bytes into ``receive_buffer``, call ``process()``, and write what ``nex
 ``frames``; above it whatever implements ``StreamEnd``. It must never trust the peer: every rule of the protocol is
 checked, what breaks one raises ProtocolViolation, and what is kept for a peer is bounded (streams by ``max_streams``,
 bytes by the windows). A violation ends the epoch; the owner of the port decides what comes then.
-
-Flow control: each side may send INITIAL_WINDOW_BYTES per stream unasked; the receiver returns credit with WINDOW as
-its own reader takes the bytes, and once, for a stream that is really read, widens the window. A stream ends when
-both sides have sent CLOSE; until then its number stays known, so a frame for an unknown number is a violation.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final
 
+from atelier.guest_protocol import PROTOCOL_VERSION
 from atelier.guest_protocol.frames import (
     CLOSE,
     CLOSE_REASON_NAMES,
     CLOSED_BUSY,
-    CLOSED_DONE,
     CLOSED_RESET,
     DATA,
     EOF,
@@ -33,7 +29,6 @@ from atelier.guest_protocol.frames import (
     MAX_PAYLOAD_BYTES,
     OPEN,
     OPENED,
-    PACKED_PAYLOAD_BYTES,
     TRAILER,
     TRAILER_BYTES,
     WINDOW,
@@ -45,227 +40,15 @@ from atelier.guest_protocol.frames import (
     trailer_of,
 )
 from atelier.guest_protocol.output_queue import OutputQueue, PackedFrame, Piece
+from atelier.guest_protocol.stream import FULL_WINDOW_BYTES, INITIAL_WINDOW_BYTES, OUTPUT_HIGH_BYTES, Stream, StreamEnd
 
-INITIAL_WINDOW_BYTES: Final = 256 * 1024
-FULL_WINDOW_BYTES: Final = 1024 * 1024
-MIN_CREDIT_BYTES: Final = 16 * 1024
-"""A WINDOW frame gives at least this much, so that a flood of them is a violation."""
+_VERSION_1_FULL_WINDOW_BYTES: Final = 1024 * 1024
 WIDENED_BUDGET_BYTES: Final = 32 * 1024 * 1024
 """How much all streams of one channel together may be widened beyond their initial windows."""
 
-_OUTPUT_HIGH_BYTES: Final = 2 * MAX_FRAME_BYTES
 _OUTPUT_LOW_BYTES: Final = MAX_FRAME_BYTES
 _COPIED_BYTES: Final = 8 * 1024
 """A payload up to this size is copied in between the small frames: one more piece to write would cost more."""
-
-
-class StreamEnd(Protocol):
-    """What sits on a stream on this side. Called by the multiplexer; must not block, must not raise."""
-
-    def opened(self) -> None:
-        """The peer accepted the stream (only where it was opened from here)."""
-        ...
-
-    def received(self, payload: memoryview) -> None:
-        """Bytes, valid during this call only. ``Stream.consumed`` is due once they have been passed on."""
-        ...
-
-    def received_end(self) -> None:
-        """Nothing more will come; sending still works."""
-        ...
-
-    def closed(self, reason: int) -> None:
-        """The last call: the peer closed the stream (CLOSED_DONE: what came before is to be passed on still)
-        or the epoch is over (CLOSED_RESET)."""
-        ...
-
-    def may_send(self) -> None:
-        """``sendable_bytes`` has answered 0, or ``borrow_frame`` None, and is worth asking again."""
-        ...
-
-
-class Stream:
-    """One stream, as its StreamEnd sees it. All methods do nothing once it is closed."""
-
-    __slots__ = (
-        "_multiplexer",
-        "_receive_credit",
-        "_send_credit",
-        "_starved",
-        "_unreturned",
-        "_waiting",
-        "_wide",
-        "close_sent",
-        "end",
-        "end_received",
-        "end_sent",
-        "identifier",
-        "opened",
-        "peer_may_speak",
-        "port",
-    )
-
-    def __init__(self, multiplexer: Multiplexer, identifier: int, port: int, *, opened_by_peer: bool) -> None:
-        self._multiplexer = multiplexer
-        self.identifier = identifier
-        self.port = port
-        self.end: StreamEnd | None = None
-        self.opened = False
-        self.peer_may_speak = opened_by_peer
-        """The side that opens a stream may send at once, the other one after its OPENED."""
-        self.end_sent = False
-        self.end_received = False
-        self.close_sent = False
-        self._send_credit = INITIAL_WINDOW_BYTES
-        self._receive_credit = INITIAL_WINDOW_BYTES
-        self._unreturned = 0
-        self._wide = False
-        self._waiting = False
-        self._starved = False
-
-    def sendable_bytes(self) -> int:
-        """How much ``send`` takes now, at most one frame's payload. After 0, ``may_send`` will be called."""
-        if self.end_sent or self.close_sent:
-            return 0
-        if self._multiplexer.output_bytes >= _OUTPUT_HIGH_BYTES:
-            self._multiplexer.wait_for_room(self)
-            return 0
-        if self._send_credit == 0:
-            self._starved = True
-        return min(self._send_credit, MAX_PAYLOAD_BYTES)
-
-    def send(self, payload: bytes | memoryview) -> None:
-        """Send 1 to ``sendable_bytes()`` bytes. A large payload that cannot change is not copied."""
-        length = len(payload)
-        if self.end_sent or self.close_sent:
-            return
-        if not 0 < length <= min(self._send_credit, MAX_PAYLOAD_BYTES):
-            raise ValueError("more than the stream may send now")
-        self._send_credit -= length
-        self._multiplexer.put_data(self.identifier, payload, length)
-
-    def borrow_frame(self, wanted: int) -> PackedFrame | None:
-        """A frame to fill with up to ``wanted`` bytes and to give to ``send_frame`` before anything else is sent: the
-        way of bulk data. None if not all of them, or a full frame, can go now; then ``may_send`` will be called."""
-        if self.end_sent or self.close_sent:
-            return None
-        if self._multiplexer.output_bytes >= _OUTPUT_HIGH_BYTES:
-            self._multiplexer.wait_for_room(self)
-            return None
-        if self._send_credit < min(wanted, PACKED_PAYLOAD_BYTES):
-            self._starved = True
-            return None
-        return self._multiplexer.borrow_frame()
-
-    def send_frame(self, frame: PackedFrame, length: int) -> None:
-        """Send the first ``length`` bytes of a borrowed frame's payload."""
-        if self.end_sent or self.close_sent:
-            return
-        if not 0 < length <= min(self._send_credit, PACKED_PAYLOAD_BYTES):
-            raise ValueError("more than the stream may send now")
-        self._send_credit -= length
-        self._multiplexer.put_frame(self.identifier, frame, length)
-
-    def send_end(self) -> None:
-        """No more bytes from here. If the peer has said so too, this closes the stream."""
-        if self.end_sent or self.close_sent:
-            return
-        self.end_sent = True
-        if self.end_received:
-            self._send_close(CLOSED_DONE)
-        else:
-            self._multiplexer.put(EOF, self.identifier)
-
-    def close(self, reason: int = CLOSED_DONE) -> None:
-        """Neither send nor read any more. No call to ``end`` follows."""
-        self.end = None
-        self._send_close(reason)
-
-    def accept(self) -> None:
-        """Answer an OPEN of the peer's with yes."""
-        if not self.opened and not self.close_sent:
-            self.opened = True
-            self._multiplexer.put(OPENED, self.identifier)
-
-    def consumed(self, count: int) -> None:
-        """``count`` received bytes have been passed on: give their credit back, in steps that leave the sender at
-        least half a window to go on with. Each WINDOW frame costs an emulated guest an interrupt and a turn."""
-        if self.end_received or self.close_sent:
-            return
-        self._unreturned += count
-        if self._unreturned < (FULL_WINDOW_BYTES // 2 if self._wide else INITIAL_WINDOW_BYTES // 4):
-            return
-        credit = self._unreturned
-        self._unreturned = 0
-        if not self._wide and self._multiplexer.take_widening():
-            # Only a stream that is read gets here: one whose reader stalls keeps the small window.
-            self._wide = True
-            credit += FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
-        self._receive_credit += credit
-        self._multiplexer.put(WINDOW, self.identifier, credit)
-
-    def _send_close(self, reason: int) -> None:
-        if not self.close_sent:
-            self.close_sent = True
-            self.end_sent = True
-            self._multiplexer.put(CLOSE, self.identifier, 0, reason)
-
-    # What follows is called by the multiplexer alone.
-
-    def take_data(self, payload: memoryview, length: int) -> None:
-        if not self.peer_may_speak:
-            raise ProtocolViolation("DATA before the stream was opened")
-        if self.end_received:
-            raise ProtocolViolation("DATA after the end of the stream")
-        if length > self._receive_credit:
-            raise ProtocolViolation("DATA beyond the window")
-        self._receive_credit -= length
-        if self.end is not None:
-            self.end.received(payload)
-
-    def take_end(self) -> None:
-        if not self.peer_may_speak or self.end_received:
-            raise ProtocolViolation("EOF out of place")
-        self.end_received = True
-        if self.end_sent:
-            self._send_close(CLOSED_DONE)
-        if self.end is not None:
-            self.end.received_end()
-
-    def take_credit(self, credit: int) -> None:
-        if not self.peer_may_speak or credit < MIN_CREDIT_BYTES or self._send_credit + credit > FULL_WINDOW_BYTES:
-            raise ProtocolViolation("a WINDOW out of bounds")
-        self._send_credit += credit
-        if self._starved:
-            self._starved = False
-            if self.end is not None:
-                self.end.may_send()
-
-    def take_opened(self) -> None:
-        if self.opened:
-            raise ProtocolViolation("OPENED twice")
-        self.opened = self.peer_may_speak = True
-        if self.end is not None:
-            self.end.opened()
-
-    def take_close(self, reason: int) -> None:
-        self._send_close(CLOSED_DONE)
-        self.end_received = True
-        if self._wide:
-            self._multiplexer.give_widening_back()
-        end, self.end = self.end, None
-        if end is not None:
-            end.closed(reason)
-
-    def room(self) -> None:
-        self._waiting = False
-        if self.end is not None:
-            self.end.may_send()
-
-    def start_waiting(self) -> bool:
-        """True if the stream was not waiting for room yet."""
-        was_waiting, self._waiting = self._waiting, True
-        return not was_waiting
 
 
 class Multiplexer:
@@ -273,6 +56,7 @@ class Multiplexer:
 
     ``accept`` (the guest's side) gets each stream that the peer opens, sets its ``end``, and answers sooner or later
     with ``accept()`` or ``close(reason)``; the host's side has none, and an OPEN from its peer is a violation.
+    ``on_forgotten`` is called when unsent output has been forgotten, with what of it lies in the owner's pipe.
     ``on_greeting`` gets each greeting; it may call ``begin_epoch`` or ``end_epoch``, or raise ProtocolViolation.
     """
 
@@ -282,11 +66,13 @@ class Multiplexer:
         on_output: Callable[[], None],
         on_greeting: Callable[[Greeting], None],
         accept: Callable[[Stream], None] | None = None,
+        on_forgotten: Callable[[], None] = lambda: None,
         max_streams: int = 1024,
         buffer_bytes: int = 4 * MAX_FRAME_BYTES,
     ) -> None:
         self._on_greeting = on_greeting
         self._accept = accept
+        self._on_forgotten = on_forgotten
         self._max_streams = max_streams
         self.receive_buffer = ReceiveBuffer(buffer_bytes)
         self.epoch = 0
@@ -294,6 +80,8 @@ class Multiplexer:
         """Bytes skipped outside any epoch since the last call of ``begin_epoch`` or ``end_epoch``."""
         self.skipped_only_zeros = True
         self.frames_received = 0
+        self.full_window_bytes = FULL_WINDOW_BYTES
+        """What a stream that is really read may be sent ahead."""
         self._trailer = TRAILER.pack(0)
         self._streams: dict[int, Stream] = {}
         self._last_identifier = 0
@@ -310,9 +98,10 @@ class Multiplexer:
         """Queued and not written yet."""
         return self._output.size
 
-    def begin_epoch(self, nonce: bytes) -> None:
-        """Reset all streams, forget unsent output, speak under the epoch of ``nonce`` from now on."""
+    def begin_epoch(self, nonce: bytes, version: int = PROTOCOL_VERSION) -> None:
+        """Reset all streams, forget unsent output, speak ``version`` under the epoch of ``nonce`` from now on."""
         self.end_epoch()
+        self.full_window_bytes = FULL_WINDOW_BYTES if version > 1 else _VERSION_1_FULL_WINDOW_BYTES
         self.epoch = epoch_of(nonce)
         self._trailer = TRAILER.pack(trailer_of(self.epoch))
 
@@ -331,6 +120,7 @@ class Multiplexer:
             if end is not None:
                 end.closed(CLOSED_RESET)
         self._output.clear()
+        self._on_forgotten()
 
     def open(self, port: int, end: StreamEnd) -> Stream | None:
         """Open a stream to the peer's ``port`` (1 to 65535); None if there are too many, or no epoch. Bytes may be
@@ -456,9 +246,20 @@ class Multiplexer:
         """Queue a DATA frame that was filled in place."""
         self._output.append_frame(frame, (self.epoch, DATA, 0, identifier, length, MAGIC), self._trailer, length)
 
+    def put_piped(self, identifier: int, length: int) -> None:
+        """Queue a DATA frame whose payload lies in the owner's pipe."""
+        output = self._output
+        output.append(FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC))
+        output.append_piped(length)
+        output.append(self._trailer)
+
     def put_raw(self, data: bytes) -> None:
         """Queue padding or a greeting."""
         self._output.append(data)
+
+    def next_piped(self) -> int:
+        """How many bytes of the owner's pipe are to be written next; 0 if it is ``next_pieces``' turn."""
+        return self._output.next_piped()
 
     def next_pieces(self) -> list[Piece]:
         """What to write next, in order, empty if there is nothing. ``wrote`` says how much of it was written."""
@@ -473,7 +274,7 @@ class Multiplexer:
         if self.output_bytes > _OUTPUT_LOW_BYTES:
             return
         for _ in range(len(self._waiting)):
-            if not self._waiting or self.output_bytes >= _OUTPUT_HIGH_BYTES:
+            if not self._waiting or self.output_bytes >= OUTPUT_HIGH_BYTES:
                 return
             self._waiting.popleft().room()
 
@@ -484,8 +285,8 @@ class Multiplexer:
     def take_widening(self) -> bool:
         if self._widened_bytes >= WIDENED_BUDGET_BYTES:
             return False
-        self._widened_bytes += FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
+        self._widened_bytes += self.full_window_bytes - INITIAL_WINDOW_BYTES
         return True
 
     def give_widening_back(self) -> None:
-        self._widened_bytes -= FULL_WINDOW_BYTES - INITIAL_WINDOW_BYTES
+        self._widened_bytes -= self.full_window_bytes - INITIAL_WINDOW_BYTES

@@ -28,6 +28,15 @@ _PIECES: Final = 16
 Piece = bytes | bytearray | memoryview
 
 
+class PipedBytes(int):
+    """A piece that lies in the owner's pipe: so many bytes, which come out of it next."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return self
+
+
 class PackedFrame:
     """Memory for one DATA frame. Who borrows it fills ``payload`` from its start and sends it."""
 
@@ -57,7 +66,7 @@ class OutputQueue:
         self._on_output = on_output
         self.size = 0
         """Bytes queued and not written."""
-        self._pieces: deque[Piece] = deque()
+        self._pieces: deque[Piece | PipedBytes] = deque()
         self._written_bytes = 0
         """How much of the first piece has been written."""
         self._gathering: bytearray | None = None
@@ -93,6 +102,12 @@ class OutputQueue:
         self._pieces.append(payload)
         self._grown(len(payload))
 
+    def append_piped(self, length: int) -> None:
+        """Queue what has just been put into the owner's pipe."""
+        self._gathering = None
+        self._pieces.append(PipedBytes(length))
+        self._grown(length)
+
     def borrow_frame(self) -> PackedFrame:
         """Who does not send it after all just drops it."""
         return self._free.pop() if self._free else PackedFrame()
@@ -114,6 +129,13 @@ class OutputQueue:
         if was_empty:
             self._on_output()
 
+    def next_piped(self) -> int:
+        """How many bytes of the pipe are to be written next; 0 if it is ``next_pieces``' turn. ``wrote`` says how many
+        were."""
+        if not self._pieces or not isinstance(first := self._pieces[0], PipedBytes):
+            return 0
+        return first - self._written_bytes
+
     def next_pieces(self) -> list[Piece]:
         """What to write next, in order, empty if there is nothing. ``wrote`` says how much of it was written."""
         # What has been handed out is not added to: its memory is lent.
@@ -121,11 +143,13 @@ class OutputQueue:
         pieces: list[Piece] = []
         size = 0
         for piece in self._pieces:
+            if isinstance(piece, PipedBytes):
+                break
             pieces.append(piece)
             size += len(piece)
             if size >= _PIECES_BYTES or len(pieces) >= _PIECES:
                 break
-        if self._written_bytes:
+        if self._written_bytes and pieces:
             pieces[0] = memoryview(pieces[0])[self._written_bytes :]
         return pieces
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from atelier.guest_protocol.frames import CLOSED_DONE, CLOSED_RESET
-from atelier.guest_protocol.multiplexer import Stream
+from atelier.guest_protocol.stream import Stream
 
 _READS_PER_TURN: Final = 2
 _SEND_BYTES: Final = 256 * 1024

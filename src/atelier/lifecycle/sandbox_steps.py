@@ -30,7 +30,7 @@ from atelier.drivers.vmm.interface import VmmDriver
 from atelier.lifecycle.boot_gate import BootGate
 from atelier.lifecycle.connected_start import start_connected
 from atelier.lifecycle.consoles import KeptConsoles
-from atelier.lifecycle.file_system_growth import grow_root_file_system
+from atelier.lifecycle.disk_growth import grow_disk, grow_root_file_system
 from atelier.lifecycle.network_policies import NetworkPolicies
 from atelier.lifecycle.origins import Origins
 from atelier.lifecycle.progress import ProgressEvents
@@ -60,7 +60,6 @@ from atelier.model.errors import (
 from atelier.model.guest import GuestIdentity
 from atelier.model.layout import RunLayout
 from atelier.model.machine import (
-    ROOT_DISK_SERIAL,
     TOOLS_DISK_SERIAL,
     Disk,
     DiskFile,
@@ -380,7 +379,7 @@ class SandboxSteps:
         if sandbox.spec.disk_mib <= max(sandbox.file_system_mib, context.outputs["image"].get("size_mib", 0)):
             return {"file_system_mib": sandbox.spec.disk_mib}
         if _is_restored(context):
-            await self._grow_volume(sandbox)
+            await grow_disk(self.vmm, self.storage, sandbox, self.directory(context))
         warning = await self.while_machine_runs(context, grow_root_file_system(self.guests, sandbox.id))
         return {"warning": warning} if warning else {"file_system_mib": sandbox.spec.disk_mib}
 
@@ -413,16 +412,8 @@ class SandboxSteps:
         return {"forced": True, "reason": reason}
 
     async def _grow_disk(self, context: StepContext) -> dict[str, Any]:
-        await self._grow_volume(self.sandbox(context))
+        await grow_disk(self.vmm, self.storage, self.sandbox(context), self.directory(context))
         return {}
-
-    async def _grow_volume(self, sandbox: Sandbox) -> None:
-        directory = self.run.vmm_directory(sandbox.id)
-        runs = await self.vmm.find_process(sandbox.id, directory) is not None
-        if not runs or self.storage.grows_open_volumes:
-            await self.storage.grow_volume(sandbox.id, sandbox.spec.disk_mib)
-        if runs:
-            await self.vmm.resize_disk(directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
 
     async def _grow_running_file_system(self, context: StepContext) -> dict[str, Any]:
         """Without a running guest nothing is to be done: the next start does it."""

@@ -123,11 +123,14 @@ class Installation:
                 ssh = SshService(services.ssh_keys, services.ssh_entry, data, run, settings.ssh_listen)
                 ssh.open()
                 previews = PreviewServing(services.previews, services.preview_entry, run, settings.previews)
+                kept = (ssh.keep, previews.keep)
+                # First, since it makes known which hosts are previews': a gateway of before asks as soon as it can.
+                for keep in kept:
+                    await keep()
                 questions = GatewayQuestions(run, {"ssh": ssh.answer, "preview": previews.answer})
                 await questions.open()
                 stack.push_async_callback(questions.close)
-                for keep in (ssh.keep, previews.keep):
-                    await keep()
+                for keep in kept:
                     stack.push_async_callback(
                         _cancel, asyncio.create_task(_every(_SERVING_SECONDS, keep, after=_SERVING_SECONDS))
                     )

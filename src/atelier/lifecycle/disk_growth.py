@@ -1,10 +1,17 @@
-"""Grows a running guest's root file system to its disk, online. Used by the steps of creates, starts and resizes."""
+"""Grows a sandbox's disk, and a running guest's root file system to it, online. Used by the steps of creates, starts and
+resizes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from atelier.drivers.guest.interface import GuestDriver
+from atelier.drivers.storage.interface import StorageDriver
+from atelier.drivers.vmm.interface import VmmDriver
 from atelier.model.errors import GuestError, GuestUnreachableError, NotFoundError
 from atelier.model.guest import ProcessEnded, ProcessOutput, ProcessSpec
+from atelier.model.machine import ROOT_DISK_SERIAL
+from atelier.model.sandbox import Sandbox
 
 _GROWTH_SECONDS = 300.0
 _GROWTH_OUTPUT_BYTES = 4096
@@ -14,6 +21,15 @@ _GROWTH_SCRIPT = (
     "test -e /dev/vda || { IFS=: read -r major minor </sys/block/vda/dev && mknod /dev/vda b $major $minor; }; "
     "exec resize2fs /dev/vda"
 )
+
+
+async def grow_disk(vmm: VmmDriver, storage: StorageDriver, sandbox: Sandbox, run_directory: Path) -> None:
+    """To the size that the sandbox's row promises, whether its machine runs or not."""
+    runs = await vmm.find_process(sandbox.id, run_directory) is not None
+    if not runs or storage.grows_open_volumes:
+        await storage.grow_volume(sandbox.id, sandbox.spec.disk_mib)
+    if runs:
+        await vmm.resize_disk(run_directory, ROOT_DISK_SERIAL, sandbox.spec.disk_mib)
 
 
 async def grow_root_file_system(guests: GuestDriver, sandbox_id: str) -> str:

@@ -1,0 +1,69 @@
+"""Pipes through which parts of files reach the guest channel without passing through this process.
+
+Owned by ``channel``; filled by ``local_stream``. In a guest under software emulation copying a file's bytes in and out of
+this process costs as much as all else of a download. The kernel moves pages instead: from its page cache into a pipe,
+and from there to the port.
+
+Each frame has a pipe to itself. Linux's virtio port hands the host a table with a place for every page that is in the
+pipe, also for those that it was not asked to move, and those places lead nowhere. Source: splice(2), pipe(7); Linux
+drivers/char/virtio_console.c, port_fops_splice_write.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import deque
+from typing import Final
+
+_CAPACITY_BYTES: Final = 256 * 1024
+"""More than a frame, also where it begins in the middle of a page; a power of two."""
+
+
+class OutputPipes:
+    """What lies in them is in the order of the channel's output."""
+
+    def __init__(self) -> None:
+        self._filled: deque[tuple[int, int]] = deque()
+        """(read end, bytes in it)"""
+        self._ends: dict[int, int] = {}
+        """Write end, by read end."""
+        self._free: list[int] = []
+
+    def take_from(self, descriptor: int, position: int, wanted: int) -> int:
+        """Take bytes of a file, from ``position`` on; returns how many, 0 at its end. Raises OSError: EINVAL where the
+        file's system moves no pages, EMFILE, ENFILE."""
+        read_end = self._free.pop() if self._free else self._open()
+        count = 0
+        try:
+            count = os.splice(descriptor, self._ends[read_end], wanted, offset_src=position)
+        finally:
+            if count:
+                self._filled.append((read_end, count))
+            else:
+                self._free.append(read_end)
+        return count
+
+    def give_to(self, descriptor: int, length: int) -> int:
+        """Move up to ``length`` bytes of the first frame on; returns how many. Raises OSError: of the descriptor."""
+        read_end, present = self._filled[0]
+        count = os.splice(read_end, descriptor, min(length, present))
+        if count < present:
+            self._filled[0] = (read_end, present - count)
+        else:
+            self._filled.popleft()
+            self._free.append(read_end)
+        return count
+
+    def forget(self) -> None:
+        """What lies in them is wanted by nobody any more."""
+        for read_end, _ in self._filled:
+            os.close(read_end)
+            os.close(self._ends.pop(read_end))
+        self._filled.clear()
+
+    def _open(self) -> int:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._ends[read_end] = write_end
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _CAPACITY_BYTES)
+        return read_end
