@@ -103,8 +103,8 @@ class QemuVmm:
         """Find out, once, what the first start needs to know: whether KVM works, the counter's rate, and whether the
         limits of a running process can be raised.
 
-        Takes up to 3 s (60 s where KVM was demanded); ``ensure_started`` calls it if nobody did. Raises MissingProgramError, and VmmError when KVM was
-        demanded and does not work.
+        Takes up to 3 s (60 s where KVM was demanded); ``ensure_started`` calls it if nobody did. Raises
+        MissingProgramError, and VmmError when KVM was demanded and does not work.
         """
         find_executable()
         async with self._preparing:
