@@ -138,6 +138,9 @@ class Stage(ABC):
         await self.vmm.ensure_stopped(sandbox_id, self.folder / sandbox_id, None)
         await self.vmm.ensure_run_directory_absent(self.folder / sandbox_id)
 
+    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+        await self.vmm.bake(stream, await self.vmm.stamp(spec.boot, spec.network.kind), spec, image)
+
     async def saved(self, name: str) -> MemoryStream:
         """The parent as it is now, over disk files that it writes to no more."""
         top = self.overlay(f"{name}-next").top

@@ -103,7 +103,7 @@ async def test_many_machines_from_one_image(stage: Stage) -> None:
     stream = await stage.saved("to-bake")
     image = MemoryImage(stage.folder / "memory", stage.folder / "state")
     baking = replace(stage.parent, sandbox_id="baked", run_directory=stage.folder / "baking")
-    await stage.vmm.bake(stream, baking, image)
+    await stage.bake(stream, baking, image)
     assert not baking.run_directory.exists()
     assert [path.stat().st_mode & 0o777 for path in (image.memory, image.state)] == [0o400, 0o400]
     assert _files(stage) & {"memory.new", "state.new"} == set()
@@ -128,7 +128,7 @@ async def test_what_is_damaged_is_refused_and_leaves_nothing(stage: Stage) -> No
     stream = await stage.saved("whole")
     image = MemoryImage(stage.folder / "whole-memory", stage.folder / "whole-state")
     baking = replace(stage.parent, sandbox_id="baked", run_directory=stage.folder / "baking")
-    await stage.vmm.bake(stream, baking, image)
+    await stage.bake(stream, baking, image)
     half, nothing, short = (stage.folder / name for name in ("half", "nothing", "short"))
 
     def cut(path: Path) -> Path:
@@ -160,7 +160,7 @@ async def test_what_is_damaged_is_refused_and_leaves_nothing(stage: Stage) -> No
     before = _files(stage)
     for broken in (MemoryStream(cut(stream.path)), MemoryStream(nothing)):
         with pytest.raises(VmmError) as refusal:
-            await stage.vmm.bake(broken, baking, MemoryImage(stage.folder / "no-memory", stage.folder / "no-state"))
+            await stage.bake(broken, baking, MemoryImage(stage.folder / "no-memory", stage.folder / "no-state"))
         assert refusal.value.code == "bake_failed"
     assert _files(stage) - {"half"} == before - {"half"}
     assert not baking.run_directory.exists()

@@ -82,6 +82,8 @@ class FileDrivers:
 
     opens_network = False
 
+    grows_open_volumes = False
+
     enforces_policies = True
 
     async def ensure_slot(self, sandbox_id: str, lease: int, policy: NetworkPolicy) -> NetworkAttachment:

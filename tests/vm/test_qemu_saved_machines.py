@@ -33,6 +33,7 @@ from tests.vm.ordinary_user import as_ordinary_user
 from tests.vm.test_full_disk import mounted
 
 from atelier.drivers.vmm import qemu, qemu_baking, qemu_saving
+from atelier.drivers.vmm.qemu import QemuVmm
 from atelier.drivers.vmm.qemu_arguments import OpenMemory, process_name
 from atelier.drivers.vmm.qemu_disks import open_disk
 from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, launch
@@ -65,7 +66,7 @@ def image(stage: QemuStage) -> MemoryImage:
     made = MemoryImage(stage.folder / "image-memory", stage.folder / "image-state")
 
     async def bake() -> None:
-        await stage.vmm.bake(await stage.saved("for-the-image"), _baking(stage), made)
+        await stage.bake(await stage.saved("for-the-image"), _baking(stage), made)
 
     asyncio.run(bake())
     return made
@@ -212,7 +213,7 @@ async def test_a_baking_machine_writes_to_its_memory_file_only(
 
     monkeypatch.setattr(qemu_baking, "load_state", look_and_load)
     made = MemoryImage(stage.folder / "looked-at-memory", stage.folder / "looked-at-state")
-    await stage.vmm.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
+    await stage.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
     folder = _baking(stage).run_directory
     assert seen == [{f"{made.memory}.new", *(str(folder / name) for name in ("console.log", "qemu.log"))}]
     assert [(path.stat().st_uid, path.stat().st_mode & 0o777) for path in (made.memory, made.state)] == [(0, 0o400)] * 2
@@ -265,7 +266,7 @@ def test_an_ordinary_user_saves_machines_too() -> None:
 async def _save_and_bake(stage: QemuStage) -> list[bool]:
     stream = await stage.saved("an-ordinary-users")
     made = MemoryImage(stage.folder / "memory", stage.folder / "state")
-    await stage.vmm.bake(stream, _baking(stage), made)
+    await stage.bake(stream, _baking(stage), made)
     specs = [stage.restored(CLONE, stream), stage.restored(OTHER, made)]
     for spec in specs:
         await stage.start(spec)
@@ -341,6 +342,23 @@ def test_a_machine_whose_manager_died_while_restoring_it_is_started_anew(
     asyncio.run(next_manager())
 
 
+async def test_a_bake_asks_for_no_proof_of_kvm(
+    stage: QemuStage, image: MemoryImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no kernel that KVM could be tried with, and may be the first thing that a manager does."""
+
+    async def probe(*arguments: object, **options: object) -> None:
+        raise AssertionError("KVM was tried")
+
+    monkeypatch.setattr(qemu, "probe_kvm", probe)
+    made = MemoryImage(stage.folder / "unproved-memory", stage.folder / "unproved-state")
+    spec = _baking(stage)
+    stamp = await stage.vmm.stamp(spec.boot, spec.network.kind)
+    fresh = QemuVmm(INSTALLATION, cache_dir=stage.folder / "cache")
+    await fresh.bake(MemoryStream(stage.folder / "for-the-image"), stamp, spec, made)
+    assert made.memory.read_bytes() == image.memory.read_bytes()
+
+
 @pytest.mark.parametrize("by", ["bake", "ensure_stopped"])
 def test_what_a_manager_that_died_while_baking_left_is_ended(stage: QemuStage, image: MemoryImage, by: str) -> None:
     made = MemoryImage(stage.folder / f"{by}-memory", stage.folder / f"{by}-state")
@@ -348,12 +366,13 @@ def test_what_a_manager_that_died_while_baking_left_is_ended(stage: QemuStage, i
 
     async def bake() -> None:
         setattr(qemu_baking, "send_state", _die)  # noqa: B010
-        await emulated(INSTALLATION, stage.folder).bake(stream, spec, made)
+        vmm = emulated(INSTALLATION, stage.folder)
+        await vmm.bake(stream, await vmm.stamp(spec.boot, spec.network.kind), spec, made)
 
     async def next_manager() -> None:
         (left,) = _bakers()
         if by == "bake":
-            await stage.vmm.bake(stream, spec, made)
+            await stage.bake(stream, spec, made)
         else:
             await stage.vmm.ensure_stopped(BAKED, spec.run_directory, None)
             await stage.vmm.ensure_run_directory_absent(spec.run_directory)
@@ -381,7 +400,7 @@ async def test_a_baking_machine_that_dies(
     before = _names(stage.folder)
     made = MemoryImage(stage.folder / "never-memory", stage.folder / "never-state")
     with pytest.raises(VmmError) as failure:
-        await stage.vmm.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
+        await stage.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
     assert failure.value.code == "bake_failed"
     assert _names(stage.folder) == before
     assert not _baking(stage).run_directory.exists()
@@ -405,7 +424,7 @@ async def test_a_full_disk_leaves_the_machine_running_and_no_file(
     assert list(small_file_system.iterdir()) == []
     made = MemoryImage(small_file_system / "memory", small_file_system / "state")
     with pytest.raises(DiskFullError):
-        await stage.vmm.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
+        await stage.bake(MemoryStream(stage.folder / "for-the-image"), _baking(stage), made)
     assert list(small_file_system.iterdir()) == []
     assert _bakers() == []
 

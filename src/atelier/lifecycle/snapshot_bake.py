@@ -81,7 +81,7 @@ class BakeSteps:
             network=NetworkAttachment(cast(Any, machine.stamp.network_kind), _SOME_MAC),
             run_directory=self.run.vmm_directory(snapshot.id),
         )
-        await self.vmm.bake(self.files.stream(snapshot.id), spec, image)
+        await self.vmm.bake(self.files.stream(snapshot.id), machine.stamp, spec, image)
         return {}
 
     async def remove_image(self, context: StepContext) -> None:

@@ -257,7 +257,7 @@ class FakeVmm:
         await self.faults.before("writes_to")
         return self._machine_with(run_directory, serial).disks_top[serial] == _file_key(file)
 
-    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+    async def bake(self, stream: MemoryStream, stamp: MachineStamp, spec: MachineSpec, image: MemoryImage) -> None:
         await self.faults.before("bake")
         try:
             saved = _fitting(read_saved(stream), spec)

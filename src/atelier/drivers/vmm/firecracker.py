@@ -366,7 +366,7 @@ class FirecrackerVmm:
             return stat.S_ISBLK(asked.st_mode) and used.st_rdev == asked.st_rdev
         return (used.st_dev, used.st_ino) == (asked.st_dev, asked.st_ino)
 
-    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+    async def bake(self, stream: MemoryStream, stamp: MachineStamp, spec: MachineSpec, image: MemoryImage) -> None:
         await bake_image(stream, image, spec.memory_mib * _MIB)
 
     # --- places -------------------------------------------------------------------------------------------------------

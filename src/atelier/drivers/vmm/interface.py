@@ -161,11 +161,11 @@ class VmmDriver(Protocol):
         to: so it is found out whether a switch took place. Raises VmmError when no machine runs there."""
         ...
 
-    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
+    async def bake(self, stream: MemoryStream, stamp: MachineStamp, spec: MachineSpec, image: MemoryImage) -> None:
         """Turn a stream into an image: two new files (mode 0400), the state last; each whole or absent, ``.new`` as
         above.
 
-        ``spec`` is that of the saved machine but for two things: ``sandbox_id`` names what is baked, and
+        ``stamp`` is that of the saved machine, ``spec`` its own but for two things: ``sandbox_id`` names what is baked, and
         ``run_directory`` is made and removed here. Its disks and its TAP are not touched. What a manager that died
         meanwhile has left is ended by the next ``bake`` or ``ensure_stopped`` of this id.
 

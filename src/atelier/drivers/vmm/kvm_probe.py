@@ -105,6 +105,7 @@ async def boot_tiny_guest(
 ) -> KvmAnswer:
     """The proof itself: boot, answer, power off, within the limit."""
     limit_seconds = _DEMANDED_TIME_LIMIT_SECONDS if is_demanded else _TIME_LIMIT_SECONDS
+    hint = "" if is_demanded else _FALLBACK_HINT
     with tempfile.TemporaryDirectory(prefix="atelier-kvm-") as directory, contextlib.ExitStack() as stack:
         folder = RunFolder(Path(directory))
         descriptors = stack.enter_context(opened_machine(folder, boot))
@@ -134,7 +135,7 @@ async def boot_tiny_guest(
                 return KvmAnswer(
                     False,
                     f"a guest under KVM did not come up within {limit_seconds:g} s",
-                    _FALLBACK_HINT,
+                    hint,
                 )
             finally:
                 await kill_and_wait(identity)
@@ -144,4 +145,4 @@ async def boot_tiny_guest(
             return KvmAnswer(True, "a guest booted under KVM")
         said = read_tail(folder.stderr, 1000).decode(errors="replace").splitlines()
         first = said[0] if said else "QEMU said nothing"
-        return KvmAnswer(False, f"a guest under KVM ended without an answer: {first}", _FALLBACK_HINT)
+        return KvmAnswer(False, f"a guest under KVM ended without an answer: {first}", hint)

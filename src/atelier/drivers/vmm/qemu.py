@@ -26,7 +26,7 @@ from atelier.drivers.vmm.qemu_launch import PROGRAM, FileLimits, QemuHost, find_
 from atelier.drivers.vmm.qemu_memory import SealedImages
 from atelier.drivers.vmm.qemu_migration import load_state, query_status, run_on
 from atelier.drivers.vmm.qemu_saving import save_machine
-from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version
+from atelier.drivers.vmm.qemu_stamp import make_stamp, read_version, vmm_name
 from atelier.drivers.vmm.qmp import QmpConnection
 from atelier.drivers.vmm.run_folder import RunFolder, sandboxes_of
 from atelier.drivers.vmm.vmm_users import find_user_range
@@ -93,7 +93,7 @@ class QemuVmm:
     @property
     def name(self) -> str:
         """``qemu-tcg`` until a probe has shown that KVM works."""
-        return "qemu-kvm" if self._chosen == "kvm" else "qemu-tcg"
+        return vmm_name(self._chosen or "tcg")
 
     @property
     def opens_network(self) -> bool:
@@ -110,11 +110,14 @@ class QemuVmm:
         async with self._preparing:
             if self._chosen is None:
                 self._chosen = await self._choose(boot)
-            if self._chosen == "tcg" and not self._tsc_khz:
-                self._tsc_khz = await asyncio.to_thread(cached_tsc_khz, self._cache_dir / "tsc.json")
-            if self._may_raise_hard_limits is None:
-                self._may_raise_hard_limits = await may_raise_hard_limits()
+            await self._learn(self._chosen)
             return self._chosen
+
+    async def _learn(self, accelerator: AcceleratorKind) -> None:
+        if accelerator == "tcg" and not self._tsc_khz:
+            self._tsc_khz = await asyncio.to_thread(cached_tsc_khz, self._cache_dir / "tsc.json")
+        if self._may_raise_hard_limits is None:
+            self._may_raise_hard_limits = await may_raise_hard_limits()
 
     async def _choose(self, boot: BootFiles) -> AcceleratorKind:
         executable = find_executable()
@@ -220,7 +223,7 @@ class QemuVmm:
                 memory = OpenMemory(await stack.enter_async_context(opened), shared=False)
             files = stack.enter_context(contextlib.ExitStack())
             return await launch(
-                self._host(),
+                self._host(await self.prepare(spec.boot)),
                 spec.sandbox_id,
                 spec,
                 disks=[open_disk(disk, files) for disk in (spec.root, spec.tools)],
@@ -230,9 +233,8 @@ class QemuVmm:
                 boots=spec.restore_from is None,
             )
 
-    def _host(self) -> QemuHost:
-        assert self._chosen is not None
-        return QemuHost(self._installation_id, self._chosen, self._tsc_khz, self._users)
+    def _host(self, accelerator: AcceleratorKind) -> QemuHost:
+        return QemuHost(self._installation_id, accelerator, self._tsc_khz, self._users)
 
     def _failure(self, spec: MachineSpec, folder: RunFolder, reason: str) -> VmmError:
         said = read_tail(folder.stderr, _STDERR_TAIL_BYTES).decode(errors="replace").strip()
@@ -370,16 +372,17 @@ class QemuVmm:
         async with self._control(run_directory) as control:
             return await writes_to(control, serial, file)
 
-    async def bake(self, stream: MemoryStream, spec: MachineSpec, image: MemoryImage) -> None:
-        if self._wanted == "kvm" and self._chosen is None:
-            # It boots nothing that KVM could be tried with, and nothing else would do.
-            self._chosen = "kvm"
-        await self.prepare(spec.boot)
+    async def bake(self, stream: MemoryStream, stamp: MachineStamp, spec: MachineSpec, image: MemoryImage) -> None:
+        # It boots nothing that KVM could be tried with, and goes on under nothing else than what it ran under.
+        accelerator: AcceleratorKind = "kvm" if stamp.vmm == vmm_name("kvm") else "tcg"
+        find_executable()
+        async with self._preparing:
+            await self._learn(accelerator)
         await self._end_baking(spec.sandbox_id)
         await self.ensure_run_directory(spec.sandbox_id, spec.run_directory)
         folder = RunFolder(spec.run_directory)
         try:
-            await bake_image(self._host(), stream, spec, image)
+            await bake_image(self._host(accelerator), stream, spec, image)
         except (VmmError, CommandError) as error:
             said = read_tail(folder.stderr, _STDERR_TAIL_BYTES).decode(errors="replace").strip()
             if isinstance(error, CommandError) and not said:

@@ -28,11 +28,15 @@ async def read_version(executable: Path) -> str:
     raise VmmError(f"{executable} does not say its version: {said.strip()[:200]!r}")
 
 
+def vmm_name(accelerator: AcceleratorKind) -> str:
+    return f"qemu-{accelerator}"
+
+
 def make_stamp(version: str, accelerator: AcceleratorKind, tsc_khz: int, network_kind: str) -> MachineStamp:
     """Under emulation the guest sees QEMU's own processor, whatever the host's is, but for the counter's rate."""
     model, flags = ("max", "") if accelerator == "tcg" else read_processor()
     return MachineStamp(
-        vmm=f"qemu-{accelerator}",
+        vmm=vmm_name(accelerator),
         vmm_version=version,
         machine_type=MACHINE_TYPE,
         cpu_model=model,
