@@ -61,14 +61,14 @@ def read_generation():
 
 first, of_another = read_generation(), 0
 with open("/dev/urandom", "rb", buffering=0) as device, open("/home/user/blocks", "w", buffering=1) as blocks:
-    while of_another < 300:
+    while of_another < 100:
         generation, block = read_generation(), device.read(16)
         if read_generation() == generation:
             blocks.write(f"{generation} {block.hex()}\\n")
             of_another += generation != first
 open("/home/user/blocks-end", "w").close()
 """
-"""Reads blocks without a pause, up to the 300th of another generation than the one that it began in. A block that was
+"""Reads blocks without a pause, up to the 100th of another generation than the one that it began in. A block that was
 read before a restore and would be written down after it, in each fork, is dropped: the generation is another one then."""
 
 UUID_MAKER = """
@@ -286,7 +286,7 @@ def test_no_random_block_occurs_twice(forks: list[Sandbox], box: Sandbox) -> Non
     for fork in forks:
         blocks = blocks_of(fork)
         own = [(generation, block) for generation, block in blocks if generation != first]
-        assert len(own) == 300 and {generation for generation, _ in own} == {
+        assert len(own) == 100 and {generation for generation, _ in own} == {
             run(fork, "cat /run/atelier/generation").strip()
         }
         inherited = {block for generation, block in blocks if generation == first}
@@ -294,7 +294,7 @@ def test_no_random_block_occurs_twice(forks: list[Sandbox], box: Sandbox) -> Non
             "it was reading when it was saved, and so was its parent afterwards"
         )
         drawn += [block for _, block in own]
-    assert len(set(drawn)) == len(drawn) > FORKS * 300
+    assert len(set(drawn)) == len(drawn) > FORKS * 100
 
 
 def test_destroy_wins_over_pausing_and_snapshots(manager: RunningManager, forks: list[Sandbox]) -> None:

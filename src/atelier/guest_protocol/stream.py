@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from atelier.guest_protocol.multiplexer import Multiplexer
 
 INITIAL_WINDOW_BYTES: Final = 256 * 1024
-FULL_WINDOW_BYTES: Final = 4 * 1024 * 1024
-"""Large, since each WINDOW frame that reaches an emulated guest costs it as much as copying some 50 KiB does."""
+FULL_WINDOW_BYTES: Final = 2 * 1024 * 1024
+"""Large, since each WINDOW frame that reaches an emulated guest costs it as much as copying some 50 KiB does; not larger,
+since that is what the gateway holds for a client that stops reading."""
 MIN_CREDIT_BYTES: Final = 16 * 1024
 """A WINDOW frame gives at least this much, so that a flood of them is a violation."""
 OUTPUT_HIGH_BYTES: Final = 2 * MAX_FRAME_BYTES
