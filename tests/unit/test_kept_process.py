@@ -172,6 +172,26 @@ async def test_a_service_is_waited_for_and_never_started_or_ended(tmp_path: Path
             await processes.kill_and_wait(left)
 
 
+async def test_a_service_that_was_only_busy_is_not_told_as_a_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Companion(tmp_path, "atelier-companion")
+    told: list[int] = []
+    service.on_started_anew = lambda: told.append(1)
+    running = await _start_elsewhere(service)
+    try:
+        await service.open()
+        os.kill(running.pid, signal.SIGSTOP)
+        await until(lambda: "does not answer" in caplog.text)
+        os.kill(running.pid, signal.SIGCONT)
+        with caplog.at_level("INFO"):
+            await until(lambda: "answers again" in caplog.text)
+        assert told == []
+        await service.close()
+    finally:
+        await processes.kill_and_wait(running)
+
+
 async def test_a_service_that_does_not_come_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_process, "_START_SECONDS", 0.3)
     with pytest.raises(HostError, match=r"companion \(atelier-companion\) does not answer") as refused:

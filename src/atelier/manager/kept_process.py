@@ -173,9 +173,11 @@ class KeptProcess:
                 was_gone = True
                 continue
             self._tell(answer.problems)
-            if was_gone or self._last != before:
+            if self._last != before:
                 logger.info("the %s (%s) was started anew", self._title, self._service)
                 self.on_started_anew()
+            elif was_gone:
+                logger.info("the %s (%s) answers again", self._title, self._service)
             was_gone = False
 
     async def _start(self) -> None:
