@@ -11,6 +11,7 @@ drivers/char/virtio_console.c, port_fops_splice_write.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections import deque
@@ -64,6 +65,8 @@ class OutputPipes:
 
     def _open(self) -> int:
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # One that stays smaller takes less at a time.
+        with contextlib.suppress(PermissionError):
+            fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _CAPACITY_BYTES)
         self._ends[read_end] = write_end
-        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _CAPACITY_BYTES)
         return read_end
