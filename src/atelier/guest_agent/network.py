@@ -16,7 +16,7 @@ from atelier.guest_protocol.connect import ConnectError
 
 RESOLV_CONF: Final = "/etc/resolv.conf"
 
-_CARDS: Final = "/sys/class/net"
+CARDS: Final = "/sys/class/net"
 _ROUTES: Final = "/proc/net/route"
 _ARPHRD_ETHER: Final = "1"
 _SIOCADDRT: Final = 0x890B
@@ -57,7 +57,7 @@ def parse_mac_address(text: str) -> bytes:
 
 
 def apply(settings: NetworkSettings | None, mac_address: bytes | None) -> None:
-    """Make the first Ethernet card what the two say; None: it keeps what it has. Twice is once."""
+    """Make the machine's Ethernet card what the two say; None: it keeps what it has. Twice is once."""
     card = _find_card()
     if card is None:
         raise ConnectError("failed_precondition", "the guest has no network card")
@@ -132,12 +132,15 @@ def _socket_address(address: bytes) -> bytes:
 
 
 def _find_card() -> str | None:
-    for name in sorted(os.listdir(_CARDS)):
+    """The first that is the machine's. The guest's users make others: docker0 comes before eth0, and so does dummy0."""
+    for name in sorted(os.listdir(CARDS)):
+        card = Path(CARDS, name)
         try:
-            kind = Path(_CARDS, name, "type").read_text().strip()
+            kind = (card / "type").read_text().strip()
         except OSError:
             continue
-        if kind == _ARPHRD_ETHER:
+        # Only what a driver has found has a device. Source: Linux Documentation/ABI/testing/sysfs-class-net.
+        if kind == _ARPHRD_ETHER and (card / "device").exists():
             return name
     return None
 
