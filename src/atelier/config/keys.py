@@ -66,7 +66,7 @@ KEYS = (
     Key("server", "templates", "ATELIER_TEMPLATES", "Whether creates are restored from a template.", '"on"',
         choices=("on", "off")),
     Key("server", "guest_kernel", "ATELIER_GUEST_KERNEL",
-        "debian: Debian's; own: compiled from Debian's source, all built in (finds no disk yet, ADR 28).", '"debian"', choices=("debian", "own")),
+        "debian: Debian's; own: compiled from Debian's source, all built in.", '"debian"', choices=("debian", "own")),
     Key("server", "companions", "ATELIER_COMPANIONS",
         "Who runs gateway and network holder: the manager itself (kept), or the host's service manager (services).",
         '"services"', choices=("kept", "services")),
