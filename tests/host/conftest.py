@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from tests.host.emulated_host import EmulatedHost, SavedHost, save_further, save_host, started_from
 from tests.host.host_image import ensure_image, why_not
-from tests.host.production_host import Operator, make_production_host
+from tests.host.production_host import Making, Operator, make_firecracker_host, make_production_host
 
 from atelier.config.settings import load_settings
+
+FIRECRACKER_RELEASE = Path(given) if (given := os.environ.get("ATELIER_TEST_FIRECRACKER")) else None
+"""A folder with a true Firecracker and its jailer, from ``scripts/test-host --firecracker``."""
 
 collect_ignore_glob = [] if os.environ.get("ATELIER_TEST_HOST") == "1" else ["test_*.py"]
 
@@ -20,7 +23,8 @@ collect_ignore_glob = [] if os.environ.get("ATELIER_TEST_HOST") == "1" else ["te
 def saved_host(tmp_path_factory: pytest.TempPathFactory) -> SavedHost:
     if missing := why_not():
         pytest.skip(missing)
-    return save_host(ensure_image(load_settings().cache_dir), tmp_path_factory.mktemp("saved-host"))
+    folder = tmp_path_factory.mktemp("saved-host")
+    return save_host(ensure_image(load_settings().cache_dir), folder, firecracker=FIRECRACKER_RELEASE)
 
 
 @pytest.fixture
@@ -37,13 +41,36 @@ def shared_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def saved_production_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory) -> SavedHost:
-    """Made by ``atelier host init``, without a sandbox."""
+def made_production_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedHost, Making]:
+    """By ``atelier host init``, once per run: without a sandbox, but with what they are made from."""
     return save_further(saved_host, tmp_path_factory.mktemp("production-host"), make_production_host)
 
 
-@pytest.fixture
-def operator(saved_production_host: SavedHost, tmp_path: Path) -> Generator[Operator]:
+@pytest.fixture(scope="session")
+def made_firecracker_host(
+    made_production_host: tuple[SavedHost, Making], tmp_path_factory: pytest.TempPathFactory
+) -> SavedHost:
+    """The same with Firecracker in place of QEMU."""
+    saved, _ = save_further(made_production_host[0], tmp_path_factory.mktemp("firecracker-host"), make_firecracker_host)
+    return saved
+
+
+# Without a Firecracker its run is absent: a skip could be taken for one that passed.
+@pytest.fixture(params=["qemu", *(["firecracker"] if FIRECRACKER_RELEASE else [])])
+def operator(
+    request: pytest.FixtureRequest, made_production_host: tuple[SavedHost, Making], tmp_path: Path
+) -> Generator[Operator]:
     """Of a production host of one's own."""
-    with started_from(saved_production_host, tmp_path) as host:
-        yield Operator(host)
+    is_qemu = request.param == "qemu"
+    saved = made_production_host[0] if is_qemu else request.getfixturevalue("made_firecracker_host")
+    with started_from(saved, tmp_path) as host:
+        yield Operator(host, request.param)
+
+
+@pytest.fixture(scope="module")
+def production_host(
+    made_production_host: tuple[SavedHost, Making], tmp_path_factory: pytest.TempPathFactory
+) -> Generator[EmulatedHost]:
+    """One for all tests of a file that leave it as they find it."""
+    with started_from(made_production_host[0], tmp_path_factory.mktemp("shared-production-host")) as host:
+        yield host

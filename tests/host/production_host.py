@@ -6,16 +6,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import shlex
 import tarfile
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from tests.host.emulated_host import LVM_DISK, PYTHON, EmulatedHost, Outcome
+from tests.host.emulated_host import FIRECRACKER, LVM_DISK, PYTHON, EmulatedHost, Outcome
 from tests.host.guest_files import unpack_guest_files
 
-HOST = f"{PYTHON} -P -m atelier.cli host"
 GROUP, BRIDGE = "sandboxes", "sandbr0"
 CONFIG = f"""
 [storage]
@@ -28,9 +27,48 @@ storage_device = "{LVM_DISK}"
 """
 SERVICES = ("atelier-network", "atelier-gateway", "atelier-manager")
 DATA, CACHE = "/var/lib/atelier/data", "/var/lib/atelier/cache"
+SMALL = ("--memory", "192M")
+"""Of every sandbox here; a template of this size is there."""
+
+Vmm = Literal["qemu", "firecracker"]
+_PROCESSES: dict[Vmm, str] = {"qemu": "qemu-system-x86", "firecracker": "firecracker"}
 
 _INIT_SECONDS = 1500.0
 _SANDBOX_SECONDS = 900.0
+_INIT = f"{PYTHON} -P -m atelier.cli host init --yes"
+
+# What a package manager, services of others and the clock write by themselves is nobody's change.
+_STATE = r"""
+dpkg-query -W -f '${Package} ${db:Status-Status}\n'
+ip -brief link | awk '{print $1}'
+nft list ruleset
+sysctl net.ipv4.ip_forward
+cat /etc/passwd /etc/group /etc/subuid
+vgs --noheadings; lvs --noheadings; wipefs /dev/vdb
+systemctl list-unit-files --no-legend | grep -i atelier | grep -v test-agent || true
+find /etc /usr/local /opt/atelier /var/lib/atelier /run/atelier* /dev/atelier -not -path '/etc/lvm/archive*' -not -path '/etc/lvm/backup*' \
+    -not -path '/etc/lvm/devices*' -not -name '*.pyc' -not -name __pycache__ -not -name 'passwd-' -not -name 'group-' \
+    -not -name 'subuid-' -not -name 'subgid-' -not -name 'shadow*' -not -name 'gshadow*' -not -name '.pwd.lock' \
+    -not -name 'ld.so.cache' -type f -printf '%p %m %u:%g %s\n' 2>/dev/null | sort || true
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How a bare machine became a production host: its state before, and what ``doctor`` said where init was cut off."""
+
+    bare_state: str
+    interrupted: str
+
+
+def state_of_machine(host: EmulatedHost) -> str:
+    """What Atelier could have changed of it, as text to compare."""
+    return host.run(_STATE).out
+
+
+def run_host(host: EmulatedHost, *words: str, check: bool = True) -> Outcome:
+    """``atelier host``, as root."""
+    return host.run_program("atelier.host_setup", *words, seconds=_INIT_SECONDS, check=check)
 
 
 def prepare_bare_host(host: EmulatedHost) -> None:
@@ -46,11 +84,58 @@ def prepare_bare_host(host: EmulatedHost) -> None:
     host.write("/root/host.toml", CONFIG)
 
 
-def make_production_host(host: EmulatedHost) -> None:
-    """``atelier host init``, and the files that sandboxes are made of."""
+def make_production_host(host: EmulatedHost) -> Making:
+    """By an init that is killed twice and gone on with. Sandboxes are restored from a template; there is none yet."""
     prepare_bare_host(host)
-    host.run(f"{HOST} init --config /root/host.toml --yes", seconds=_INIT_SECONDS)
+    bare_state = state_of_machine(host)
+    _cut_off(host, f"{_INIT} --config /root/host.toml", "make the thin pool")
+    _cut_off(host, _INIT, "start atelier-network")
+    interrupted = run_host(host, "doctor", check=False).out
+    host.run(_INIT, seconds=_INIT_SECONDS)
     host.run(unpack_guest_files(CACHE, "atelier"), seconds=_INIT_SECONDS)
+    make_template(Operator(host))
+    return Making(bare_state, interrupted)
+
+
+def make_firecracker_host(host: EmulatedHost) -> None:
+    """A production host whose machines are QEMU's gets a Firecracker, as its administrator would do that."""
+    host.run(f"sed -i '/^\\[host\\]/a firecracker = \"{FIRECRACKER}\"' /etc/atelier/atelier.toml")
+    run_host(host, "init", "--yes")
+    host.run("systemctl restart atelier-manager", seconds=_INIT_SECONDS)
+    make_template(Operator(host, "firecracker"))
+
+
+def make_template(operator: Operator) -> None:
+    """A first sandbox, which boots; from what then is made in the background those after it are restored."""
+    since = operator.host.run("date +%s").out.strip()
+    operator.run("create", "--name", "first", *SMALL)
+    operator.run("rm", "first")
+    log = f"journalctl -u atelier-manager --since @{since} --no-pager -o cat"
+    wait_until(lambda: "creates like it are restored" in operator.host.run(log).out, _SANDBOX_SECONDS)
+
+
+def expect_services(host: EmulatedHost) -> None:
+    """They run, not as root, and the manager may ask root's side."""
+    for name in SERVICES:
+        state = host.run(f"systemctl is-active {name}", check=False).out.strip()
+        assert state == "active", host.run(f"journalctl -u {name} -n 40 --no-pager").out
+        pid = host.run(f"systemctl show --property=MainPID --value {name}").out.strip()
+        status = host.read(f"/proc/{pid}/status")
+        assert "\nUid:\t0" not in status, f"{name} is not root's"
+        if name == "atelier-manager":
+            assert "NoNewPrivs:\t0" in status
+    host.run("sudo -n -l -- /usr/local/sbin/atelier-privileged storage", user="atelier")
+    assert BRIDGE in host.run("ip -brief link").out
+
+
+def _cut_off(host: EmulatedHost, command: str, moment: str) -> None:
+    """Kill it when it says that it begins with ``moment``."""
+    host.run(
+        f"""({command}) >/dev/null 2>/root/progress & pid=$!
+        until grep -q '{moment}.*\\.\\.\\.$' /root/progress; do kill -0 $pid; sleep 0.2; done
+        pkill -KILL -P $pid; kill -KILL $pid || true""",
+        seconds=_INIT_SECONDS,
+    )
 
 
 def _package(name: str) -> bytes:
@@ -85,15 +170,17 @@ def _control(name: str) -> str:
 
 
 class Operator:
-    """Works on the host as user ``atelier``, with the command line."""
+    """Works on the host as user ``atelier``, with the command line. ``vmm``: whose machines the sandboxes are."""
 
-    def __init__(self, host: EmulatedHost) -> None:
+    def __init__(self, host: EmulatedHost, vmm: Vmm = "qemu") -> None:
         self.host = host
+        self.vmm = vmm
 
     def run(self, *words: str, check: bool = True, seconds: float = _SANDBOX_SECONDS) -> Outcome:
-        said = shlex.join(words)
-        script = f"cd / && ATELIER_DATA_DIR={DATA} {PYTHON} -P -m atelier.cli {said} </dev/null"
-        return self.host.run(script, user="atelier", seconds=seconds, check=check)
+        variables = {"ATELIER_DATA_DIR": DATA}
+        return self.host.run_program(
+            "atelier.cli", *words, user="atelier", variables=variables, seconds=seconds, check=check
+        )
 
     def state_of(self, name: str) -> str:
         return str(self.find(name)["state"])
@@ -103,6 +190,9 @@ class Operator:
 
     def names(self) -> list[str]:
         return sorted(each["name"] for each in json.loads(self.run("ls", "--json").out))
+
+    def snapshot_state(self, name: str) -> str:
+        return str(json.loads(self.run("snapshots", "get", name, "--json").out)["state"])
 
     def wait_for_state(self, name: str, wanted: str) -> None:
         found = ""
@@ -138,7 +228,7 @@ class Operator:
 
     def vmm_pids(self) -> list[str]:
         """Of the machines that sandboxes run in."""
-        return self.host.run("pgrep -x qemu-system-x86 || true").out.split()
+        return self.host.run(f"pgrep -x {_PROCESSES[self.vmm]} || true").out.split()
 
     def volumes(self) -> list[str]:
         listed = self.host.run(f"lvs --noheadings -o lv_name {GROUP}").out.split()
@@ -159,4 +249,4 @@ def wait_until(is_reached: Callable[[], bool], seconds: float) -> None:
     while not is_reached():
         if time.monotonic() > limit:
             raise TimeoutError(f"not within {seconds:g} s")
-        time.sleep(1)
+        time.sleep(2)

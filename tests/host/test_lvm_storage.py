@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.host.emulated_host import LVM_DISK, PYTHON, EmulatedHost
+from tests.host.emulated_host import CHECKOUT, LVM_DISK, PYTHON, EmulatedHost
 
 GROUP = "vg-test"
-_SUITE = (
-    "cd /opt/atelier/checkout && ATELIER_TEST_THIN_POOL={group}/pool {python} -m pytest -q -p no:cacheprovider {what}"
-)
 _ENSURE_POOL = """
 import asyncio
 from atelier.host_setup.thin_pool import ensure_thin_pool
@@ -30,16 +27,12 @@ def test_the_pool_zeroes_its_blocks_and_grows_by_itself(host: EmulatedHost) -> N
     assert told[1:] == ["atelier", "monitored", "error"]
 
 
-def test_the_contract_of_every_storage_driver(host: EmulatedHost) -> None:
-    suite = "tests/contract/test_storage_contract.py tests/contract/test_storage_snapshots.py -k lvm"
-    done = host.run(_SUITE.format(group=GROUP, python=PYTHON, what=suite), seconds=1200, check=False)
-    assert done.status == 0, done.out[-8000:]
-    assert "skipped" not in done.out
-
-
-def test_what_is_lvms_own(host: EmulatedHost) -> None:
+def test_the_contract_of_every_storage_driver_and_what_is_lvms_own(host: EmulatedHost) -> None:
+    suites = " ".join(f"tests/contract/test_storage_{name}.py" for name in ("contract", "snapshots", "lvm"))
     done = host.run(
-        _SUITE.format(group=GROUP, python=PYTHON, what="tests/contract/test_storage_lvm.py"), seconds=1200, check=False
+        f"cd {CHECKOUT} && ATELIER_TEST_THIN_POOL={GROUP}/pool {PYTHON} -m pytest -q -p no:cacheprovider {suites} -k lvm",
+        seconds=1800,
+        check=False,
     )
     assert done.status == 0, done.out[-8000:]
     assert "skipped" not in done.out
