@@ -31,7 +31,7 @@ from tests.host.host_image import HostImage
 from tests.real_machines import REPOSITORY
 
 LVM_DISK = "/dev/vdb"
-LVM_DISK_SIZE = "6G"
+LVM_DISK_SIZE = "3G"
 SITE_PACKAGES = "/opt/atelier/venv/lib/python3.11/site-packages"
 PYTHON = "/opt/atelier/venv/bin/python"
 CHECKOUT = "/opt/atelier/checkout"

@@ -19,7 +19,7 @@ GROUP, BRIDGE = "sandboxes", "sandbr0"
 CONFIG = f"""
 [storage]
 volume_group = "{GROUP}"
-disk_overcommit = 10
+disk_overcommit = 20
 [network]
 bridgeName = "{BRIDGE}"
 [host]

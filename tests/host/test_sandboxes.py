@@ -3,6 +3,7 @@ ordinary user and is killed again and again."""
 
 from __future__ import annotations
 
+from tests.host.emulated_host import LVM_DISK_SIZE
 from tests.host.production_host import DATA, GROUP, SMALL, Operator, expect_services, wait_until
 
 PROGRAM = "/usr/local/sbin/atelier-privileged"
@@ -12,10 +13,12 @@ def test_a_sandbox_lives_through_kills_of_its_manager(operator: Operator) -> Non
     """One in the middle of each operation."""
     host = operator.host
     before = operator.volumes()
-    operator.run("create", "--name", "box", *SMALL, "--no-wait")
+    operator.run("create", "--name", "box", *SMALL, "--disk", "5G", "--no-wait")
     operator.kill_manager()
     operator.wait_for_state("box", "running")
     expect_kvm_and_isolation(operator)
+    file_system_mib = int(operator.execute("box", "df --output=size --block-size=1M / | tail -n 1"))
+    assert file_system_mib > 4600, "larger than the image's"
     assert operator.execute("box", "uname -s; echo words >kept; sync; cat /proc/sys/kernel/hostname") == "Linux\nbox\n"
 
     machine = operator.vmm_pids()
@@ -89,14 +92,14 @@ def test_a_full_pool_is_told_and_nothing_is_lost(operator: Operator) -> None:
     host = operator.host
     operator.run("create", "--name", "box", *SMALL)
     operator.execute("box", "echo words >kept; sync")
-    host.run(f"lvcreate -q -V 6G -T {GROUP}/atelier -n filler")
+    host.run(f"lvcreate -q -V {LVM_DISK_SIZE} -T {GROUP}/atelier -n filler")
     # Until the pool, which LVM extends meanwhile, has only what is kept for those that are there.
     host.run(
-        f"""at=0
-        while lvs --noheadings -o data_percent {GROUP}/atelier | awk '{{exit $1 >= 95.5}}'; do
-            dd if=/dev/urandom of=/dev/{GROUP}/filler bs=1M seek=$at count=64 oflag=direct status=none
+        f"""is_full() {{ lvs --noheadings -o data_percent {GROUP}/atelier | awk '{{exit !($1 >= 95.5)}}'; }}
+        at=0
+        until is_full && sleep 15 && is_full; do
+            dd if=/dev/zero of=/dev/{GROUP}/filler bs=1M seek=$at count=64 oflag=direct status=none
             at=$((at + 64))
-            sleep 1
         done""",
         seconds=1500,
     )
