@@ -56,14 +56,16 @@ def made_firecracker_host(
 
 
 # Without a Firecracker its run is absent: a skip could be taken for one that passed.
-@pytest.fixture(params=["qemu", *(["firecracker"] if FIRECRACKER_RELEASE else [])])
+@pytest.fixture(scope="module", params=["qemu", *(["firecracker"] if FIRECRACKER_RELEASE else [])])
 def operator(
-    request: pytest.FixtureRequest, made_production_host: tuple[SavedHost, Making], tmp_path: Path
+    request: pytest.FixtureRequest,
+    made_production_host: tuple[SavedHost, Making],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Generator[Operator]:
-    """Of a production host of one's own."""
+    """Of a production host for all tests of a file that leave it as they find it."""
     is_qemu = request.param == "qemu"
     saved = made_production_host[0] if is_qemu else request.getfixturevalue("made_firecracker_host")
-    with started_from(saved, tmp_path) as host:
+    with started_from(saved, tmp_path_factory.mktemp("operated-host")) as host:
         yield Operator(host, request.param)
 
 

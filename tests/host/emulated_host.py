@@ -288,6 +288,12 @@ class EmulatedHost:
             return told["return"]
 
 
+def program_words(module: str, *words: str, user: str = "root", variables: Mapping[str, str] | None = None) -> str:
+    """The words for a shell of root's that run a program as ``EmulatedHost.run_program`` does."""
+    told = json.dumps(dict(variables or {}))
+    return shlex.join(["python3", "-I", "-S", _PROGRAM_SERVER, "call", user, told, module, *words])
+
+
 def _drive(name: str, path: Path, file_format: str, *, read_only: bool = False) -> list[str]:
     options = f"if=none,id={name},file={path},format={file_format},cache=unsafe,discard=unmap"
     return ["-drive", options + ",readonly=on" * read_only, "-device", f"virtio-blk-pci,drive={name},serial={name}"]

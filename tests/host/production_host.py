@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tests.host.emulated_host import FIRECRACKER, LVM_DISK, PYTHON, EmulatedHost, Outcome
+from tests.host.emulated_host import FIRECRACKER, LVM_DISK, PYTHON, EmulatedHost, Outcome, program_words
 from tests.host.guest_files import unpack_guest_files
 
 GROUP, BRIDGE = "sandboxes", "sandbr0"
@@ -35,7 +35,6 @@ _PROCESSES: dict[Vmm, str] = {"qemu": "qemu-system-x86", "firecracker": "firecra
 
 _INIT_SECONDS = 1500.0
 _SANDBOX_SECONDS = 900.0
-_INIT = f"{PYTHON} -P -m atelier.cli host init --yes"
 
 # What a package manager, services of others and the clock write by themselves is nobody's change.
 _STATE = r"""
@@ -46,8 +45,8 @@ sysctl net.ipv4.ip_forward
 cat /etc/passwd /etc/group /etc/subuid
 vgs --noheadings; lvs --noheadings; wipefs /dev/vdb
 systemctl list-unit-files --no-legend | grep -i atelier | grep -v test-agent || true
-find /etc /usr/local /opt/atelier /var/lib/atelier /run/atelier* /dev/atelier -not -path '/etc/lvm/archive*' -not -path '/etc/lvm/backup*' \
-    -not -path '/etc/lvm/devices*' -not -name '*.pyc' -not -name __pycache__ -not -name 'passwd-' -not -name 'group-' \
+find /etc /usr/local /var/lib/atelier /run/atelier* /dev/atelier -not -path '/etc/lvm/archive*' -not -path '/etc/lvm/backup*' \
+    -not -path '/etc/lvm/devices*' -not -name 'passwd-' -not -name 'group-' \
     -not -name 'subuid-' -not -name 'subgid-' -not -name 'shadow*' -not -name 'gshadow*' -not -name '.pwd.lock' \
     -not -name 'ld.so.cache' -type f -printf '%p %m %u:%g %s\n' 2>/dev/null | sort || true
 """
@@ -80,6 +79,8 @@ def prepare_bare_host(host: EmulatedHost) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
         index += f"{_control(name)}Filename: ./{name}.deb\nSize: {len(content)}\nSHA256: {sha256}\n\n"
     host.write("/srv/archive/Packages", index)
+    # The mirrors of its image cannot be reached, which takes minutes to find out.
+    host.run("rm -f /etc/apt/sources.list.d/*")
     host.write("/etc/apt/sources.list", "deb [trusted=yes] file:/srv/archive ./\n")
     host.write("/root/host.toml", CONFIG)
 
@@ -88,10 +89,10 @@ def make_production_host(host: EmulatedHost) -> Making:
     """By an init that is killed twice and gone on with. Sandboxes are restored from a template; there is none yet."""
     prepare_bare_host(host)
     bare_state = state_of_machine(host)
-    _cut_off(host, f"{_INIT} --config /root/host.toml", "make the thin pool")
-    _cut_off(host, _INIT, "start atelier-network")
+    _cut_off_init(host, "make the thin pool", "--config", "/root/host.toml")
+    _cut_off_init(host, "start atelier-network")
     interrupted = run_host(host, "doctor", check=False).out
-    host.run(_INIT, seconds=_INIT_SECONDS)
+    host.run(f"{PYTHON} -P -m atelier.cli host init --yes", seconds=_INIT_SECONDS)
     host.run(unpack_guest_files(CACHE, "atelier"), seconds=_INIT_SECONDS)
     make_template(Operator(host))
     return Making(bare_state, interrupted)
@@ -128,12 +129,13 @@ def expect_services(host: EmulatedHost) -> None:
     assert BRIDGE in host.run("ip -brief link").out
 
 
-def _cut_off(host: EmulatedHost, command: str, moment: str) -> None:
+def _cut_off_init(host: EmulatedHost, moment: str, *options: str) -> None:
     """Kill it when it says that it begins with ``moment``."""
+    init = program_words("atelier.host_setup", "init", "--yes", *options)
     host.run(
-        f"""({command}) >/dev/null 2>/root/progress & pid=$!
+        f"""{init} </dev/null >/dev/null 2>/root/progress & pid=$!
         until grep -q '{moment}.*\\.\\.\\.$' /root/progress; do kill -0 $pid; sleep 0.2; done
-        pkill -KILL -P $pid; kill -KILL $pid || true""",
+        fuser --silent --kill /root/progress || true""",
         seconds=_INIT_SECONDS,
     )
 
