@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Generator
+import pickle
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from tests.host.emulated_host import EmulatedHost, SavedHost, save_further, save_host, started_from
@@ -18,13 +21,39 @@ FIRECRACKER_RELEASE = Path(given) if (given := os.environ.get("ATELIER_TEST_FIRE
 
 collect_ignore_glob = [] if os.environ.get("ATELIER_TEST_HOST") == "1" else ["test_*.py"]
 
+_LONGEST_FIRST = ("test_sandboxes.py", "test_lvm_storage.py")
+
+T = TypeVar("T")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """So that two workers end at about the same time."""
+    first = {Path(__file__).with_name(name): place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: first.get(item.path, len(first)))
+
+
+def once_per_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> T:
+    """What ``make`` makes in a folder, by the first of several workers that needs it; the others wait."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    folder.mkdir(exist_ok=True)
+    made = folder / "made"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            made.write_bytes(pickle.dumps(make(folder)))
+    return pickle.loads(made.read_bytes())
+
 
 @pytest.fixture(scope="session")
 def saved_host(tmp_path_factory: pytest.TempPathFactory) -> SavedHost:
     if missing := why_not():
         pytest.skip(missing)
-    folder = tmp_path_factory.mktemp("saved-host")
-    return save_host(ensure_image(load_settings().cache_dir), folder, firecracker=FIRECRACKER_RELEASE)
+
+    def save(folder: Path) -> SavedHost:
+        return save_host(ensure_image(load_settings().cache_dir), folder, firecracker=FIRECRACKER_RELEASE)
+
+    return once_per_run(tmp_path_factory, "saved-host", save)
 
 
 @pytest.fixture
@@ -43,7 +72,9 @@ def shared_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def made_production_host(saved_host: SavedHost, tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedHost, Making]:
     """By ``atelier host init``, once per run: without a sandbox, but with what they are made from."""
-    return save_further(saved_host, tmp_path_factory.mktemp("production-host"), make_production_host)
+    return once_per_run(
+        tmp_path_factory, "production-host", lambda folder: save_further(saved_host, folder, make_production_host)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +82,10 @@ def made_firecracker_host(
     made_production_host: tuple[SavedHost, Making], tmp_path_factory: pytest.TempPathFactory
 ) -> SavedHost:
     """The same with Firecracker in place of QEMU."""
-    saved, _ = save_further(made_production_host[0], tmp_path_factory.mktemp("firecracker-host"), make_firecracker_host)
+    base = made_production_host[0]
+    saved, _ = once_per_run(
+        tmp_path_factory, "firecracker-host", lambda folder: save_further(base, folder, make_firecracker_host)
+    )
     return saved
 
 
