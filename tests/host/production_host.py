@@ -198,8 +198,9 @@ class Operator:
     def find(self, name: str) -> dict[str, Any]:
         return self.read(f"sandboxes/{name}")
 
-    def names(self) -> list[str]:
-        return sorted(each["name"] for each in self.read("sandboxes")["items"])
+    def states(self) -> dict[str, str]:
+        """Of all sandboxes, by name."""
+        return {each["name"]: each["state"] for each in self.read("sandboxes")["items"]}
 
     def snapshot_state(self, name: str) -> str:
         return str(self.read(f"snapshots/{name}")["state"])
@@ -210,6 +211,7 @@ class Operator:
         def is_reached() -> bool:
             nonlocal found
             found = self.state_of(name)
+            assert found != "failed" or wanted == "failed", self.find(name)
             return found == wanted
 
         try:
