@@ -22,12 +22,12 @@ from tests.firecracker_machines import DISK_MIB, MEMORY_MIB, FirecrackerStand, t
 
 from atelier.drivers.vmm.firecracker_api import FirecrackerApi
 from atelier.drivers.vmm.firecracker_config import RateLimiter, TokenBucket, Vm, rate_limiter
-from atelier.drivers.vmm.firecracker_launch import MachineChoices, jail_limits, jail_request
+from atelier.drivers.vmm.firecracker_launch import MachineChoices, jail_request, jail_start
 from atelier.gateway.vsock import connect_to_port
 from atelier.host import processes
 from atelier.model.errors import DiskFullError, MissingProgramError, VmmError
 from atelier.model.ids import new_installation_id
-from atelier.model.jail import JailStart, machine_id
+from atelier.model.jail import machine_id
 from atelier.model.machine import ROOT_DISK_SERIAL, DiskFile, MachineSpec, MemoryStream, NetworkAttachment
 
 pytestmark = pytest.mark.skipif(bool(NO_DOCUMENT), reason=NO_DOCUMENT)
@@ -175,15 +175,30 @@ async def test_a_saved_machine_goes_on_with_another_tap(folder: Path, version: s
         }
         if keeps_clock:
             load["clock_realtime"] = True
+        none = {"size": 0, "refill_time": 0}
         assert stand.requests() == [
             ("PUT /metrics", {"metrics_path": "/metrics"}),
             ("PUT /snapshot/load", load),
+            ("PATCH /drives/root", {"drive_id": "root", "rate_limiter": {"bandwidth": none, "ops": none}}),
             ("PATCH /vm", {"state": "Resumed"}),
         ]
         assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "down"
         await stand.vmm.open_link(clone.run_directory)
         assert (stand.said / f"tap-{OTHER_TAP}").read_text() == "up"
         assert not (folder / "saved.state").exists()
+
+
+async def test_a_restored_machine_has_the_rate_of_today(folder: Path) -> None:
+    async with _standing(FirecrackerStand(folder, INSTALLATION)) as unlimited:
+        spec = await unlimited.started(unlimited.spec(SANDBOX))
+        await unlimited.vmm.save(spec.run_directory, folder / "saved")
+    choices = MachineChoices(disk_rate=rate_limiter(None, 200))
+    async with _standing(FirecrackerStand(folder, INSTALLATION, choices=choices)) as stand:
+        await stand.started(replace(spec, restore_from=MemoryStream(folder / "saved")))
+        told = dict(stand.requests())["PATCH /drives/root"]
+        assert told["rate_limiter"] == {
+            "bandwidth": {"size": 0, "refill_time": 0}, "ops": {"size": 200, "refill_time": 1000},
+        }  # fmt: skip
 
 
 async def test_another_versions_machine_does_not_go_on(folder: Path) -> None:
@@ -282,7 +297,7 @@ async def test_the_jailer_that_refuses_is_quoted(stand: FirecrackerStand) -> Non
     await _assert_nothing_left(stand, spec)
 
 
-@pytest.mark.parametrize("request_name", ["PUT /metrics", "PUT /snapshot/load", "PATCH /vm"])
+@pytest.mark.parametrize("request_name", ["PUT /metrics", "PUT /snapshot/load", "PATCH /drives/root", "PATCH /vm"])
 async def test_a_restore_that_is_refused_leaves_nothing(stand: FirecrackerStand, request_name: str) -> None:
     spec = await stand.started(stand.spec(SANDBOX))
     await stand.vmm.save(spec.run_directory, stand.folder / "saved")
@@ -355,7 +370,7 @@ async def test_a_process_that_never_came_to_run_is_begun_anew(stand: Firecracker
     user_id = 1_900_000_001 if os.geteuid() == 0 else os.geteuid()
     await stand.jails.prepare_jail(jail_request(spec, name, user_id))
     console = spec.run_directory / "console.log"
-    half = await stand.jails.start(JailStart(name, user_id, console, jail_limits(spec)))
+    half = await stand.jails.start(jail_start(spec, name, user_id, console))
     assert processes.is_alive(half)
     whole = await stand.vmm.ensure_started(spec)
     assert whole != half

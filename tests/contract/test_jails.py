@@ -18,7 +18,6 @@ from atelier.host.jails import JailHost, RootJails, root_host
 from atelier.model.errors import ConflictError, HostError, NotFoundError
 from atelier.model.ids import new_installation_id
 from atelier.model.jail import (
-    JailLimits,
     JailLink,
     JailPlaces,
     JailRequest,
@@ -28,11 +27,13 @@ from atelier.model.jail import (
     machine_id,
     request_to_json,
 )
+from atelier.model.machine_limits import ProcessorAndMemoryLimits
 
 INSTALLATION = new_installation_id()
 NAME, OTHER = machine_id(INSTALLATION, "aaaaaaaaaaaa"), machine_id(INSTALLATION, "bbbbbbbbbbbb")
 USER = 1_900_000_007 if os.geteuid() == 0 else os.geteuid()
-LIMITS = JailLimits(processors=2, memory_bytes=1 << 30, tasks=18, file_bytes=1 << 31)
+LIMITS = ProcessorAndMemoryLimits(processors=2, memory_bytes=1 << 30, tasks=18)
+FILE_BYTES = 1 << 31
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ async def test_a_machines_process_is_known_by_its_id_and_ended(jails: RootJails,
     request = _request(tmp_path)
     await jails.prepare_jail(request)
     (tmp_path / "run").mkdir()
-    start = JailStart(NAME, USER, tmp_path / "run" / "console", LIMITS)
+    start = JailStart(NAME, USER, tmp_path / "run" / "console", LIMITS, FILE_BYTES)
     (tmp_path / "elsewhere").symlink_to(tmp_path / "run")
     for folder in ("none", "elsewhere"):
         with pytest.raises(HostError) as refusal:
@@ -166,7 +167,7 @@ async def test_a_machines_process_is_known_by_its_id_and_ended(jails: RootJails,
 def test_the_jailers_words() -> None:
     """Source: Firecracker docs/jailer.md."""
     host = root_host(INSTALLATION, Path("/j"), Path("/o/firecracker"), Path("/o/jailer"), user_id=1, group_id=1)
-    start = JailStart(NAME, 1234, Path("/r/console"), LIMITS)
+    start = JailStart(NAME, 1234, Path("/r/console"), LIMITS, FILE_BYTES)
     assert host.places.file(NAME, "v.sock") == Path(f"/j/firecracker/{NAME}/root/v.sock")
     assert host.process_names == ("firecracker", "jailer")
     words = jailer_arguments(
@@ -188,7 +189,7 @@ def test_the_jailers_words() -> None:
 def test_requests_pass_as_json(tmp_path: Path) -> None:
     request = replace(_request(tmp_path), tap="attestaaaa", link_up=False)
     assert jail_request_from_json(request_to_json(request)) == request
-    start = JailStart(NAME, USER, tmp_path / "console", LIMITS)
+    start = JailStart(NAME, USER, tmp_path / "console", LIMITS, FILE_BYTES)
     assert jail_start_from_json(request_to_json(start)) == start
     whole = request_to_json(request)
     for name, wrong in (

@@ -139,6 +139,11 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self._document = document
         self._folder = folder
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no matter: what is written here is the guest's console."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     def serve(self, request: _Api, method: str, path: str, body: Any) -> None:
         self._note("requests", {"method": method, "path": path, "body": body})
         if self._misbehave(request, f"{method} {path}"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import fcntl
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -104,11 +105,20 @@ async def file(content: bytes, tmp_path: Path) -> AsyncIterator[int]:
 class NoPages(OutputPipes):
     """Of a kernel that moves no pages of this file."""
 
-    def take_from(self, descriptor: int, position: int, wanted: int) -> int:
+    def take_frame(self, descriptor: int, position: int, wanted: int, edges: tuple[bytes, bytes]) -> int:
         raise OSError(errno.EINVAL, "no splice")
 
 
-@pytest.mark.parametrize("pipe", [OutputPipes, NoPages])
+class SmallPipes(OutputPipes):
+    """Of a user who may have no larger ones."""
+
+    def _open(self) -> int:
+        read_end = super()._open()
+        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, 64 * 1024)
+        return read_end
+
+
+@pytest.mark.parametrize("pipe", [OutputPipes, NoPages, SmallPipes])
 async def test_a_file_goes_out_behind_what_was_written_before(
     file: int, content: bytes, pipe: type[OutputPipes]
 ) -> None:

@@ -73,9 +73,14 @@ class _FilePart:
         if not stream.takes_frame(wanted):
             return None
         assert self._pipes is not None
-        count = self._pipes.take_from(self._descriptor, self._position, wanted)
-        if count:
-            stream.send_piped(count)
+        while (
+            count := self._pipes.take_frame(self._descriptor, self._position, wanted, stream.edges_of(wanted))
+        ) < wanted:
+            # A file that was cut.
+            if not count:
+                return 0
+            wanted = count
+        stream.send_piped(count)
         return count
 
     def _read(self, stream: Stream, left: int) -> int | None:

@@ -18,11 +18,12 @@ from collections import deque
 from typing import Final
 
 _CAPACITY_BYTES: Final = 256 * 1024
-"""More than a frame, also where it begins in the middle of a page; a power of two."""
+"""More than a frame, with a page each for header and trailer, also where its bytes begin in the middle of a page; a
+power of two."""
 
 
 class OutputPipes:
-    """What lies in them is in the order of the channel's output."""
+    """The frames in them are in the order of the channel's output."""
 
     def __init__(self) -> None:
         self._filled: deque[tuple[int, int]] = deque()
@@ -31,18 +32,25 @@ class OutputPipes:
         """Write end, by read end."""
         self._free: list[int] = []
 
-    def take_from(self, descriptor: int, position: int, wanted: int) -> int:
-        """Take bytes of a file, from ``position`` on; returns how many, 0 at its end. Raises OSError: EINVAL where the
-        file's system moves no pages, EMFILE, ENFILE."""
+    def take_frame(self, descriptor: int, position: int, wanted: int, edges: tuple[bytes, bytes]) -> int:
+        """Take a frame: header, ``wanted`` bytes of a file from ``position`` on, trailer. Returns how many bytes the
+        file gave; where they are fewer, nothing was taken. Raises OSError: EINVAL where the file's system moves no
+        pages, EAGAIN where the pipe is too small, EMFILE, ENFILE."""
+        header, trailer = edges
         read_end = self._free.pop() if self._free else self._open()
-        count = 0
+        write_end = self._ends[read_end]
+        is_whole = False
         try:
-            count = os.splice(descriptor, self._ends[read_end], wanted, offset_src=position)
+            os.write(write_end, header)
+            count = os.splice(descriptor, write_end, wanted, offset_src=position)
+            if count == wanted:
+                os.write(write_end, trailer)
+                is_whole = True
         finally:
-            if count:
-                self._filled.append((read_end, count))
+            if is_whole:
+                self._filled.append((read_end, len(header) + wanted + len(trailer)))
             else:
-                self._free.append(read_end)
+                self._close(read_end)
         return count
 
     def give_to(self, descriptor: int, length: int) -> int:
@@ -59,9 +67,12 @@ class OutputPipes:
     def forget(self) -> None:
         """What lies in them is wanted by nobody any more."""
         for read_end, _ in self._filled:
-            os.close(read_end)
-            os.close(self._ends.pop(read_end))
+            self._close(read_end)
         self._filled.clear()
+
+    def _close(self, read_end: int) -> None:
+        os.close(read_end)
+        os.close(self._ends.pop(read_end))
 
     def _open(self) -> int:
         read_end, write_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

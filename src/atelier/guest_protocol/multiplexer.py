@@ -246,12 +246,13 @@ class Multiplexer:
         """Queue a DATA frame that was filled in place."""
         self._output.append_frame(frame, (self.epoch, DATA, 0, identifier, length, MAGIC), self._trailer, length)
 
-    def put_piped(self, identifier: int, length: int) -> None:
-        """Queue a DATA frame whose payload lies in the owner's pipe."""
-        output = self._output
-        output.append(FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC))
-        output.append_piped(length)
-        output.append(self._trailer)
+    def edges_of(self, identifier: int, length: int) -> tuple[bytes, bytes]:
+        """Header and trailer of a DATA frame."""
+        return FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC), self._trailer
+
+    def put_piped(self, length: int) -> None:
+        """Queue a DATA frame of so many bytes of payload that lies in the owner's pipe."""
+        self._output.append_piped(HEADER_BYTES + length + TRAILER_BYTES)
 
     def put_raw(self, data: bytes) -> None:
         """Queue padding or a greeting."""

@@ -29,7 +29,7 @@ Piece = bytes | bytearray | memoryview
 
 
 class PipedBytes(int):
-    """A piece that lies in the owner's pipe: so many bytes, which come out of it next."""
+    """A frame that lies in the owner's pipe: so many bytes, which come out of it next."""
 
     __slots__ = ()
 
@@ -103,7 +103,7 @@ class OutputQueue:
         self._grown(len(payload))
 
     def append_piped(self, length: int) -> None:
-        """Queue what has just been put into the owner's pipe."""
+        """Queue a frame that has just been put into the owner's pipe."""
         self._gathering = None
         self._pieces.append(PipedBytes(length))
         self._grown(length)

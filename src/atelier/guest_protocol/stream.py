@@ -137,12 +137,17 @@ class Stream:
         way of bulk data. None if not all of them, or a full frame, can go now; then ``may_send`` will be called."""
         return self._multiplexer.borrow_frame() if self.takes_frame(min(wanted, PACKED_PAYLOAD_BYTES)) else None
 
+    def edges_of(self, length: int) -> tuple[bytes, bytes]:
+        """Header and trailer for ``send_piped``."""
+        return self._multiplexer.edges_of(self.identifier, length)
+
     def send_piped(self, length: int) -> None:
-        """Send what the caller has just put into the pipe of whoever owns the port: the way of files' bytes."""
+        """Send a frame with so many bytes of payload that the caller has just put, with its edges, into the pipe of
+        whoever owns the port: the way of files' bytes."""
         if not 0 < length <= min(self._send_credit, MAX_PAYLOAD_BYTES) or self.end_sent or self.close_sent:
             raise ValueError("more than the stream may send now")
         self._send_credit -= length
-        self._multiplexer.put_piped(self.identifier, length)
+        self._multiplexer.put_piped(length)
 
     def send_frame(self, frame: PackedFrame, length: int) -> None:
         """Send the first ``length`` bytes of a borrowed frame's payload."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from atelier.model.jail import JAIL_API_SOCKET, JAIL_LOG, JailLimits, JailPlaces, JailStart
+from atelier.model.jail import JAIL_API_SOCKET, JAIL_LOG, JailPlaces, JailStart
+from atelier.model.machine_limits import ProcessorAndMemoryLimits
 
 PARENT_CGROUP = "atelier-vm.slice"
 """Beside the manager's own, so that a restart of that one's unit ends no machine."""
@@ -33,8 +34,8 @@ def jailer_arguments(
         *("--exec-file", str(executable)),
         *("--uid", user, "--gid", user),
         *("--chroot-base-dir", str(places.base)),
-        *("--resource-limit", f"fsize={request.limits.file_bytes}"),
-        *("--resource-limit", f"no-file={request.limits.open_files}"),
+        *("--resource-limit", f"fsize={request.file_bytes}"),
+        *("--resource-limit", f"no-file={request.open_files}"),
     ]
     if with_cgroup:
         arguments += ["--cgroup-version", "2", "--parent-cgroup", PARENT_CGROUP]
@@ -51,7 +52,7 @@ def jailer_arguments(
     ]
 
 
-def _cgroup_settings(limits: JailLimits) -> list[str]:
+def _cgroup_settings(limits: ProcessorAndMemoryLimits) -> list[str]:
     """Source: Linux Documentation/admin-guide/cgroup-v2.rst."""
     return [
         f"cpu.max={limits.processors * _PERIOD_MICROSECONDS} {_PERIOD_MICROSECONDS}",

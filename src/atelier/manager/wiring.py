@@ -292,7 +292,7 @@ def _real_drivers(vmm: VmmDriver, settings: Settings, data: DataLayout, run: Run
             settings.cache_dir,
             settings.recipes_dir,
             package,
-            # Debian's is no ELF image, which is what Firecracker boots.
+            # Firecracker's guests are reached by vsock, which is a module of Debian's that nobody loads.
             own_kernel=settings.guest_kernel is GuestKernelChoice.OWN or isinstance(vmm, FirecrackerVmm),
         ),
         guests=guests,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from atelier.model.machine import ProcessIdentity
+from atelier.model.machine_limits import ProcessorAndMemoryLimits
 
 JAIL_API_SOCKET = "api.sock"
 JAIL_GUEST_SOCKET = "v.sock"
@@ -63,25 +64,16 @@ class JailRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class JailLimits:
-    """``processors``, ``memory_bytes``, ``tasks``: of the machine's cgroup, where the host has cgroup v2. ``file_bytes``:
-    how large a file may become; a block device is no file."""
-
-    processors: int
-    memory_bytes: int
-    tasks: int
-    file_bytes: int
-    open_files: int = 256
-
-
-@dataclass(frozen=True, slots=True)
 class JailStart:
-    """``console``: the file in the manager's run directory that the VMM's output is appended to."""
+    """``console``: the file in the manager's run directory that the VMM's output is appended to. ``limits``: of the
+    machine's cgroup, where the host has cgroup v2. ``file_bytes``: how large a file may become; a block device is none."""
 
     machine_id: str
     user_id: int
     console: Path
-    limits: JailLimits
+    limits: ProcessorAndMemoryLimits
+    file_bytes: int
+    open_files: int = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +134,14 @@ def jail_request_from_json(value: dict[str, Any]) -> JailRequest:
 
 def jail_start_from_json(value: dict[str, Any]) -> JailStart:
     """As ``jail_request_from_json``."""
-    limits = {name: _number(value["limits"][name]) for name in JailLimits.__slots__}
+    limits = {name: _number(value["limits"][name]) for name in ProcessorAndMemoryLimits.__slots__}
     return JailStart(
         word_from_json(value["machine_id"]),
         _number(value["user_id"]),
         Path(word_from_json(value["console"])),
-        JailLimits(**limits),
+        ProcessorAndMemoryLimits(**limits),
+        _number(value["file_bytes"]),
+        _number(value["open_files"]),
     )
 
 

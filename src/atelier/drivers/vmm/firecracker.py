@@ -22,12 +22,19 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from atelier.drivers.vmm.firecracker_api import FirecrackerApi
-from atelier.drivers.vmm.firecracker_config import ROOT_DRIVE, BalloonUpdate, InstanceActionInfo, PartialDrive, Vm
+from atelier.drivers.vmm.firecracker_config import (
+    ROOT_DRIVE,
+    BalloonUpdate,
+    InstanceActionInfo,
+    PartialDrive,
+    Vm,
+    replacing,
+)
 from atelier.drivers.vmm.firecracker_launch import (
     MachineChoices,
     boot_requests,
-    jail_limits,
     jail_request,
+    jail_start,
     restore_requests,
     start_failure,
     unpacked_state,
@@ -50,7 +57,6 @@ from atelier.model.jail import (
     JAIL_LOG,
     JAIL_METRICS,
     JAIL_TOOLS,
-    JailStart,
     machine_id,
 )
 from atelier.model.layout import check_socket_path
@@ -165,7 +171,7 @@ class FirecrackerVmm:
         try:
             user_id = await self._prepare_jail(spec, machine)
             write_atomically(folder.jailed, json.dumps({"tap": spec.network.device_name}).encode(), durable=False)
-            start = JailStart(machine, user_id, folder.console, jail_limits(spec))
+            start = jail_start(spec, machine, user_id, folder.console)
             said_before = folder.console.stat().st_size if folder.console.exists() else 0
             try:
                 identity = await self._privileges.start(start)
@@ -215,6 +221,8 @@ class FirecrackerVmm:
         for request in restore_requests(spec, version):
             await api.put(request)
         await self._privileges.grant(machine)
+        # It has the rate that was asked for when its parent was started.
+        await api.patch(PartialDrive(ROOT_DRIVE, rate_limiter=replacing(self._choices.disk_rate)))
         await api.patch(Vm("Resumed"))
 
     async def find_process(self, sandbox_id: str, run_directory: Path) -> ProcessIdentity | None:

@@ -40,6 +40,9 @@ class TokenBucket:
     """In ms."""
 
 
+_NO_BUCKET = TokenBucket(0, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class RateLimiter:
     bandwidth: TokenBucket | None = None
@@ -52,6 +55,13 @@ def rate_limiter(bytes_per_second: int | None, operations_per_second: int | None
     if bytes_per_second is None and operations_per_second is None:
         return None
     return RateLimiter(_per_second(bytes_per_second), _per_second(operations_per_second))
+
+
+def replacing(limiter: RateLimiter | None) -> RateLimiter:
+    """The same in place of whatever rate there is. A bucket that is not named stays as it is, one of no size is gone.
+    Source: Firecracker src/vmm/src/rate_limiter/mod.rs: TokenBucket::new, BucketUpdate."""
+    given = limiter or RateLimiter()
+    return RateLimiter(given.bandwidth or _NO_BUCKET, given.ops or _NO_BUCKET)
 
 
 def _per_second(tokens: int | None) -> TokenBucket | None:
@@ -104,7 +114,8 @@ class Drive(Resource):
 @dataclass(frozen=True)
 class PartialDrive(Resource):
     drive_id: str
-    path_on_host: str
+    path_on_host: str | None = None
+    rate_limiter: RateLimiter | None = None
 
     @property
     def path(self) -> str:

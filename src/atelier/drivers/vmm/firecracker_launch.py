@@ -51,11 +51,12 @@ from atelier.model.jail import (
     JAIL_METRICS,
     JAIL_STATE,
     JAIL_TOOLS,
-    JailLimits,
     JailLink,
     JailRequest,
+    JailStart,
 )
 from atelier.model.machine import MachineSpec, MemoryImage, MemoryStream, ProcessIdentity
+from atelier.model.machine_limits import ProcessorAndMemoryLimits
 from atelier.model.sandbox import MAX_DISK_MIB
 
 _MIB = 1024 * 1024
@@ -118,12 +119,13 @@ def jail_request(spec: MachineSpec, machine_id: str, user_id: int) -> JailReques
     )
 
 
-def jail_limits(spec: MachineSpec) -> JailLimits:
+def jail_start(spec: MachineSpec, machine_id: str, user_id: int, console: Path) -> JailStart:
     memory_bytes = (spec.memory_mib + _VMM_MEMORY_MIB) * _MIB
     # It writes its memory into a file when it is saved. A disk that is a file may grow to what any disk may.
     is_device = stat.S_ISBLK(spec.root.top.path.stat().st_mode)
     file_bytes = memory_bytes if is_device else max(memory_bytes, MAX_DISK_MIB * _MIB)
-    return JailLimits(spec.vcpu_count, memory_bytes, spec.vcpu_count + _VMM_TASKS, file_bytes)
+    limits = ProcessorAndMemoryLimits(spec.vcpu_count, memory_bytes, spec.vcpu_count + _VMM_TASKS)
+    return JailStart(machine_id, user_id, console, limits, file_bytes)
 
 
 def boot_requests(spec: MachineSpec, choices: MachineChoices) -> Sequence[Resource]:
