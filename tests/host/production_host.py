@@ -27,6 +27,7 @@ storage_device = "{LVM_DISK}"
 """
 SERVICES = ("atelier-network", "atelier-gateway", "atelier-manager")
 DATA, CACHE = "/var/lib/atelier/data", "/var/lib/atelier/cache"
+_VARIABLES = {"ATELIER_DATA_DIR": DATA}
 SMALL = ("--memory", "192M")
 """Of every sandbox here; a template of this size is there."""
 
@@ -179,10 +180,14 @@ class Operator:
         self.vmm = vmm
 
     def run(self, *words: str, check: bool = True, seconds: float = _SANDBOX_SECONDS) -> Outcome:
-        variables = {"ATELIER_DATA_DIR": DATA}
         return self.host.run_program(
-            "atelier.cli", *words, user="atelier", variables=variables, seconds=seconds, check=check
+            "atelier.cli", *words, user="atelier", variables=_VARIABLES, seconds=seconds, check=check
         )
+
+    def begin(self, *words: str) -> None:
+        """Returns while the command, which waits, is at it."""
+        calling = program_words("atelier.cli", *words, user="atelier", variables=_VARIABLES)
+        self.host.run(f"{calling} </dev/null >/dev/null 2>&1 & sleep 15")
 
     def read(self, path: str) -> Any:
         """What the API answers. A program of curl's, since this is asked again and again; and again where no manager

@@ -36,8 +36,9 @@ def test_a_sandbox_lives_through_kills_of_its_manager(operator: Operator) -> Non
     operator.run("rm", "again")
     operator.run("snapshots", "rm", "ready")
 
-    operator.run("fork", "box", "--name-prefix", "cut", "--no-wait")
+    operator.begin("fork", "box", "--name-prefix", "twin")
     operator.kill_manager()
+    # Begun before the kill or not: what there is of it is gone on with, or given up.
     wait_until(lambda: set(operator.states().values()) <= {"running", "failed"}, 900)
     for name in set(operator.states()) - {"box"}:
         operator.run("rm", name)
