@@ -142,7 +142,7 @@ def _cut_off_init(host: EmulatedHost, moment: str, *options: str) -> None:
 
 
 def _package(name: str) -> bytes:
-    """A Debian package with nothing in it: the machine has no archive at hand."""
+    """A Debian package with a program of its name, that does nothing: the machine has no archive at hand."""
 
     def member(file: str, content: bytes) -> bytes:
         head = f"{file:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode()
@@ -153,14 +153,14 @@ def _package(name: str) -> bytes:
         with tarfile.open(fileobj=data, mode="w:gz") as archive:
             for path, content in files.items():
                 entry = tarfile.TarInfo(path)
-                entry.size = len(content)
+                entry.size, entry.mode = len(content), 0o755
                 archive.addfile(entry, io.BytesIO(content))
         return data.getvalue()
 
     parts = (
         ("debian-binary", b"2.0\n"),
         ("control.tar.gz", packed({"./control": _control(name).encode()})),
-        ("data.tar.gz", packed({})),
+        ("data.tar.gz", packed({f"./usr/bin/{name}": b"#!/bin/sh\n"})),
     )
     return b"!<arch>\n" + b"".join(member(file, content) for file, content in parts)
 
