@@ -36,14 +36,15 @@ def missing_programs(*programs: str) -> str:
 NO_QEMU = missing_programs("qemu-system-x86_64", "qemu-img", "mke2fs")
 
 
-def images_of_this_checkout() -> DebianImages:
+def images_of_this_checkout(*, own_kernel: bool = False) -> DebianImages:
     """Over the cache that ``ATELIER_CACHE_DIR`` or its default names."""
-    return DebianImages(load_settings().cache_dir, REPOSITORY / "images", REPOSITORY / "src" / "atelier")
+    recipes, package = REPOSITORY / "images", REPOSITORY / "src" / "atelier"
+    return DebianImages(load_settings().cache_dir, recipes, package, own_kernel=own_kernel)
 
 
-async def get_boot_files() -> BootFiles:
+async def get_boot_files(*, own_kernel: bool = False) -> BootFiles:
     """Kernel, initramfs and tools image; built if they are not in the cache."""
-    return await images_of_this_checkout().ensure_boot_files(_tell)
+    return await images_of_this_checkout(own_kernel=own_kernel).ensure_boot_files(_tell)
 
 
 async def get_base_image() -> Image:

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,23 +21,29 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from tests.host.guest_files import pack_guest_files
 from tests.host.host_image import HostImage
 from tests.real_machines import REPOSITORY
 
 LVM_DISK = "/dev/vdb"
-LVM_DISK_SIZE = "6G"
+LVM_DISK_SIZE = "3G"
 SITE_PACKAGES = "/opt/atelier/venv/lib/python3.11/site-packages"
 PYTHON = "/opt/atelier/venv/bin/python"
+CHECKOUT = "/opt/atelier/checkout"
+FIRECRACKER = f"{CHECKOUT}/firecracker-release"
+_PROGRAM_SERVER = f"{CHECKOUT}/tests/host/program_server.py"
 _PARCEL_BYTES = 64 * 1024 * 1024
 _MEMORY = "3G"
 _BOOT_SECONDS = 600.0
 _COMMAND_SECONDS = 300.0
 _SAVE_SECONDS = 300.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +175,30 @@ class EmulatedHost:
         assert not check or outcome.status == 0, f"{script}\nexit status {outcome.status}\n{outcome.out}\n{outcome.err}"
         return outcome
 
+    def run_program(
+        self,
+        module: str,
+        *words: str,
+        user: str = "root",
+        variables: Mapping[str, str] | None = None,
+        seconds: float = _COMMAND_SECONDS,
+        check: bool = True,
+    ) -> Outcome:
+        """``python -P -m module words...``, as ``run``, but forked from a process that has imported it
+        (``program_server``)."""
+        calling = [
+            "python3",
+            "-I",
+            "-S",
+            _PROGRAM_SERVER,
+            "call",
+            user,
+            json.dumps(dict(variables or {})),
+            module,
+            *words,
+        ]
+        return self.run(f"{shlex.join(calling)} </dev/null", seconds=seconds, check=check)
+
     def write(self, path: str, content: str | bytes, mode: str = "0644") -> None:
         data = content.encode() if isinstance(content, str) else content
         self.run(f"install -D -m {mode} /dev/stdin '{path}'", given=data)
@@ -257,26 +288,36 @@ class EmulatedHost:
             return told["return"]
 
 
+def program_words(module: str, *words: str, user: str = "root", variables: Mapping[str, str] | None = None) -> str:
+    """The words for a shell of root's that run a program as ``EmulatedHost.run_program`` does."""
+    told = json.dumps(dict(variables or {}))
+    return shlex.join(["python3", "-I", "-S", _PROGRAM_SERVER, "call", user, told, module, *words])
+
+
 def _drive(name: str, path: Path, file_format: str, *, read_only: bool = False) -> list[str]:
     options = f"if=none,id={name},file={path},format={file_format},cache=unsafe,discard=unmap"
     return ["-drive", options + ",readonly=on" * read_only, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
 
-def save_host(image: HostImage, folder: Path) -> SavedHost:
-    """Boot the image, put this checkout's package and tests into it, and save it."""
+def save_host(image: HostImage, folder: Path, *, firecracker: Path | None = None) -> SavedHost:
+    """Boot the image, put this checkout's package and tests into it, and save it. ``firecracker``: a folder with that and
+    its jailer, which is to lie at ``FIRECRACKER`` then."""
     disk, lvm_disk = folder / "root.qcow2", folder / "lvm.qcow2"
     parcel, guest_files = folder / "parcel.tar", folder / "guest-files.tar"
     _overlay(disk, image.disk)
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(lvm_disk), LVM_DISK_SIZE], check=True)
-    parcel.write_bytes(_pack_checkout())
+    packed = _pack_checkout(firecracker)
+    assert len(packed) <= _PARCEL_BYTES
+    parcel.write_bytes(packed)
     os.truncate(parcel, _PARCEL_BYTES)
-    pack_guest_files(guest_files)
+    pack_guest_files(guest_files, own_kernel=firecracker is not None)
     host = EmulatedHost(image, folder, disk, lvm_disk, parcel, guest_files)
     try:
         host.start()
-        host.run("mkdir -p /opt/atelier/checkout && tar -x -f /dev/vdc -C /opt/atelier/checkout --no-same-owner")
-        host.run(f"echo /opt/atelier/checkout/src >{SITE_PACKAGES}/atelier-checkout.pth")
+        host.run(f"mkdir -p {CHECKOUT} && tar -x -f /dev/vdc -C {CHECKOUT} --no-same-owner")
+        host.run(f"echo {CHECKOUT}/src >{SITE_PACKAGES}/atelier-checkout.pth")
         host.run("systemctl is-system-running --wait || true", seconds=_BOOT_SECONDS)
+        host.run_program("atelier.cli", "--version")
         host.save(folder / "state")
     finally:
         host.end()
@@ -296,16 +337,16 @@ def started_from(saved: SavedHost, folder: Path) -> Generator[EmulatedHost]:
             file.unlink()
 
 
-def save_further(saved: SavedHost, folder: Path, prepare: Callable[[EmulatedHost], None]) -> SavedHost:
-    """The saved one with what ``prepare`` makes of it, at rest again."""
+def save_further(saved: SavedHost, folder: Path, prepare: Callable[[EmulatedHost], T]) -> tuple[SavedHost, T]:
+    """The saved one with what ``prepare`` makes of it, at rest again; and what that returned."""
     host = _standing_over(saved, folder)
     try:
         host.start(saved.state)
-        prepare(host)
+        told = prepare(host)
         host.save(folder / "state")
     finally:
         host.end()
-    return replace(saved, disk=host.disk, lvm_disk=host.lvm_disk, state=folder / "state")
+    return replace(saved, disk=host.disk, lvm_disk=host.lvm_disk, state=folder / "state"), told
 
 
 def _standing_over(saved: SavedHost, folder: Path) -> EmulatedHost:
@@ -319,7 +360,7 @@ def _overlay(path: Path, base: Path) -> None:
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(base), str(path)], check=True)
 
 
-def _pack_checkout() -> bytes:
+def _pack_checkout(firecracker: Path | None) -> bytes:
     """What git knows of this checkout, as it lies there now, and what is new in it; the package compiled, which takes
     minutes inside."""
     listing = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
@@ -330,6 +371,10 @@ def _pack_checkout() -> bytes:
             if (REPOSITORY / name).exists():
                 (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(REPOSITORY / name, Path(folder) / name)
+        if firecracker:
+            (Path(folder) / Path(FIRECRACKER).name).mkdir()
+            for program in ("firecracker", "jailer"):
+                shutil.copy(firecracker / program, Path(folder) / Path(FIRECRACKER).name)
         # The bytecode of one minor version of Python is that of another machine's too.
         compiling = ["-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "-s", folder, f"{folder}/src"]
         subprocess.run([sys.executable, *compiling], check=True)

@@ -16,10 +16,11 @@ from atelier.config.settings import load_settings
 GUEST_FILES_DISK = "/dev/vdd"
 
 
-def pack_guest_files(target: Path) -> None:
-    """An archive with holes; ``unpack_guest_files`` is its other half."""
+def pack_guest_files(target: Path, *, own_kernel: bool) -> None:
+    """An archive with holes; ``unpack_guest_files`` is its other half. ``own_kernel``: the one that Firecracker boots is
+    in it, too, which compiles for some ten minutes where it is not in the cache."""
     cache = load_settings().cache_dir.absolute()
-    names = sorted(str(path.relative_to(cache)) for path in asyncio.run(_needed(cache)))
+    names = sorted(str(path.relative_to(cache)) for path in asyncio.run(_needed(cache, own_kernel)))
     subprocess.run(["tar", "--create", "--sparse", "--file", target, "--directory", cache, *names], check=True)
 
 
@@ -28,9 +29,11 @@ def unpack_guest_files(cache: str, owner: str) -> str:
     return f"tar -x -f {GUEST_FILES_DISK} -C {cache} --no-same-owner && chown -R {owner}:{owner} {cache}"
 
 
-async def _needed(cache: Path) -> set[Path]:
-    boot, image = await get_boot_files(), await get_base_image()
-    return {boot.kernel, boot.initramfs, boot.tools, image.path, *_manifests(cache)}
+async def _needed(cache: Path, own_kernel: bool) -> set[Path]:
+    image = await get_base_image()
+    boots = [await get_boot_files(), *([await get_boot_files(own_kernel=True)] if own_kernel else [])]
+    files = {file for boot in boots for file in (boot.kernel, boot.initramfs, boot.tools)}
+    return {*files, image.path, *_manifests(cache)}
 
 
 def _manifests(cache: Path) -> Iterator[Path]:

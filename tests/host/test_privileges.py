@@ -1,31 +1,16 @@
-"""The privileged helper under a real sudo, for a user who is nobody else: what it grants, and what is refused how."""
+"""The privileged helper under a real sudo, as ``atelier host init`` installed it, for a user who is nobody else: what it
+grants, and what is refused how."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from tests.host.emulated_host import LVM_DISK, PYTHON, EmulatedHost
+from tests.host.emulated_host import PYTHON, EmulatedHost
+from tests.host.production_host import GROUP
 
-GROUP = "vg-test"
 PROGRAM = "/usr/local/sbin/atelier-privileged"
-_INSTALL = f"""
-import asyncio
-from pathlib import Path
-from atelier.host_setup.access_changes import SudoersChange, helper_program
-from atelier.host_setup.changes import FileChange
-from atelier.host_setup.host import Host
-from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, root_settings_text
-from atelier.host_setup.thin_pool import ensure_thin_pool
-
-async def main():
-    await ensure_thin_pool("{GROUP}", "pool")
-    host = Host()
-    host.check_roots_own(Path("{PYTHON}"))
-    told = root_settings_text(RootSettings("atelier", "aaaa", "{GROUP}", "pool"))
-    for change in (FileChange(str(ROOT_SETTINGS), told), helper_program(Path("{PYTHON}")), SudoersChange("atelier")):
-        await change.apply(host, None, lambda record: None)
-
-asyncio.run(main())
-"""
+VOLUME = "bbbbbbbbbbbb"
 _AS_USER = """
 import asyncio, os, sys
 from pathlib import Path
@@ -55,13 +40,11 @@ except AtelierError as error:
 
 
 @pytest.fixture(scope="module")
-def host(shared_host: EmulatedHost) -> EmulatedHost:
-    shared_host.run(
-        "useradd --system --user-group --create-home --home-dir /srv/atelier atelier && useradd --system --user-group somebody"
-    )
-    shared_host.run(f"vgs {GROUP} || (pvcreate -q {LVM_DISK} && vgcreate -q {GROUP} {LVM_DISK})")
-    shared_host.run(f"{PYTHON} -", given=_INSTALL.encode())
-    return shared_host
+def host(production_host: EmulatedHost) -> EmulatedHost:
+    """With another user, and without a manager that would call the tests' volume left over."""
+    production_host.run("systemctl stop atelier-manager && useradd --system --user-group somebody")
+    production_host.run("install -d -o atelier /srv/atelier")
+    return production_host
 
 
 def ask(host: EmulatedHost, before: str = "") -> str:
@@ -70,12 +53,13 @@ def ask(host: EmulatedHost, before: str = "") -> str:
 
 def test_as_an_ordinary_user_a_volume_is_made_and_is_that_users_alone(host: EmulatedHost) -> None:
     host.run("visudo -c")
-    assert "made /dev/atelier/aaaa/volume-bbbbbbbbbbbb ['bbbbbbbbbbbb']" in ask(host)
-    node = "/dev/atelier/aaaa/volume-bbbbbbbbbbbb"
+    installation = json.loads(host.read("/etc/atelier/privileged.json"))["installation_id"]
+    node, volume = f"/dev/atelier/{installation}/volume-{VOLUME}", f"/dev/{GROUP}/at-{installation}-volume-{VOLUME}"
+    assert f"made {node} ['{VOLUME}']" in ask(host)
     assert host.run(f"stat -c '%U %a' {node}").out == "atelier 600\n"
     assert host.run(f"head -c 5 {node}", user="somebody", check=False).status != 0
-    assert host.run(f"head -c 5 /dev/{GROUP}/at-aaaa-volume-bbbbbbbbbbbb").out == "WORDS"
-    assert host.run(f"head -c 5 /dev/{GROUP}/at-aaaa-volume-bbbbbbbbbbbb", user="atelier", check=False).status != 0
+    assert host.run(f"head -c 5 {volume}").out == "WORDS"
+    assert host.run(f"head -c 5 {volume}", user="atelier", check=False).status != 0
 
 
 @pytest.mark.parametrize(
@@ -85,7 +69,7 @@ def test_as_an_ordinary_user_a_volume_is_made_and_is_that_users_alone(host: Emul
         f"{PROGRAM} storage vmm",
         f"{PROGRAM} 'storage '",
         f"{PROGRAM} disks",
-        "/usr/sbin/lvremove -y vg-test/pool",
+        f"/usr/sbin/lvremove -y {GROUP}/atelier",
         "/bin/sh -c id",
         f"-u somebody {PROGRAM} storage",
         f"PYTHONPATH=/srv/atelier {PROGRAM} storage",
