@@ -15,6 +15,7 @@ from atelier.model.machine import ProcessIdentity
 from atelier.model.machine_limits import ProcessorAndMemoryLimits
 
 SLICE = "atelier-vm.slice"
+_MANAGER = "atelier-manager.service"
 _SERVICE_MANAGER = Path("/run/systemd/system")
 _SECOND_MICROSECONDS = 1_000_000
 _MOVE_SECONDS = 30.0
@@ -34,9 +35,11 @@ async def confine(name: str, process: ProcessIdentity, limits: ProcessorAndMemor
         return
     words = [
         *("busctl", "call", "--quiet", "org.freedesktop.systemd1", "/org/freedesktop/systemd1"),
-        *("org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail", "7"),
+        *("org.freedesktop.systemd1.Manager", "StartTransientUnit", "ssa(sv)a(sa(sv))", scope, "fail", "8"),
         *("Description", "s", "A virtual machine of Atelier's"),
         *("Slice", "s", SLICE),
+        # So the manager is gone before it when the host goes down, and does not take that for a failure of the machine's.
+        *("Before", "as", "1", _MANAGER),
         *("PIDs", "au", "1", str(process.pid)),
         *("CPUQuotaPerSecUSec", "t", str(limits.processors * _SECOND_MICROSECONDS)),
         *("MemoryMax", "t", str(limits.memory_bytes)),
