@@ -12,7 +12,7 @@ from atelier.db.engine import Connection
 from atelier.db.sagas import delete_saga, delete_sagas_of
 from atelier.db.sandboxes import SandboxRepository
 from atelier.lifecycle.consoles import KeptConsoles
-from atelier.lifecycle.errors import describe_error
+from atelier.lifecycle.errors import describe_error, interruption
 from atelier.lifecycle.transitions import Failure, Transitions
 from atelier.model.states import SandboxState
 from atelier.saga.definition import SagaInterruptedError, StepContext
@@ -34,11 +34,7 @@ class SagaEnds:
     async def describe_failure(self, context: StepContext, error: Exception) -> dict[str, Any]:
         """Not inside a transaction: everything that was acquired still stands, the console's file too."""
         if isinstance(error, SagaInterruptedError):
-            words = {
-                "code": "interrupted",
-                "message": f"the manager ended again and again while the sandbox was {self.doing}",
-                "hint": "its log may say why; then try again",
-            }
+            words = interruption(f"the manager ended again and again while the sandbox was {self.doing}")
         else:
             words = describe_error(error)
         return {**words, "console_tail": await self.consoles.keep(context.subject_id)}
