@@ -4,6 +4,10 @@ Owned by ``channel``; filled by ``local_stream``. In a guest under software emul
 this process costs as much as all else of a download. The kernel moves pages instead: from its page cache into a pipe,
 and from there to the port.
 
+The price is the host's: QEMU writes each place of a port's table to its socket by itself, a page at a time, in its main
+loop; 0.18 s of a processor for 100 MB, of which writes of 32 KiB cost 0.03 s. Where two processors carry emulator,
+gateway, manager and client together, that is what a download waits for.
+
 Each frame has a pipe to itself. Linux's virtio port hands the host a table with a place for every page that is in the
 pipe, also for those that it was not asked to move, and those places lead nowhere. Source: splice(2), pipe(7); Linux
 drivers/char/virtio_console.c, port_fops_splice_write.
