@@ -21,24 +21,21 @@ settings = network.NetworkSettings({
 mac = network.parse_mac_address("02:00:00:00:00:07")
 def show(*words):
     return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
-try:
-    network.apply(settings, mac)
-except Exception as error:
-    assert "no network card" in str(error), error
-else:
-    raise AssertionError("there is no card yet")
+def expect_no_card(why):
+    try:
+        network.apply(settings, mac)
+    except Exception as error:
+        assert "no network card" in str(error), error
+    else:
+        raise AssertionError(why)
+expect_no_card("there is no card yet")
 subprocess.run(["ip", "link", "add", "bridge0", "type", "bridge"], check=True)
 for name in ("bridge0", "card0"):
     # As sysfs shows it: a TAP, too, is no machine's card, here it stands for one.
     folder = Path(network.CARDS, name)
     folder.mkdir()
     (folder / "type").write_text("1\\n")
-try:
-    network.apply(settings, mac)
-except Exception as error:
-    assert "no network card" in str(error), error
-else:
-    raise AssertionError("a bridge is no card")
+expect_no_card("a bridge is no card")
 (folder / "device").mkdir()
 tap = os.open("/dev/net/tun", os.O_RDWR)
 fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", b"card0", 0x1002))  # TUNSETIFF, IFF_TAP | IFF_NO_PI
