@@ -229,7 +229,14 @@ class StorageVerbs:
         """Read-only, then under the name by which it counts as whole."""
         await self._pool.make_read_only(str(fresh))
         self._node(fresh).unlink(missing_ok=True)
-        await self._pool.rename(str(fresh), str(name))
+        try:
+            await self._pool.rename(str(fresh), str(name))
+        except CommandError:
+            _, found = await self._pool.look()
+            if str(name) not in found:
+                raise
+            # A command that a killed helper had begun went on and came first; what it gave the name was whole, too.
+            await self._remove(fresh)
 
     async def _expose(self, name: LvmName) -> dict[str, Any]:
         node, device = self._node(name), self._pool.device(str(name))
