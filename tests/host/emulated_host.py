@@ -186,18 +186,8 @@ class EmulatedHost:
     ) -> Outcome:
         """``python -P -m module words...``, as ``run``, but forked from a process that has imported it
         (``program_server``)."""
-        calling = [
-            "python3",
-            "-I",
-            "-S",
-            _PROGRAM_SERVER,
-            "call",
-            user,
-            json.dumps(dict(variables or {})),
-            module,
-            *words,
-        ]
-        return self.run(f"{shlex.join(calling)} </dev/null", seconds=seconds, check=check)
+        calling = program_words(module, *words, user=user, variables=variables)
+        return self.run(f"{calling} </dev/null", seconds=seconds, check=check)
 
     def write(self, path: str, content: str | bytes, mode: str = "0644") -> None:
         data = content.encode() if isinstance(content, str) else content

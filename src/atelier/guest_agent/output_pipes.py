@@ -5,7 +5,7 @@ this process costs as much as all else of a download. The kernel moves pages ins
 and from there to the port.
 
 The price is the host's: QEMU writes each place of a port's table to its socket by itself, a page at a time, in its main
-loop; 0.18 s of a processor for 100 MB, of which writes of 32 KiB cost 0.03 s. Where two processors carry emulator,
+loop: 0.18 s of a processor for 100 MB, against 0.02 s for writes of 32 KiB. Where two processors carry emulator,
 gateway, manager and client together, that is what a download waits for.
 
 Each frame has a pipe to itself. Linux's virtio port hands the host a table with a place for every page that is in the

@@ -230,14 +230,14 @@ class Multiplexer:
 
     def put_data(self, identifier: int, payload: bytes | memoryview, length: int) -> None:
         """Queue a DATA frame; a large payload itself instead of a copy, if nobody can change it any more."""
-        header = FRAME_HEADER.pack(self.epoch, DATA, 0, identifier, length, MAGIC)
+        header, trailer = self.edges_of(identifier, length)
         output = self._output
         if length <= _COPIED_BYTES or not (isinstance(payload, bytes) or payload.readonly):
-            output.append(b"".join((header, payload, self._trailer)))
+            output.append(b"".join((header, payload, trailer)))
             return
         output.append(header)
         output.append_lying(payload)
-        output.append(self._trailer)
+        output.append(trailer)
 
     def borrow_frame(self) -> PackedFrame:
         return self._output.borrow_frame()
