@@ -45,10 +45,6 @@ MAX_STREAMS: Final = 512
 _READ_BYTES_PER_TURN: Final = 256 * 1024
 _WRITE_BYTES_PER_TURN: Final = 512 * 1024
 _FRAMES_PER_TURN: Final = 256
-_BULK_BYTES: Final = 24 * 1024
-_BULK_PAUSE_SECONDS: Final = 0.002
-"""After a read of so much at once the channel waits a little for more. The guest's port gives 32 KiB a write: woken for
-each, this process and the manager take the processor from the emulator. 0.78 of a bare download without, 0.81 with."""
 _FLOOD_PAUSE_SECONDS: Final = 0.002
 """After a turn that ended for its number of frames. Bulk data in full frames never gets there."""
 
@@ -307,15 +303,6 @@ class GuestChannel:
         self.received_bytes += count
         multiplexer.receive_buffer.received(count)
         self._take_turn()
-        if count >= _BULK_BYTES and self._reading and self._connection is not None:
-            # More is on its way: let it gather, instead of being woken for each of the guest's writes.
-            self._reading = False
-            self._loop.remove_reader(self._connection)
-            self._turn = self._loop.call_later(_BULK_PAUSE_SECONDS, self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._turn = None
-        self._read_on()
 
     def _take_turn(self) -> None:
         self._turn = None
