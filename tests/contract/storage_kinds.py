@@ -36,10 +36,11 @@ KINDS = [QCOW2, "fake", *LASTING[1:]]
 
 
 class RootInProcess:
-    """Root's side of the LVM driver, without the program in between; what passes is JSON all the same."""
+    """Root's side of the LVM driver, without the program in between; what passes is JSON all the same. ``lock``: as the
+    program hands it on."""
 
-    def __init__(self, settings: RootSettings) -> None:
-        self._verbs = StorageVerbs(settings).verbs
+    def __init__(self, settings: RootSettings, *, lock: int | None = None) -> None:
+        self._verbs = StorageVerbs(settings, lock=lock).verbs
         self._turn = asyncio.Lock()
 
     async def ask(self, verb: str, **fields: object) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from pathlib import Path
 from atelier.host_setup.privileged import main
 sys.exit(main(sys.argv[2:], Path(sys.argv[1]), Path(sys.argv[1]).parent / "locks"))
 """
+# As LVM's programs do, it first closes what it inherits and does not know.
 _LVS = """#!/bin/sh
+exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&-
 echo lvs >>{folder}/called
 while [ -e {folder}/wait ]; do sleep 0.02; done
 cat {folder}/report
@@ -159,8 +161,9 @@ def test_nothing_is_done_for_a_manager_that_has_gone(settings_file: Path, lvm: P
 
 
 @as_root
-def test_two_helpers_of_one_group_take_turns(settings_file: Path, lvm: Path) -> None:
-    """As the first manager's, that was killed, ends what it had begun."""
+@pytest.mark.parametrize("killed", ["the manager", "the helper too"])
+def test_two_helpers_of_one_group_take_turns(settings_file: Path, lvm: Path, killed: str) -> None:
+    """As the first manager's, that was killed, ends what it had begun; or its last command does, that goes on alone."""
     (lvm / "wait").touch()
     first, second = (start(settings_file, "storage", path=str(lvm)) for _ in range(2))
     for helper in (first, second):
@@ -171,6 +174,9 @@ def test_two_helpers_of_one_group_take_turns(settings_file: Path, lvm: Path) -> 
     first.stdin.flush()
     while not (lvm / "called").exists():
         time.sleep(0.02)
+    if killed == "the helper too":
+        first.kill()
+        first.wait()
     second.stdin.write(b'{"verb": "look"}\n')
     second.stdin.flush()
     time.sleep(0.3)

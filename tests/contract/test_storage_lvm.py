@@ -5,6 +5,7 @@ Runs as root in an emulated host, which has a pool to work in (``tests/host/test
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import stat
@@ -212,12 +213,14 @@ async def test_a_base_goes_when_another_image_came_and_nothing_is_made_from_it(
     assert sum("-base-" in name for name in names_of(settings)) == 2
 
 
-def crash_at(number: int, settings: RootSettings, request: VolumeRequest) -> bool:
-    """Whether a process that makes a volume was killed: as its ``number``-th command had just begun, which goes on."""
+def crash_at(number: int, settings: RootSettings, request: VolumeRequest, lock: Path) -> bool:
+    """Whether a process that makes a volume was killed: as its ``number``-th command had just begun, which goes on and
+    keeps the ``lock`` of its group of verbs until it ends."""
     child = os.fork()
     if child == 0:
         import asyncio
 
+        held = lock_file(lock)
         left = number
         real_run = command.run
 
@@ -226,14 +229,18 @@ def crash_at(number: int, settings: RootSettings, request: VolumeRequest) -> boo
             left -= 1
             if left == 0:
                 subprocess.Popen(
-                    arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                    arguments,
+                    stdin=options["standard_input"],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
                 os.kill(os.getpid(), 9)
             return await real_run(arguments, **options)
 
         command.run = dying_run
         try:
-            asyncio.run(LvmThinStorage(RootInProcess(settings)).ensure_volume(request))
+            asyncio.run(LvmThinStorage(RootInProcess(settings, lock=held)).ensure_volume(request))
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -242,13 +249,20 @@ def crash_at(number: int, settings: RootSettings, request: VolumeRequest) -> boo
     return status == 9
 
 
+def lock_file(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
 async def test_a_kill_at_any_command_leaves_what_the_next_manager_makes_whole(
-    settings: RootSettings, base: DiskFile
+    settings: RootSettings, base: DiskFile, tmp_path: Path
 ) -> None:
     request = VolumeRequest(SANDBOX, base, 64)
     content = base.path.read_bytes()
     number = 1
-    while crash_at(number, settings, request):
+    while crash_at(number, settings, request, tmp_path / "lock"):
+        os.close(lock_file(tmp_path / "lock"))
         storage = LvmThinStorage(RootInProcess(settings))
         disk = await storage.ensure_volume(request)
         with disk.top.path.open("rb") as device:

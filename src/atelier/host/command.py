@@ -35,6 +35,7 @@ async def run(
     *,
     timeout_seconds: float = 60.0,
     input_bytes: bytes | None = None,
+    standard_input: int = asyncio.subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
     directory: Path | None = None,
     pass_descriptors: Sequence[int] = (),
@@ -43,7 +44,8 @@ async def run(
 ) -> CommandResult:
     """Run a program to its end and return what it wrote.
 
-    ``environment`` adds to this process's own. ``pass_descriptors`` keep their numbers. ``on_output`` receives each line of stdout and stderr as it comes
+    ``input_bytes`` are what it reads, else ``standard_input`` (a descriptor). ``environment`` adds to this process's own.
+    ``pass_descriptors`` keep their numbers. ``on_output`` receives each line of stdout and stderr as it comes
     (for progress). ``package_hint`` names the Debian package that brings the program.
 
     Raises MissingProgramError, TimeoutExceededError (the whole process group is killed, as on cancellation),
@@ -52,7 +54,7 @@ async def run(
     try:
         process = await asyncio.create_subprocess_exec(
             *arguments,
-            stdin=asyncio.subprocess.PIPE if input_bytes is not None else asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE if input_bytes is not None else standard_input,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             cwd=directory,

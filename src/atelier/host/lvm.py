@@ -7,6 +7,7 @@ the exit status. Source: lvmthin(7), lvmreport(7).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Sequence
@@ -51,11 +52,13 @@ class PoolUsage:
 
 
 class ThinPool:
-    """``group`` and ``pool`` as LVM knows them."""
+    """``group`` and ``pool`` as LVM knows them. Whoever holds the file ``lock`` (a descriptor) holds it until the last command
+    has ended: each has it as its standard input, the one descriptor above which LVM closes what it did not open."""
 
-    def __init__(self, group: str, pool: str) -> None:
+    def __init__(self, group: str, pool: str, *, lock: int | None = None) -> None:
         self._group = group
         self._pool = pool
+        self._lock = asyncio.subprocess.DEVNULL if lock is None else lock
 
     @property
     def remedy(self) -> str:
@@ -74,7 +77,7 @@ class ThinPool:
 
         Raises HostError (``volume_group_missing``, ``thin_pool_missing``, ``thin_pool_not_zeroing``).
         """
-        rows = await _report("lvs", self._group, f"{_FIELDS},vg_free")
+        rows = await self._report("lvs", f"{_FIELDS},vg_free")
         pool = self._pool_row(rows)
         usage = PoolUsage(
             size_bytes=int(pool["lv_size"]),
@@ -149,7 +152,7 @@ class ThinPool:
 
     async def _run(self, *arguments: str) -> None:
         try:
-            await command.run([*arguments, "--quiet"], timeout_seconds=_SECONDS, package_hint=_PACKAGE)
+            await self._command(*arguments, "--quiet")
         except CommandError as error:
             if any(words in error.message for words in ("free space", "reached threshold", "out of data space")):
                 raise DiskFullError(
@@ -159,24 +162,26 @@ class ThinPool:
                 ) from error
             raise
 
+    async def _report(self, program: str, fields: str) -> list[dict[str, str]]:
+        options = ["--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields]
+        try:
+            done = await self._command(program, *options, self._group)
+        except CommandError as error:
+            if "not found" in error.message:
+                raise HostError(
+                    f"this host has no volume group {self._group}",
+                    code="volume_group_missing",
+                    hint=f"see vgs; make one: atelier host storage, or vgcreate {self._group} /dev/<an empty disk>",
+                ) from error
+            raise
+        try:
+            told = json.loads(done.stdout)
+            return cast("list[dict[str, str]]", next(iter(told["report"][0].values())))
+        except (ValueError, KeyError, IndexError, StopIteration) as error:
+            raise HostError(f"{program} answered with what is no report: {done.stdout[:200]!r}") from error
 
-async def _report(program: str, group: str, fields: str) -> list[dict[str, str]]:
-    arguments = [program, "--reportformat", "json", "--units", "b", "--nosuffix", "-o", fields, group]
-    try:
-        done = await command.run(arguments, timeout_seconds=_SECONDS, package_hint=_PACKAGE)
-    except CommandError as error:
-        if "not found" in error.message:
-            raise HostError(
-                f"this host has no volume group {group}",
-                code="volume_group_missing",
-                hint=f"see vgs; make one: atelier host storage, or vgcreate {group} /dev/<an empty disk>",
-            ) from error
-        raise
-    try:
-        told = json.loads(done.stdout)
-        return cast("list[dict[str, str]]", next(iter(told["report"][0].values())))
-    except (ValueError, KeyError, IndexError, StopIteration) as error:
-        raise HostError(f"{program} answered with what is no report: {done.stdout[:200]!r}") from error
+    async def _command(self, *words: str) -> command.CommandResult:
+        return await command.run(words, standard_input=self._lock, timeout_seconds=_SECONDS, package_hint=_PACKAGE)
 
 
 def _volume(row: dict[str, str]) -> LogicalVolume:

@@ -3,13 +3,15 @@
 Started through sudo by ``host.privilege``, once for each group of verbs; a line of JSON there, a line back, in order. It
 trusts nothing of what it is told: what it may touch stands in root's own settings, names are built here, and each verb
 checks its arguments. Nothing is done for a client that has gone, and nothing at the same time as another helper of the same
-group does something: so what a dead manager has asked for is done when its successor looks, or never.
+group does something, or as a command of LVM's goes on that a killed helper had begun: so what a dead manager has asked for
+is done when its successor looks, or never.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import sys
@@ -18,7 +20,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from atelier.host.file_lock import hold_lock
 from atelier.host.peers import has_gone
 from atelier.host.privilege import GROUPS, LINE_MAX_BYTES, PROTOCOL_VERSION
 from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, read_root_settings
@@ -42,23 +43,24 @@ def main(arguments: list[str] | None = None, settings_file: Path = ROOT_SETTINGS
     os.chdir("/")
     try:
         settings = read_root_settings(settings_file)
-        verbs = _verbs_of(words[0], settings)
         locks.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(locks / words[0], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        verbs = _verbs_of(words[0], settings, lock)
     except (AtelierError, OSError) as error:
         _say(str(error))
         return 1
     with contextlib.suppress(BrokenPipeError):
-        asyncio.run(_serve(verbs, settings, locks / words[0], sys.stdin.buffer, sys.stdout.buffer))
+        asyncio.run(_serve(verbs, settings, lock, sys.stdin.buffer, sys.stdout.buffer))
     return 0
 
 
-def _verbs_of(group: str, settings: RootSettings) -> Mapping[str, Verb]:
+def _verbs_of(group: str, settings: RootSettings, lock: int) -> Mapping[str, Verb]:
     """Only what the group needs is imported: a start costs time, and code that is not there has no mistakes."""
     match group:
         case "storage":
             from atelier.host_setup.storage_verbs import StorageVerbs
 
-            return StorageVerbs(settings).verbs
+            return StorageVerbs(settings, lock=lock).verbs
         case _:
             from atelier.host_setup.vmm_verbs import vmm_verbs
 
@@ -66,14 +68,16 @@ def _verbs_of(group: str, settings: RootSettings) -> Mapping[str, Verb]:
 
 
 async def _serve(
-    verbs: Mapping[str, Verb], settings: RootSettings, lock: Path, requests: BinaryIO, answers: BinaryIO
+    verbs: Mapping[str, Verb], settings: RootSettings, lock: int, requests: BinaryIO, answers: BinaryIO
 ) -> None:
     _write(answers, {"protocol": PROTOCOL_VERSION, "installation_id": settings.installation_id})
     while line := requests.readline(LINE_MAX_BYTES):
-        async with hold_lock(lock):
-            if has_gone(requests.fileno()):
-                return
-            answer = await _answer(verbs, line)
+        # Nothing else is to be done meanwhile: as for the requests, the loop may wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if has_gone(requests.fileno()):
+            return
+        answer = await _answer(verbs, line)
+        fcntl.flock(lock, fcntl.LOCK_UN)
         _write(answers, answer)
 
 

@@ -27,7 +27,9 @@ _READ_ONLY_KINDS = (LvmKind.BASE, LvmKind.SNAPSHOT)
 
 
 class StorageVerbs:
-    def __init__(self, settings: RootSettings, nodes: Path = NODES) -> None:
+    """``lock``: as for ``ThinPool``."""
+
+    def __init__(self, settings: RootSettings, nodes: Path = NODES, *, lock: int | None = None) -> None:
         if not settings.volume_group or not settings.thin_pool:
             raise HostError(
                 "root's settings name no volume group and no thin pool",
@@ -35,7 +37,7 @@ class StorageVerbs:
                 hint="as root: atelier host storage",
             )
         self._settings = settings
-        self._pool = ThinPool(settings.volume_group, settings.thin_pool)
+        self._pool = ThinPool(settings.volume_group, settings.thin_pool, lock=lock)
         self._nodes = nodes / settings.installation_id
 
     @property
@@ -229,14 +231,7 @@ class StorageVerbs:
         """Read-only, then under the name by which it counts as whole."""
         await self._pool.make_read_only(str(fresh))
         self._node(fresh).unlink(missing_ok=True)
-        try:
-            await self._pool.rename(str(fresh), str(name))
-        except CommandError:
-            _, found = await self._pool.look()
-            if str(name) not in found:
-                raise
-            # A command that a killed helper had begun went on and came first; what it gave the name was whole, too.
-            await self._remove(fresh)
+        await self._pool.rename(str(fresh), str(name))
 
     async def _expose(self, name: LvmName) -> dict[str, Any]:
         node, device = self._node(name), self._pool.device(str(name))
