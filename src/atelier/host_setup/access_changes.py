@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from atelier.host.privilege import PROGRAM
-from atelier.host_setup.changes import THERE, FileChange, Look, Note, foreign, missing
+from atelier.host_setup.changes import THERE, Check, FileChange, Look, Note, foreign, missing
 from atelier.host_setup.host import Host
 from atelier.host_setup.journal import Record
 from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, root_settings_text
@@ -107,8 +107,8 @@ def helper_program(python: Path) -> FileChange:
 
 
 @dataclass(frozen=True, slots=True)
-class RootsOwnCheck:
-    """What root will run is nobody else's to change. Makes nothing."""
+class RootsOwnCheck(Check):
+    """What root will run is nobody else's to change."""
 
     program: Path
 
@@ -125,13 +125,10 @@ class RootsOwnCheck:
             return foreign(error.message, error.hint)
         return THERE
 
-    async def apply(self, host: Host, own: Record | None, note: Note) -> None:
-        raise AssertionError("there is nothing to make")
-
 
 @dataclass(frozen=True, slots=True)
-class BridgeNameCheck:
-    """A link of the bridge's name is the network holder's, or in the way. Makes nothing."""
+class BridgeNameCheck(Check):
+    """A link of the bridge's name is the network holder's, or in the way."""
 
     name: str
 
@@ -154,13 +151,10 @@ class BridgeNameCheck:
             'choose another name in the configuration: [network] bridge_name = "sandbr0"',
         )
 
-    async def apply(self, host: Host, own: Record | None, note: Note) -> None:
-        raise AssertionError("there is nothing to make")
-
 
 @dataclass(frozen=True, slots=True)
-class PortCheck:
-    """A port that one of Atelier's programs is to serve is theirs, or in the way. Makes nothing."""
+class PortCheck(Check):
+    """A port that one of Atelier's programs is to serve is theirs, or in the way."""
 
     address: str
     port: int
@@ -187,9 +181,6 @@ class PortCheck:
                     f"choose another port: {self.setting}; or end that program",
                 )
         return THERE
-
-    async def apply(self, host: Host, own: Record | None, note: Note) -> None:
-        raise AssertionError("there is nothing to make")
 
 
 def _is_ours(host: Host, pid: int) -> bool:

@@ -14,6 +14,7 @@ from atelier.config.settings import Settings
 from atelier.host_setup.changes import (
     THERE,
     Change,
+    Check,
     FileChange,
     FolderChange,
     Look,
@@ -33,8 +34,8 @@ _DROP_IN = "/etc/systemd/system/caddy.service.d"
 
 
 @dataclass(frozen=True, slots=True)
-class CaddyCheck:
-    """A Caddy that Atelier has not installed serves others. Makes nothing."""
+class CaddyCheck(Check):
+    """A Caddy that Atelier has not installed serves others."""
 
     kind: ClassVar[str] = "caddy"
 
@@ -52,9 +53,6 @@ class CaddyCheck:
             "this host has a Caddy of its own",
             "set host.caddy = false, and let yours import deploy/caddy/Caddyfile (docs/how-to/previews.md)",
         )
-
-    async def apply(self, host: Host, own: Record | None, note: Note) -> None:
-        raise AssertionError("there is nothing to make")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -65,6 +66,19 @@ class Change(Protocol):
     async def apply(self, host: Host, own: Record | None, note: Note) -> None:
         """Called where ``look`` says missing. ``note`` comes before what it notes."""
         ...
+
+
+class Check(ABC):
+    """A change that makes nothing: what it looks for is as it should be, or in the way."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    async def look(self, host: Host, own: Record | None) -> Look:
+        """As a change's; never missing."""
+
+    async def apply(self, host: Host, own: Record | None, note: Note) -> None:
+        raise AssertionError(f"{type(self).__name__} said that something is missing")
 
 
 @dataclass(frozen=True, slots=True)
