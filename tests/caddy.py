@@ -20,7 +20,8 @@ from cryptography.x509.oid import NameOID
 from tests.real_machines import REPOSITORY
 from tests.running_manager import wait_until
 
-DOMAIN, SANDBOX_DOMAIN = "manager.test", "boxes.test"
+# The one lies below the other: whoever asks for the manager must not be taken for a visitor of a sandbox.
+DOMAIN, SANDBOX_DOMAIN = "manager.boxes.test", "boxes.test"
 CONFIG = REPOSITORY / "deploy" / "caddy" / "Caddyfile"
 NO_CADDY = "" if shutil.which("caddy") else "Caddy is not installed: scripts/setup development"
 
