@@ -82,6 +82,22 @@ async def test_a_jail_is_built_and_goes(jails: RootJails, tmp_path: Path) -> Non
     assert (disk.st_uid, disk.st_nlink, stat.S_IMODE(disk.st_mode)) == (os.geteuid(), 1, 0o600)
 
 
+async def test_the_managers_user_passes_to_what_it_is_granted_whatever_the_umask(
+    jails: RootJails, tmp_path: Path
+) -> None:
+    before = os.umask(0o077)
+    try:
+        await jails.prepare_jail(_request(tmp_path))
+    finally:
+        os.umask(before)
+    jail = jails.places.jail(NAME)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (jail.parent, jail, jail / "root")] == [
+        0o711,
+        0o711,
+        0o710,
+    ]
+
+
 async def test_what_nobody_is_granted(jails: RootJails, tmp_path: Path) -> None:
     request = _request(tmp_path)
     (tmp_path / "link").symlink_to("/etc/shadow")

@@ -33,10 +33,12 @@ async def _needed(cache: Path, own_kernel: bool) -> set[Path]:
     image = await get_base_image()
     boots = [await get_boot_files(), *([await get_boot_files(own_kernel=True)] if own_kernel else [])]
     files = {file for boot in boots for file in (boot.kernel, boot.initramfs, boot.tools)}
-    return {*files, image.path, *_manifests(cache)}
+    return {*files, image.path, *_small_files(cache)}
 
 
-def _manifests(cache: Path) -> Iterator[Path]:
-    """All, since they are small: one whose file is not there counts for nothing."""
+def _small_files(cache: Path) -> Iterator[Path]:
+    """All manifests, one whose file is not there counts for nothing; and what initramfs are packed of, without which a
+    kernel of our own is taken for spoilt."""
     for folder in ("images", "kernel", "tools"):
         yield from (cache / folder).glob("*.json")
+    yield from (cache / "kernel").glob("parts-*")
