@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 
 from atelier.host.files import disk_full_as_error
@@ -26,7 +26,7 @@ async def hold_lock(lock_file: Path, *, on_wait: Callable[[], None] | None = Non
     """
     with disk_full_as_error(f"locking {lock_file}"):
         lock_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = open_lock(lock_file)
     try:
         waiting = False
         while True:
@@ -42,3 +42,18 @@ async def hold_lock(lock_file: Path, *, on_wait: Callable[[], None] | None = Non
         yield
     finally:
         os.close(descriptor)
+
+
+def open_lock(lock_file: Path) -> int:
+    """A descriptor of it, which is not held yet. A process that inherits it holds what is held by it, too. Raises OSError."""
+    return os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+@contextlib.contextmanager
+def hold_opened(descriptor: int) -> Generator[None]:
+    """Hold the lock of ``open_lock``. Waits for its present holder with the whole thread."""
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

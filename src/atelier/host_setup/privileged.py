@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from atelier.host.file_lock import hold_opened, open_lock
 from atelier.host.peers import has_gone
 from atelier.host.privilege import GROUPS, LINE_MAX_BYTES, PROTOCOL_VERSION
 from atelier.host_setup.root_settings import ROOT_SETTINGS, RootSettings, read_root_settings
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None, settings_file: Path = ROOT_SETTINGS
     try:
         settings = read_root_settings(settings_file)
         locks.mkdir(mode=0o700, exist_ok=True)
-        lock = os.open(locks / words[0], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        lock = open_lock(locks / words[0])
         verbs = _verbs_of(words[0], settings, lock)
     except (AtelierError, OSError) as error:
         _say(str(error))
@@ -73,11 +73,10 @@ async def _serve(
     _write(answers, {"protocol": PROTOCOL_VERSION, "installation_id": settings.installation_id})
     while line := requests.readline(LINE_MAX_BYTES):
         # Nothing else is to be done meanwhile: as for the requests, the loop may wait.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if has_gone(requests.fileno()):
-            return
-        answer = await _answer(verbs, line)
-        fcntl.flock(lock, fcntl.LOCK_UN)
+        with hold_opened(lock):
+            if has_gone(requests.fileno()):
+                return
+            answer = await _answer(verbs, line)
         _write(answers, answer)
 
 
