@@ -58,7 +58,8 @@ def kitchen(good_boot_files: BootFiles) -> Iterator[Kitchen]:
         for name in ("images", "tools", "packages"):
             (cache / name).symlink_to(real / name)
         (cache / "kernel").mkdir()
-        for manifest in (real / "kernel").glob("*.json"):
+        # Not of a kernel of our own, which would be taken instead of the one that is spoilt here.
+        for manifest in (real / "kernel").glob("kernel-*.json"):
             (cache / "kernel" / manifest.name).write_bytes(manifest.read_bytes())
         good = good_boot_files
         with running_local_manager({"ATELIER_CACHE_DIR": folder}) as manager:
