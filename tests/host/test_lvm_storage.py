@@ -42,7 +42,7 @@ def test_what_only_lvm_can_prove(host: EmulatedHost) -> None:
     done = host.run(
         f"cd {CHECKOUT} && ATELIER_TEST_THIN_POOL={GROUP}/pool {PYTHON} -m pytest -q -p no:cacheprovider --durations=0 "
         f"{_SUITES} -k 'test_storage_lvm or (lvm and ({of_contract}))'",
-        seconds=1800,
+        seconds=3600,
         check=False,
     )
     print(done.out)
