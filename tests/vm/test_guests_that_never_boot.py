@@ -58,9 +58,11 @@ def kitchen(good_boot_files: BootFiles) -> Iterator[Kitchen]:
         for name in ("images", "tools", "packages"):
             (cache / name).symlink_to(real / name)
         (cache / "kernel").mkdir()
-        # Not of a kernel of our own, which would be taken instead of the one that is spoilt here.
-        for manifest in (real / "kernel").glob("kernel-*.json"):
+        for manifest in (real / "kernel").glob("*.json"):
             (cache / "kernel" / manifest.name).write_bytes(manifest.read_bytes())
+        # A kernel of our own without them is taken for spoilt, and another in its place.
+        for parts in (real / "kernel").glob("parts-*"):
+            (cache / "kernel" / parts.name).symlink_to(parts)
         good = good_boot_files
         with running_local_manager({"ATELIER_CACHE_DIR": folder}) as manager:
             made = Kitchen(manager, cache / "kernel" / good.kernel.name, cache / "kernel" / good.initramfs.name, good)
