@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,7 +72,7 @@ def converse(settings_file: Path, lines: Sequence[bytes], *, path: str = "") -> 
 
 
 @pytest.fixture
-def lvm(tmp_path: Path) -> Path:
+def lvm(tmp_path: Path) -> Iterator[Path]:
     """A folder with an ``lvs`` that knows one pool and nothing in it, and says when it was called."""
     folder = tmp_path / "lvm"
     folder.mkdir()
@@ -82,7 +82,9 @@ def lvm(tmp_path: Path) -> Path:
     (folder / "report").write_text(json.dumps({"report": [{"lv": [pool]}]}))
     (folder / "lvs").write_text(_LVS.format(folder=folder))
     (folder / "lvs").chmod(0o755)
-    return folder
+    yield folder
+    # One that is left over ends.
+    (folder / "wait").unlink(missing_ok=True)
 
 
 @as_root

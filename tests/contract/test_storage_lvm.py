@@ -5,7 +5,6 @@ Runs as root in an emulated host, which has a pool to work in (``tests/host/test
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import stat
@@ -19,6 +18,7 @@ from tests.contract.storage_kinds import THIN_POOL, RootInProcess, lvm_settings
 
 from atelier.drivers.storage.lvm_thin import LvmThinStorage
 from atelier.host import command
+from atelier.host.file_lock import hold_opened, open_lock
 from atelier.host.lvm import ThinPool
 from atelier.host_setup.root_settings import RootSettings
 from atelier.host_setup.storage_verbs import StorageVerbs
@@ -220,7 +220,7 @@ def crash_at(number: int, settings: RootSettings, request: VolumeRequest, lock: 
     if child == 0:
         import asyncio
 
-        held = lock_file(lock)
+        held = open_lock(lock)
         left = number
         real_run = command.run
 
@@ -240,7 +240,8 @@ def crash_at(number: int, settings: RootSettings, request: VolumeRequest, lock: 
 
         command.run = dying_run
         try:
-            asyncio.run(LvmThinStorage(RootInProcess(settings, lock=held)).ensure_volume(request))
+            with hold_opened(held):
+                asyncio.run(LvmThinStorage(RootInProcess(settings, lock=held)).ensure_volume(request))
         except BaseException:
             os._exit(1)
         os._exit(0)
@@ -249,22 +250,17 @@ def crash_at(number: int, settings: RootSettings, request: VolumeRequest, lock: 
     return status == 9
 
 
-def lock_file(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
-
-
 async def test_a_kill_at_any_command_leaves_what_the_next_manager_makes_whole(
     settings: RootSettings, base: DiskFile, tmp_path: Path
 ) -> None:
     request = VolumeRequest(SANDBOX, base, 64)
     content = base.path.read_bytes()
     number = 1
+    lock = open_lock(tmp_path / "lock")
     while crash_at(number, settings, request, tmp_path / "lock"):
-        os.close(lock_file(tmp_path / "lock"))
         storage = LvmThinStorage(RootInProcess(settings))
-        disk = await storage.ensure_volume(request)
+        with hold_opened(lock):
+            disk = await storage.ensure_volume(request)
         with disk.top.path.open("rb") as device:
             assert device.read(len(content)) == content
             assert device.seek(0, os.SEEK_END) == 64 * MIB
@@ -272,6 +268,7 @@ async def test_a_kill_at_any_command_leaves_what_the_next_manager_makes_whole(
         assert [name.split("-")[2] for name in names_of(settings)] == ["base"]
         subprocess.run(["lvremove", "-q", "-y", f"{GROUP}/{names_of(settings)[0]}"], check=True, capture_output=True)
         number += 1
+    os.close(lock)
     assert number > 8, "as many commands as that are run"
     assert await LvmThinStorage(RootInProcess(settings)).list_volumes() == [SANDBOX]
 

@@ -48,6 +48,7 @@ from atelier.model.jail import (
 from atelier.model.machine import ProcessIdentity
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_PASSED_MODE = 0o711
 _ROOT_MODE = 0o710
 """The machine's user owns it, the manager's group may pass through to what it was granted."""
 _WRITTEN_MODE = 0o640
@@ -125,7 +126,6 @@ class RootJails:
         with _refused():
             check_request(request)
             self._check_ours(request.machine_id)
-        _make_passable(self.places.folder)
         async with hold_lock(self.places.folder / ".lock"):
             await asyncio.to_thread(self._prepare, request)
 
@@ -245,7 +245,10 @@ class RootJails:
             raise ConflictError(f"the user id {request.user_id} is another machine's", code="jail_user_taken")
         root = self.places.jail(request.machine_id) / "root"
         with refusal_as_error(f"making the jail {root}"):
-            _make_passable(root.parent)
+            # The jailer's folder and the machine's are for root alone to change, and for all to pass, whatever the umask.
+            self.places.folder.chmod(_PASSED_MODE)
+            root.parent.mkdir()
+            root.parent.chmod(_PASSED_MODE)
             root.mkdir(mode=0o700)
             try:
                 self._fill(root, request)
@@ -357,13 +360,6 @@ class RootJails:
         path = f"/proc/self/fd/{descriptor}"
         os.chown(path, -1, self._host.group_id)
         os.chmod(path, mode)  # noqa: PTH101
-
-
-def _make_passable(folder: Path) -> None:
-    """For root alone to change, and for all to pass, whatever this process's umask is."""
-    with refusal_as_error(f"making {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o711)
 
 
 @contextmanager
